@@ -1,0 +1,42 @@
+"""Async, compressed, verified checkpoint storage for `torch.distributed.checkpoint`.
+
+Names are imported when they are first used: `import dcp_storage` costs nothing and needs no torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dcp_storage.config import Codec, Transfer
+    from dcp_storage.dcp.load_planner import ShardedLoadPlanner
+    from dcp_storage.dcp.reader import AsyncStorageReader
+    from dcp_storage.dcp.save_planner import ShardedSavePlanner
+    from dcp_storage.dcp.writer import AsyncStorageWriter
+
+__all__ = [
+    "AsyncStorageReader",
+    "AsyncStorageWriter",
+    "Codec",
+    "ShardedLoadPlanner",
+    "ShardedSavePlanner",
+    "Transfer",
+]
+
+_HOMES = {
+    "AsyncStorageReader": "dcp.reader",
+    "AsyncStorageWriter": "dcp.writer",
+    "Codec": "config",
+    "ShardedLoadPlanner": "dcp.load_planner",
+    "ShardedSavePlanner": "dcp.save_planner",
+    "Transfer": "config",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

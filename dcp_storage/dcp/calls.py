@@ -1,0 +1,73 @@
+"""What the writer and the reader share: one call's event loop, store and observer."""
+
+import contextlib
+import os
+from collections.abc import Callable, Coroutine, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from torch import Tensor, get_device_module
+
+from dcp_storage.errors import ConfigError
+from dcp_storage.observe import Observer, Operation, Silent
+from dcp_storage.progress import ProgressBar
+from dcp_storage.store.base import Store
+from dcp_storage.store.open import open_store
+from dcp_storage.transfer.workers import run_async
+
+R = TypeVar("R")
+Path = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class Location:
+    """Where a checkpoint is and how to get there: plain values, so that it pickles."""
+
+    path: Path
+    storage_options: Mapping[str, Any] | None
+    sync_files: bool = True
+
+    def __post_init__(self) -> None:
+        if not os.fspath(self.path):
+            raise ConfigError("the checkpoint's path is empty; give a directory or a URL")
+        self.store()  # an unknown protocol is better refused now than when the first checkpoint is due
+
+    def __repr__(self) -> str:
+        return f"Location({self.store().url!r})"
+
+    def store(self) -> Store:
+        """Return the store at this place, not yet open."""
+        return open_store(self.path, self.storage_options, sync_files=self.sync_files)
+
+    def run(self, call: Callable[[Store], Coroutine[Any, Any, R]]) -> R:
+        """Run `call` with an open store, in an event loop of its own, and close both."""
+
+        async def with_store() -> R:
+            async with self.store() as store:
+                return await call(store)
+
+        return run_async(with_store())
+
+
+@contextlib.contextmanager
+def observed(observer: Observer, operation: Operation, url: str, raw_bytes: int) -> Iterator[None]:
+    """Tell an observer of a transfer's start and end."""
+    observer.start(operation, url, raw_bytes)
+    try:
+        yield
+    except BaseException as error:
+        observer.finish(error)
+        raise
+    observer.finish(None)
+
+
+def choose_observer(observer: Observer | None, *, progress: bool) -> Observer:
+    """Return the observer that a writer or reader is to tell."""
+    chosen = observer or Silent()
+    return ProgressBar(chosen) if progress else chosen
+
+
+def wait_for_device(tensor: Tensor) -> None:
+    """Wait until this thread's stream has computed a tensor: codec threads copy it on streams of their own."""
+    if tensor.device.type not in {"cpu", "meta"}:
+        get_device_module(tensor.device).current_stream(tensor.device).synchronize()

@@ -1,0 +1,216 @@
+"""Tensors as the pipelines see them: sources of bytes, and targets for bytes."""
+
+import io
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
+
+from dcp_storage.errors import CoverageError, UnsupportedFormat, UnsupportedTensor
+from dcp_storage.format.blocks import Raw, plane_count
+from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
+from dcp_storage.geometry import Box, Shape, boxes_of_run, flat_offset, flat_run, intersect
+
+_DTYPES = {name: dtype for name in ITEM_BYTES if isinstance(dtype := getattr(torch, name, None), torch.dtype)}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+
+def dtype_name(dtype: torch.dtype, fqn: str) -> str:
+    """Return the format's name of a dtype.
+
+    Raises:
+        UnsupportedTensor: The format has no such dtype (quantized, sub-byte, bits).
+    """
+    if dtype not in _NAMES:
+        raise UnsupportedTensor(
+            f"{fqn} is of {dtype}, which cannot be stored: save its integer representation, or a dequantized copy",
+            fqn=fqn,
+        )
+    return _NAMES[dtype]
+
+
+def dtype_from_name(name: str) -> torch.dtype:
+    """Return torch's dtype of this name.
+
+    Raises:
+        UnsupportedFormat: This torch has no such dtype.
+    """
+    if name not in _DTYPES:
+        raise UnsupportedFormat(
+            f"torch {torch.__version__} has no dtype {name!r}, which the checkpoint holds: update torch"
+        )
+    return _DTYPES[name]
+
+
+def planes_of(dtype: str, *, byte_planes: bool) -> int:
+    """Return how many byte planes elements of this dtype are stored in."""
+    return plane_count(number_bytes(dtype), byte_planes=byte_planes)
+
+
+class BytesSource:
+    """The bytes of an entry that is no tensor."""
+
+    planes = 1
+
+    def __init__(self, data: io.BytesIO) -> None:
+        self._view = data.getbuffer()
+        self.nbytes = len(self._view)
+
+    def read(self, start: int, stop: int) -> Raw:
+        """Return a view of a slice."""
+        return self._view[start:stop]
+
+
+class TensorSource:
+    """The row-major bytes of a tensor, whatever its device and strides.
+
+    Contiguous CPU tensors are read where they lie; of any other only the slice in hand is copied.
+
+    Raises:
+        UnsupportedTensor: It is sparse, on the meta device, or a subclass that is no plain memory.
+    """
+
+    def __init__(self, tensor: Tensor, fqn: str, *, byte_planes: bool) -> None:
+        self._tensor = _plain(tensor, fqn)
+        self._item = tensor.element_size()
+        self.nbytes = tensor.numel() * self._item
+        self.planes = planes_of(dtype_name(tensor.dtype, fqn), byte_planes=byte_planes)
+
+    def read(self, start: int, stop: int) -> Raw:
+        """Return bytes `start` to `stop`, which are on element boundaries, in host memory."""
+        return byte_view(self._elements(start // self._item, stop // self._item))
+
+    def _elements(self, start: int, stop: int) -> Tensor:
+        tensor = self._tensor
+        if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+            return tensor.view(-1)[start:stop].cpu()
+        out = torch.empty(stop - start, dtype=tensor.dtype)
+        filled = 0
+        for box in boxes_of_run(tuple(tensor.shape), start, stop):
+            out[filled : filled + box.numel].view(box.sizes).copy_(tensor[box.slices])
+            filled += box.numel
+        return out
+
+
+def _plain(tensor: Tensor, fqn: str) -> Tensor:
+    # The attribute is the same object for every class that leaves dispatch to torch, Parameter among them.
+    dispatches = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or dispatches:
+        kind = f"{type(tensor).__name__} of layout {tensor.layout} on device {tensor.device}"
+        raise UnsupportedTensor(
+            f"{fqn} is a {kind}; what is stored must be plain strided memory: save its parts as tensors", fqn=fqn
+        )
+    return tensor.detach().as_subclass(Tensor)
+
+
+def byte_view(elements: Tensor) -> memoryview:
+    """Return the memory of a contiguous CPU tensor of any dtype as bytes."""
+    flat = elements.view(-1).view(torch.uint8) if elements.dim() else elements.view(1).view(torch.uint8)
+    return memoryview(flat.numpy().data)
+
+
+class BytesTarget:
+    """Collects a whole entry that is no tensor, and gives it to the planner."""
+
+    def __init__(self, read: ReadItem, nbytes: int, planner: LoadPlanner) -> None:
+        self._read = read
+        self._planner = planner
+        self._nbytes = nbytes
+        self._data = memoryview(b"")
+
+    def open(self) -> None:
+        """Allocate; the size was validated against the stored blocks."""
+        self._data = memoryview(bytearray(self._nbytes))
+
+    def direct(self, start: int, stop: int) -> memoryview | None:
+        """Return the slice's memory."""
+        return self._data[start:stop]
+
+    def scatter(self, start: int, raw: memoryview) -> None:
+        """Never needed: every slice is direct."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Let the planner make an object of the bytes."""
+        self._planner.load_bytes(self._read, io.BytesIO(self._data))
+
+
+class _Part(NamedTuple):
+    """One read of a chunk: which box of it goes where."""
+
+    read: ReadItem
+    box: Box
+    tensor: Tensor
+    start: int  # the bytes of the chunk between the box's first and last element
+    stop: int
+    memory: memoryview | None  # of the destination, where it is laid out as the chunk is
+
+
+class ChunkTarget:
+    """The destinations of all reads of one stored chunk, so that each of its blocks is decoded once for all of them.
+
+    Raises (in `open`):
+        CoverageError: The planner resolved a read to a tensor of another shape than the read's.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, reads: Sequence[ReadItem], planner: LoadPlanner) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._item = dtype.itemsize
+        self._reads = reads
+        self._planner = planner
+        self._parts: list[_Part] = []
+
+    def open(self) -> None:
+        """Resolve the destinations."""
+        self._parts = [self._resolve(read) for read in self._reads]
+
+    def _resolve(self, read: ReadItem) -> _Part:
+        box = read_box(read)
+        tensor = self._planner.resolve_tensor(read).detach()
+        if tuple(tensor.shape) != box.sizes:
+            raise CoverageError(
+                f"{read.dest_index.fqn}: the planner gave a tensor of shape {list(tensor.shape)} to read {box} into",
+                fqn=read.dest_index.fqn,
+            )
+        run = flat_run(self._shape, box)
+        plain = tensor.device.type == "cpu" and tensor.dtype == self._dtype and tensor.is_contiguous()
+        memory = byte_view(tensor) if run and plain and not tensor.is_conj() and not tensor.is_neg() else None
+        last = flat_offset(self._shape, tuple(o + s - 1 for o, s in zip(*box, strict=True))) + 1
+        start = flat_offset(self._shape, box.offsets)
+        return _Part(read, box, tensor, start * self._item, last * self._item, memory)
+
+    def direct(self, start: int, stop: int) -> memoryview | None:
+        """Return the destination's memory where exactly one read wants all of this slice, as it lies in the chunk."""
+        touched = [part for part in self._parts if part.start < stop and start < part.stop]
+        if len(touched) != 1:
+            return None
+        [part] = touched
+        if part.memory is None or start < part.start or stop > part.stop:
+            return None
+        return part.memory[start - part.start : stop - part.start]
+
+    def scatter(self, start: int, raw: memoryview) -> None:
+        """Copy the slice's elements to every destination that wants them, converting dtype and device."""
+        elements = torch.frombuffer(raw, dtype=torch.uint8).view(self._dtype)
+        first, at = start // self._item, 0
+        parts = [part for part in self._parts if part.start < start + len(raw) and start < part.stop]
+        for run in boxes_of_run(self._shape, first, first + len(elements)):
+            source = elements[at : at + run.numel].view(run.sizes)
+            at += run.numel
+            for part in parts:
+                if shared := intersect(run, part.box):
+                    destination = part.tensor[shared.relative_to(part.box.offsets).slices]
+                    destination.copy_(source[shared.relative_to(run.offsets).slices])
+
+    def close(self) -> None:
+        """Hand the tensors back to the planner."""
+        for part in self._parts:
+            self._planner.commit_tensor(part.read, part.tensor)
+
+
+def read_box(read: ReadItem) -> Box:
+    """Return the box of the stored chunk that a read wants."""
+    return Box(tuple(read.storage_offsets), tuple(read.lengths))

@@ -1,0 +1,259 @@
+"""`AsyncStorageWriter`: DCP's `StorageWriter` on this package's format, pipelines and stores."""
+
+import io
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.futures import Future
+
+from dcp_storage.config import Codec, Transfer
+from dcp_storage.dcp.calls import Location, Path, choose_observer, observed, wait_for_device
+from dcp_storage.dcp.metadata import build_manifest
+from dcp_storage.dcp.tensors import BytesSource, TensorSource, dtype_name
+from dcp_storage.errors import CheckpointExists, ConfigError, CoverageError, DtypeMismatch, StoreError
+from dcp_storage.format.manifest import Manifest
+from dcp_storage.format.names import data_object, new_token
+from dcp_storage.observe import Observer
+from dcp_storage.store.base import Store
+from dcp_storage.transfer.manifests import commit_manifest, is_committed, replaced_objects
+from dcp_storage.transfer.save import Source, StoredSegment, save_items
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class _Save:
+    """One save as this rank sees it: nothing of it outlives it, and no other save meets it."""
+
+    location: Location
+    token: str
+    rank: int
+    coordinator: bool
+    collectives: bool
+
+    @property
+    def own_rank(self) -> int | None:
+        """The rank that commits by itself, or `None` where the coordinator commits for all."""
+        return None if self.collectives else self.rank
+
+
+class _ThreadState(threading.local):
+    """What belongs to the save that runs in this thread: DCP runs all of a save in one."""
+
+    location: Location | None = None
+    save: _Save | None = None
+
+
+class AsyncStorageWriter(StorageWriter):
+    """Writes checkpoints to local disk, S3 or any fsspec file system: compressed, checksummed, atomically committed.
+
+    Pass it to `dcp.save` or `dcp.async_save` as `storage_writer=`. It holds no loop, thread, connection or file between
+    calls, pickles (for the PROCESS executor), and may be used for any number of saves, also at the same time from
+    several threads: each save's state is its thread's own.
+
+    Args:
+        path: A directory (`str` or `os.PathLike`) or a URL that fsspec knows, such as `s3://bucket/run/step-100`.
+        storage_options: Go to the fsspec file system as they are (`key`, `secret`, `endpoint_url`, `profile`, ...).
+        codec: How blocks are encoded.
+        transfer: How bytes move, and how much memory that may take.
+        overwrite: Whether a checkpoint that stands at the path may be replaced; it stays whole until the new one does.
+        sync_files: On local disk, whether data reaches the disk (fsync) before the save is reported done.
+        progress: Show a progress bar on local rank 0, if standard error is a terminal.
+        observer: Is told of every transfer of this rank.
+
+    Raises:
+        ConfigError: An argument is impossible: an unknown protocol, options for a local path.
+
+    What a save raises reaches the caller of `dcp.save`, on every rank, inside of DCP's `CheckpointException`, whose
+    `failures` hold the typed errors: `CheckpointExists`, `UnsupportedTensor`, `CoverageError`, `DtypeMismatch`,
+    `StoreError`. After any of them the checkpoint that was there before is untouched.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        storage_options: Mapping[str, Any] | None = None,
+        codec: Codec = Codec(),  # noqa: B008 (frozen)
+        transfer: Transfer = Transfer(),  # noqa: B008 (frozen)
+        overwrite: bool = True,
+        sync_files: bool = True,
+        progress: bool = False,
+        observer: Observer | None = None,
+    ) -> None:
+        super().__init__()
+        self._location = Location(path, storage_options, sync_files)
+        self._codec = codec
+        self._transfer = transfer
+        self._overwrite = overwrite
+        self._observer = choose_observer(observer, progress=progress)
+        self._threads = _ThreadState()
+
+    @property
+    def checkpoint_id(self) -> Path:
+        """Where the next save goes; DCP's logger reads it."""
+        return self._here.path
+
+    @property
+    def _here(self) -> Location:
+        return self._threads.location or self._location
+
+    @property
+    def _save(self) -> _Save:
+        if self._threads.save is None:
+            raise ConfigError("the writer was not set up in this thread: pass it to dcp.save")
+        return self._threads.save
+
+    def reset(self, checkpoint_id: Path | None = None) -> None:
+        """Begin another save, at `checkpoint_id` if it is given. DCP calls it in the thread that saves."""
+        self._threads.save = None
+        if checkpoint_id is not None:
+            self._threads.location = replace(self._location, path=checkpoint_id)
+            self._location = self._threads.location
+
+    def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
+        """Take this rank's part: DCP passes `rank` and `use_collectives` to a parameter that is named `kwargs`."""
+        rank, collectives = kwargs.get("rank") or 0, kwargs.get("use_collectives", True)
+        self._threads.save = _Save(self._here, new_token(), rank, collectives, is_coordinator)
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        """Refuse early what cannot be saved, before a byte is written.
+
+        Raises:
+            UnsupportedTensor: A dtype that the format does not hold.
+            CheckpointExists: A checkpoint stands here and may not be replaced.
+        """
+        for item in plan.items:
+            if item.tensor_data is not None:
+                dtype_name(item.tensor_data.properties.dtype, item.index.fqn)
+        save = self._save
+        if save.collectives and self._overwrite:
+            return plan
+        if (save.coordinator or not save.collectives) and save.location.run(partial(is_committed, rank=save.own_rank)):
+            raise CheckpointExists(_exists_message(save), url=save.location.store().url)
+        return plan
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Leave the plans as they are: nothing of a save may live in a plan that DCP caches and replays."""
+        return plans
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        """Encode and put this rank's items, and return a future that is done: DCP waits for it at once.
+
+        Raises:
+            CoverageError: The planner resolved an item to another shape than it planned.
+            DtypeMismatch: ... or to another dtype.
+            UnsupportedTensor: An item is no plain strided memory.
+            StoreError: The store failed.
+        """
+        sources = [self._source(item, planner) for item in plan.items]
+        segments = self._put(self._save, sources) if sources else []
+        results = [
+            WriteResult(item.index, source.nbytes, stored)
+            for item, source, stored in zip(plan.items, sources, segments, strict=True)
+        ]
+        future: Future[list[WriteResult]] = Future()
+        future.set_result(results)
+        return future
+
+    def _put(self, save: _Save, sources: Sequence[Source]) -> list[list[StoredSegment]]:
+        name = partial(data_object, save.token, save.rank, compression=self._codec.compression)
+
+        async def put(store: Store) -> list[list[StoredSegment]]:
+            with observed(self._observer, "save", store.url, sum(source.nbytes for source in sources)):
+                return await save_items(
+                    store, sources, name, self._codec, transfer=self._transfer, observer=self._observer
+                )
+
+        return save.location.run(put)
+
+    def _source(self, item: WriteItem, planner: SavePlanner) -> Source:
+        data = planner.resolve_data(item)
+        if isinstance(data, io.BytesIO):
+            return BytesSource(data)
+        planned = item.tensor_data
+        assert planned is not None, "DCP's planners resolve tensor items to tensors and others to BytesIO"
+        if tuple(data.shape) != tuple(planned.chunk.sizes):
+            raise CoverageError(
+                f"{item.index.fqn}: a chunk of shape {list(planned.chunk.sizes)} was planned, the state dict holds "
+                f"{list(data.shape)}",
+                fqn=item.index.fqn,
+            )
+        if data.dtype != planned.properties.dtype:
+            raise DtypeMismatch(
+                f"{item.index.fqn}: {planned.properties.dtype} was planned, the state dict holds {data.dtype}: "
+                "was it changed since its plan was cached?",
+                fqn=item.index.fqn,
+            )
+        wait_for_device(data)
+        return TensorSource(data, item.index.fqn, byte_planes=self._codec.byte_planes)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """Commit: write the manifest, and only then delete what the one that it replaced had named.
+
+        Called on the coordinator (without collectives: on every rank, which then commits its own manifest).
+
+        Raises:
+            CoverageError: What was written is not what was planned, or does not tile a tensor.
+            StoreError: The manifest could not be written; the checkpoint that was there before still stands.
+        """
+        save = self._save
+        manifest = build_manifest(
+            metadata,
+            chain.from_iterable(results),
+            self._codec,
+            save_id=save.token,
+            world_size=len(results) if save.collectives else _world_size(),
+            rank=save.own_rank,
+        )
+        save.location.run(partial(_commit, manifest=manifest))
+
+    def storage_meta(self) -> StorageMeta | None:
+        """Tell DCP's planners where this save goes."""
+        return StorageMeta(checkpoint_id=self.checkpoint_id)
+
+    @classmethod
+    def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
+        """Return whether a path or URL is one that this package can open."""
+        try:
+            Location(checkpoint_id, None)
+        except ConfigError:
+            return False
+        return True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_threads"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._threads = _ThreadState()
+
+
+async def _commit(store: Store, manifest: Manifest) -> None:
+    superfluous = await replaced_objects(store) if manifest.rank is None else []
+    await commit_manifest(store, manifest)
+    try:
+        await store.delete(superfluous)
+    except StoreError as error:
+        # The new checkpoint stands; what could not be deleted is named by nothing and `prune` removes it.
+        logger.warning("the objects of the replaced checkpoint were not all deleted: %s", error)
+
+
+def _world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _exists_message(save: _Save) -> str:
+    where = save.location.store().url
+    if save.collectives:
+        return f"a checkpoint exists at {where} and overwrite=False: choose another path, or delete it first"
+    return f"a checkpoint exists at {where}: without collectives it cannot be replaced atomically; choose another path"

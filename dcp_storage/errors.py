@@ -1,0 +1,70 @@
+"""The error tree. Every error says what, where and what to do, and every error pickles.
+
+DCP sends exceptions between ranks, so an error carries its message as its only argument and everything else as plain
+attributes: pickle restores both.
+"""
+
+from typing import Any
+
+
+class DcpStorageError(Exception):
+    """Base of every error that this package raises on purpose.
+
+    Keyword arguments become attributes (`url`, `fqn`, `object_name`, `offset`, ...) for code that has to decide
+    something; the message alone must tell a person enough.
+    """
+
+    def __init__(self, message: str, **context: Any) -> None:
+        super().__init__(message)
+        self.__dict__.update(context)
+
+
+class CheckpointNotFound(DcpStorageError, FileNotFoundError):
+    """There is no checkpoint at this path."""
+
+
+class CheckpointExists(DcpStorageError, FileExistsError):
+    """There is a checkpoint at this path already, and it may not be replaced."""
+
+
+class ManifestCorrupt(DcpStorageError):
+    """`.metadata` is there but is damaged, or says something that cannot be true."""
+
+
+class BlockCorrupt(DcpStorageError):
+    """Stored bytes do not match the check value that the manifest holds for them, even when read again."""
+
+
+class MissingKeys(DcpStorageError, KeyError):
+    """The state dict asks for entries that the checkpoint does not hold."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # KeyError would show the message's repr
+
+
+class UnsupportedFormat(DcpStorageError):
+    """Well-formed, but of a version or kind that this package does not read."""
+
+
+class UnsupportedTensor(DcpStorageError, TypeError):
+    """A dtype, layout or planner value that cannot be stored without loss."""
+
+
+class CoverageError(DcpStorageError, ValueError):
+    """The parts of a tensor do not tile it: a gap, an overlap, or a box outside of its bounds."""
+
+
+class DtypeMismatch(DcpStorageError, TypeError):
+    """A tensor's dtype is not the one that the plan or the checkpoint says."""
+
+
+class StoreError(DcpStorageError, OSError):
+    """The storage system refused or failed an operation."""
+
+
+class ObjectNotFound(StoreError, FileNotFoundError):
+    """An object that should be in the store is not there."""
+
+
+class ConfigError(DcpStorageError, ValueError):
+    """An argument has an impossible value."""

@@ -1,0 +1,229 @@
+"""Stock DCP checkpoints: their `.metadata` is a pickle, which is read without executing it."""
+
+from collections.abc import Iterable, Iterator
+from math import prod
+from typing import Any
+
+from msgspec import Struct
+
+from dcp_storage.errors import ManifestCorrupt, UnsupportedFormat
+from dcp_storage.format.dtypes import ITEM_BYTES
+from dcp_storage.format.names import is_safe
+from dcp_storage.format.stock_globals import KNOWN
+from dcp_storage.format.unpickle import Record, read_pickle
+from dcp_storage.geometry import Box, Shape, contains
+
+StorageKey = tuple[str, Shape | None]
+"""A stored item: the fqn, and the offsets of a tensor's chunk or `None` for an object that is no tensor."""
+
+_MAX_INT = (1 << 63) - 1
+_MAX_DIMS = 64
+_MAX_TRANSFORMS = 8
+_MAX_DEPTH = 64
+_MIN_CHUNK_BYTES = 16
+"""Less than a pickle needs to hold a chunk: more chunks than that are one chunk named over and over."""
+
+
+class StockTensor(Struct, frozen=True):
+    """A tensor: its dtype (torch's name), its global shape and the chunks that are stored."""
+
+    dtype: str
+    size: Shape
+    chunks: tuple[Box, ...]
+
+
+class StockItem(Struct, frozen=True):
+    """Where one stored item lies, and the descriptors of the streams to undo, outermost first."""
+
+    object_name: str
+    offset: int
+    length: int
+    transforms: tuple[str, ...] = ()
+
+
+class StockManifest(Struct, frozen=True):
+    """What a stock `.metadata` says, in plain and validated values.
+
+    Attributes:
+        tensors: The tensors by fqn.
+        bytes_entries: The fqns of everything else, as bytes that `torch.save` made.
+        planner_data: The path of each fqn in the nested state dict, or `None` where it was not flattened.
+        storage: Where each chunk and each bytes entry lies.
+    """
+
+    tensors: dict[str, StockTensor]
+    bytes_entries: tuple[str, ...]
+    planner_data: dict[str, tuple[str | int, ...]] | None
+    storage: dict[StorageKey, StockItem]
+
+
+def decode_stock_metadata(data: bytes, *, where: str) -> StockManifest:
+    """Return what a stock `.metadata` says; nothing in it is executed or imported.
+
+    Raises:
+        UnsupportedFormat: It asks for a class or function that no stock manifest needs, or holds a kind of tensor or
+            object name that this package does not read.
+        ManifestCorrupt: It is truncated, no pickle, or says something that cannot be true.
+    """
+    root = read_pickle(data, KNOWN, where=where)
+    try:
+        return _manifest(_fields(root, "Metadata"), len(data))
+    except _Fault as fault:
+        raise ManifestCorrupt(f"{where} cannot be right: {fault}", url=where) from None
+    except _Unread as kind:
+        raise UnsupportedFormat(f"{where} describes {kind}", url=where) from None
+
+
+class _Fault(Exception):  # noqa: N818 - becomes a ManifestCorrupt
+    """Something in a manifest that cannot be."""
+
+
+class _Unread(Exception):  # noqa: N818 - becomes an UnsupportedFormat
+    """Something that may well be but is not read here."""
+
+
+def _require(holds: bool, says: str) -> None:
+    if not holds:
+        raise _Fault(says)
+
+
+def _fields(value: object, name: str) -> dict[str, Any]:
+    _require(isinstance(value, Record) and value.name == name, f"a {name} is missing")
+    assert isinstance(value, Record)
+    _require(isinstance(value.state, dict), f"a {name} is empty")
+    assert isinstance(value.state, dict)
+    return value.state
+
+
+def _dict(value: object, what: str) -> dict[Any, Any]:
+    if not isinstance(value, dict):
+        raise _Fault(f"{what} is no dict")
+    return value
+
+
+def _manifest(fields: dict[str, Any], pickle_bytes: int) -> StockManifest:
+    entries = _dict(fields.get("state_dict_metadata"), "state_dict_metadata")
+    tensors: dict[str, StockTensor] = {}
+    others: list[str] = []
+    chunks_left = pickle_bytes // _MIN_CHUNK_BYTES
+    for fqn, entry in entries.items():
+        _require(isinstance(fqn, str), "an entry has no name")
+        if isinstance(entry, Record) and entry.name == "BytesStorageMetadata":
+            others.append(fqn)
+            continue
+        state = _fields(entry, "TensorStorageMetadata")
+        chunks_left -= len(_list(state.get("chunks"), f"{fqn}'s chunks"))
+        _require(chunks_left >= 0, f"{fqn} has more chunks than the manifest has room for")
+        tensors[fqn] = _tensor(fqn, state)
+    storage = dict(map(_stored, *_columns(_dict(fields.get("storage_data"), "storage_data"))))
+    manifest = StockManifest(tensors, tuple(others), _paths(fields.get("planner_data"), pickle_bytes), storage)
+    _check_complete(manifest)
+    return manifest
+
+
+def _columns(items: dict[Any, Any]) -> tuple[Iterable[Any], Iterable[Any]]:
+    return items.keys(), items.values()
+
+
+def _list(value: object, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise _Fault(f"{what} are no list")
+    return value
+
+
+def _tensor(fqn: str, state: dict[str, Any]) -> StockTensor:
+    size = _shape(state.get("size"), fqn)
+    dtype = _dtype(fqn, state.get("properties"))
+    _require(prod(size) * ITEM_BYTES[dtype] <= _MAX_INT, f"{fqn} has shape {list(size)}")
+    return StockTensor(dtype, size, tuple(_chunk(fqn, size, chunk) for chunk in state["chunks"]))
+
+
+def _dtype(fqn: str, properties: object) -> str:
+    state = properties.state if isinstance(properties, Record) and properties.name == "TensorProperties" else None
+    if not isinstance(state, tuple) or len(state) != 5:  # noqa: PLR2004 - dtype, layout and three that are not used
+        raise _Fault(f"{fqn} has no properties")
+    dtype, layout = state[:2]
+    if layout != "torch.strided":
+        raise _Unread(f"{fqn} with the layout {layout!r:.80}; only strided tensors can be loaded")
+    if not isinstance(dtype, str) or dtype not in ITEM_BYTES:
+        raise _Fault(f"{fqn} has no dtype")
+    return dtype
+
+
+def _chunk(fqn: str, size: Shape, chunk: object) -> Box:
+    state = _fields(chunk, "ChunkStorageMetadata")
+    box = Box(_shape(state.get("offsets"), fqn), _shape(state.get("sizes"), fqn))
+    _require(contains(size, box), f"{fqn} has a part outside of its shape {list(size)}")
+    return box
+
+
+def _shape(value: object, fqn: str) -> Shape:
+    if not isinstance(value, (tuple, list)) or len(value) > _MAX_DIMS or not all(map(_is_count, value)):
+        raise _Fault(f"{fqn} has a shape or an offset that is none")
+    return tuple(value)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and 0 <= value <= _MAX_INT
+
+
+def _stored(index: object, info: object) -> tuple[StorageKey, StockItem]:
+    key = _fields(index, "MetadataIndex")
+    fqn, offset = key.get("fqn"), key.get("offset")
+    if not isinstance(fqn, str):
+        raise _Fault("a stored item has no name")
+    return (fqn, None if offset is None else _shape(offset, fqn)), _item(fqn, _fields(info, "_StorageInfo"))
+
+
+def _item(fqn: str, state: dict[str, Any]) -> StockItem:
+    name, offset, length = (state.get(key) for key in ("relative_path", "offset", "length"))
+    transforms = state.get("transform_descriptors") or ()
+    if not isinstance(name, str) or not _is_count(offset) or not _is_count(length):
+        raise _Fault(f"{fqn} does not say where it is stored")
+    if "/" in name and all(map(is_safe, name.split("/"))):
+        raise _Unread(f"the object {name!r:.80} in a folder of its own (a prefix strategy); only flat names are read")
+    _require(is_safe(name), f"object name {name!r:.80} leaves the checkpoint")
+    _require(isinstance(transforms, (tuple, list)) and len(transforms) <= _MAX_TRANSFORMS, f"{fqn} has no transforms")
+    _require(all(isinstance(one, str) for one in transforms), f"{fqn} has a transform without a name")
+    return StockItem(name, offset or 0, length or 0, tuple(transforms))
+
+
+def _paths(value: object, pickle_bytes: int) -> dict[str, tuple[str | int, ...]] | None:
+    if value is None:
+        return None
+    paths = _dict(value, "planner_data")
+    for fqn, path in paths.items():
+        good = isinstance(path, tuple) and 0 < len(path) <= _MAX_DEPTH and all(map(_is_step, path))
+        _require(isinstance(fqn, str) and good, "planner_data has a path that is none")
+    _require(_list_slots(paths.values()) <= pickle_bytes, "planner_data has lists longer than the checkpoint can hold")
+    return paths
+
+
+def _is_step(step: object) -> bool:
+    return isinstance(step, str) or _is_count(step)
+
+
+def _list_slots(paths: Iterable[tuple[str | int, ...]]) -> int:
+    """Count the elements of the lists that a loader makes for these paths: it fills each up to its highest index."""
+    slots = 0
+    root: dict[Any, Any] = {}
+    for path in paths:
+        node = root
+        for step in path if not all(isinstance(step, str) for step in path) else ():
+            if isinstance(step, int):
+                slots += max(0, step + 1 - node.get(None, 0))
+                node[None] = max(step + 1, node.get(None, 0))
+            node = node.setdefault(step, {})
+    return slots
+
+
+def _keys(manifest: StockManifest) -> Iterator[StorageKey]:
+    for fqn, tensor in manifest.tensors.items():
+        yield from ((fqn, chunk.offsets) for chunk in tensor.chunks)
+    yield from ((fqn, None) for fqn in manifest.bytes_entries)
+
+
+def _check_complete(manifest: StockManifest) -> None:
+    for fqn, offset in _keys(manifest):
+        at = "" if offset is None else f" at {list(offset)}"
+        _require((fqn, offset) in manifest.storage, f"nothing says where {fqn}{at} is stored")

@@ -1,0 +1,77 @@
+"""One manifest out of those that the ranks of a save without collectives each committed by themselves."""
+
+from collections.abc import Sequence
+
+from msgspec.structs import replace
+
+from dcp_storage.errors import ManifestCorrupt
+from dcp_storage.format.manifest import BytesEntry, Chunk, Manifest, Segment, StoredObject, TensorEntry
+
+
+def merge(parts: Sequence[Manifest], where: str) -> Manifest:
+    """Return the whole checkpoint of which each part is one rank's; `validate` must follow.
+
+    What several ranks stored alike (a replicated chunk, an entry that is no tensor) is read from the lowest of them.
+
+    Raises:
+        ManifestCorrupt: A rank's part is missing, or two disagree on a tensor or on the codec.
+    """
+    parts = sorted(parts, key=lambda part: part.rank or 0)
+    first = parts[0]
+    _check_complete(parts, where)
+    objects: list[StoredObject] = []
+    chunks: dict[str, list[Chunk]] = {}
+    heads: dict[str, TensorEntry] = {}
+    entries: dict[str, BytesEntry] = {}
+    planner_data: dict[str, tuple[str | int, ...]] = {}
+    for part in parts:
+        _check_agrees(first.codec == part.codec, "the codec", part, where)
+        for fqn, tensor in part.tensors.items():
+            head = heads.setdefault(fqn, tensor)
+            same = (head.dtype, head.size, head.planes) == (tensor.dtype, tensor.size, tensor.planes)
+            _check_agrees(same, f"dtype or shape of {fqn}", part, where)
+            known = chunks.setdefault(fqn, [])
+            boxes = {chunk.box for chunk in known}
+            known.extend(_shift(chunk, len(objects)) for chunk in tensor.chunks if chunk.box not in boxes)
+        for fqn, entry in part.bytes.items():
+            entries.setdefault(fqn, replace(entry, segments=_shift_segments(entry.segments, len(objects))))
+        planner_data = (part.planner_data or {}) | planner_data
+        objects.extend(part.objects)
+    tensors = {fqn: replace(head, chunks=tuple(chunks[fqn])) for fqn, head in heads.items()}
+    return replace(
+        first,
+        rank=None,
+        objects=tuple(objects),
+        tensors=tensors,
+        bytes=entries,
+        planner_data=None if first.planner_data is None else planner_data,
+    )
+
+
+def _check_complete(parts: Sequence[Manifest], where: str) -> None:
+    sizes = {part.world_size for part in parts}
+    missing = sorted(set(range(max(sizes))) - {part.rank for part in parts})
+    if len(sizes) > 1:
+        raise ManifestCorrupt(
+            f"{where} holds the parts of saves by {sorted(sizes)} ranks, mixed: load another checkpoint", url=where
+        )
+    if missing:
+        raise ManifestCorrupt(
+            f"{where} is a save without collectives by {max(sizes)} ranks, of which these did not commit: {missing}. "
+            "Load another checkpoint, or bring their __<rank>.metadata and objects here",
+            url=where,
+            ranks=missing,
+        )
+
+
+def _check_agrees(agrees: bool, what: str, part: Manifest, where: str) -> None:
+    if not agrees:
+        raise ManifestCorrupt(f"{where}: the ranks' manifests disagree on {what} (rank {part.rank})", url=where)
+
+
+def _shift(chunk: Chunk, objects: int) -> Chunk:
+    return replace(chunk, segments=_shift_segments(chunk.segments, objects))
+
+
+def _shift_segments(segments: Sequence[Segment], objects: int) -> tuple[Segment, ...]:
+    return tuple(replace(segment, object=segment.object + objects) for segment in segments)

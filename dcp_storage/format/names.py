@@ -1,0 +1,36 @@
+"""Names of the objects of a checkpoint: what a save makes, and what a reader accepts."""
+
+import re
+import secrets
+
+MANIFEST = ".metadata"
+SUFFIXES = {"zstd": ".distcp.zst", "none": ".distcp"}
+
+_SAFE = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f:]{1,255}")
+_RANK_MANIFEST = re.compile(r"__(\d+)\.metadata")
+
+
+def new_token() -> str:
+    """Return 64 random bits in hexadecimal: no two saves name an object alike."""
+    return secrets.token_hex(8)
+
+
+def data_object(token: str, rank: int, number: int, *, compression: str) -> str:
+    """Return the name of a rank's `number`-th data object of one save."""
+    return f"{token}-{rank}-{number}{SUFFIXES[compression]}"
+
+
+def rank_manifest(rank: int) -> str:
+    """Return the name of the manifest that a rank commits by itself in a save without collectives."""
+    return f"__{rank}{MANIFEST}"
+
+
+def parse_rank_manifest(name: str) -> int | None:
+    """Return the rank whose own manifest this name is, or `None`."""
+    match = _RANK_MANIFEST.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def is_safe(name: str) -> bool:
+    """Return whether a name stays directly below the checkpoint's prefix on every store: no path, scheme or control."""
+    return _SAFE.fullmatch(name) is not None

@@ -1,0 +1,1 @@
+"""Where objects live. The only layer that knows fsspec and aiofiles."""

@@ -1,0 +1,69 @@
+"""What a checkpoint asks of a storage system, and nothing more: six operations below one prefix."""
+
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterable, Sequence
+from typing import Self
+
+Batch = Sequence[bytes | memoryview]
+"""Encoded blocks that follow one another in an object."""
+
+
+class Store(ABC):
+    """The objects below one prefix (a directory, an S3 key prefix).
+
+    Object names are flat: no `/`. A store is opened for one call and one event loop, as an async context manager that
+    closes its connections; it is never pickled and never shared between loops. Operations may run concurrently.
+
+    Every method raises `StoreError`, or its subclass `ObjectNotFound` where an object is absent, and names the URL in
+    it. No method leaves a partly written object under the name it was given when it fails: local files are removed,
+    and a PUT is atomic.
+
+    Attributes:
+        url: Where the prefix is, for messages; never with credentials.
+    """
+
+    url: str
+
+    @abstractmethod
+    async def __aenter__(self) -> Self: ...
+
+    @abstractmethod
+    async def __aexit__(self, *exc_info: object) -> None: ...
+
+    @abstractmethod
+    async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
+        """Write a new object from its batches, in order, and return its size in bytes.
+
+        The object is durable when this returns (on local disk: but for its directory entry, which `commit` syncs).
+        An object of that name must not exist yet; the caller's names are unique.
+        """
+
+    @abstractmethod
+    async def commit(self, name: str, data: bytes) -> None:
+        """Atomically create or replace an object, durable together with everything put before it.
+
+        A concurrent reader sees the whole old object or the whole new one.
+        """
+
+    @abstractmethod
+    async def get(self, name: str) -> bytes:
+        """Return a whole object."""
+
+    @abstractmethod
+    async def get_range(self, name: str, start: int, stop: int) -> bytes:
+        """Return bytes `start` to `stop` (exclusive) of an object, or fewer where the object ends before `stop`.
+
+        `0 <= start < stop`. An object that ends before `start` gives `b""`.
+        """
+
+    @abstractmethod
+    async def size(self, name: str) -> int:
+        """Return the size of an object in bytes."""
+
+    @abstractmethod
+    async def list(self) -> dict[str, int]:
+        """Return name and size in bytes of every object directly below the prefix; empty where there is none."""
+
+    @abstractmethod
+    async def delete(self, names: Sequence[str]) -> None:
+        """Delete objects; one that is absent already is no error."""

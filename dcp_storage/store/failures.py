@@ -1,0 +1,82 @@
+"""The one place where what a storage system raises becomes a `StoreError`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dcp_storage.errors import StoreError
+from dcp_storage.store.redact import mask, strip_userinfo
+
+_RANGE_NOT_SATISFIABLE = {416, "416", "InvalidRange"}
+
+
+class Failures:
+    """Maps the errors of one store.
+
+    Args:
+        url: Where the store is; shown without userinfo.
+        secrets: Strings that no message and no printed cause may contain.
+    """
+
+    def __init__(self, url: str, secrets: frozenset[str] = frozenset()) -> None:
+        self.url = strip_userinfo(url)
+        self._secrets = secrets
+
+    @contextmanager
+    def mapped(self, operation: str, name: str = "", *, absent: type[StoreError] = StoreError) -> Iterator[None]:
+        """Raise what fails in the block as `StoreError`, or as `absent` where it is a `FileNotFoundError`.
+
+        Only calls into the storage system belong in the block: everything they raise is a failure of storage. A
+        `StoreError` passes as it is, and so does a cancellation.
+        """
+        try:
+            yield
+        except StoreError:
+            raise
+        except Exception as error:  # noqa: BLE001 - every file system raises types of its own
+            kind = absent if isinstance(error, FileNotFoundError) else StoreError
+            mapped = self.error(operation, name, describe(error), kind)
+            # A printed traceback shows the cause too, so a cause that holds a secret is left out of it.
+            raise mapped from (None if self._leaks(error) else error)
+
+    def error(self, operation: str, name: str, reason: str, kind: type[StoreError] = StoreError) -> StoreError:
+        """Return the error for an operation on an object (or on the whole prefix where `name` is empty)."""
+        where = f"{self.url.rstrip('/')}/{name}" if name else self.url
+        return kind(f"cannot {operation} {where}: {mask(reason, self._secrets)}", url=self.url, object_name=name)
+
+    def _leaks(self, error: BaseException) -> bool:
+        texts = [f"{link} {link!r}" for link in chain(error)]
+        return any(mask(text, self._secrets) != text for text in texts)
+
+
+def describe(error: BaseException) -> str:
+    """Return an error's type and text."""
+    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+
+
+def chain(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error and every cause or context behind it."""
+    seen: set[int] = set()
+    waiting = [error]
+    while waiting:
+        link = waiting.pop()
+        if id(link) not in seen:
+            seen.add(id(link))
+            yield link
+            waiting += [behind for behind in (link.__cause__, link.__context__) if behind is not None]
+
+
+def is_range_beyond_end(error: BaseException) -> bool:
+    """Tell whether a server answered 416: the object ends before the range starts."""
+    return any(not _RANGE_NOT_SATISFIABLE.isdisjoint(_codes(link)) for link in chain(error))
+
+
+def error_code(error: BaseException) -> str:
+    """Return the code in the S3 answer behind an error (`NoSuchBucket`, `SlowDown`), or an empty string."""
+    codes = (getattr(link, "response", None) for link in chain(error))
+    return next((str(r["Error"].get("Code", "")) for r in codes if isinstance(r, dict) and "Error" in r), "")
+
+
+def _codes(error: BaseException) -> set[int | str]:
+    """Return what an HTTP client keeps as status: botocore's code, aiohttp's `status`, gcsfs's `code`."""
+    codes = {getattr(error, "status", None), getattr(error, "code", None), error_code(error)}
+    return {code for code in codes if isinstance(code, int | str)}

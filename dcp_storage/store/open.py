@@ -1,0 +1,69 @@
+"""From a path or URL to its store: the only place that looks at the protocol."""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from fsspec import get_filesystem_class
+from fsspec.implementations.local import LocalFileSystem
+
+from dcp_storage.errors import ConfigError
+from dcp_storage.store.base import Store
+from dcp_storage.store.local import LocalStore
+from dcp_storage.store.redact import strip_userinfo
+from dcp_storage.store.remote import RemoteStore
+from dcp_storage.store.threaded import MemoryStore, ThreadedStore
+
+
+def open_store(
+    path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None, *, sync_files: bool = True
+) -> Store:
+    """Return the store for a path or URL; it connects, and closes its connections, as an async context manager.
+
+    Args:
+        path: A local path, or a URL of any protocol that fsspec knows.
+        storage_options: Options of the URL's fsspec file system. They are not changed and not kept by fsspec.
+        sync_files: Whether local files are synced to the disk (see `LocalStore`).
+
+    Raises:
+        ConfigError: The protocol is unknown, its fsspec implementation is not installed or takes other options, or
+            options are given for a local path.
+    """
+    url = os.fspath(path)
+    protocol, separator, _ = url.partition("://")
+    if isinstance(path, os.PathLike) or not separator or protocol in {"file", "local"}:
+        return _open_local(path, storage_options, sync_files=sync_files)
+    return _open_remote(url, protocol, storage_options or {})
+
+
+def _open_local(
+    path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None, *, sync_files: bool
+) -> LocalStore:
+    if storage_options:
+        raise ConfigError(f"storage_options are given, but {os.fspath(path)} is a local path, which takes none")
+    if isinstance(path, str) and "://" in path:
+        path = str(LocalFileSystem._strip_protocol(path))  # noqa: SLF001
+    return LocalStore(path, sync_files=sync_files)
+
+
+def _open_remote(url: str, protocol: str, storage_options: Mapping[str, Any]) -> Store:
+    shown = strip_userinfo(url)
+    if "::" in protocol:
+        raise ConfigError(f"{shown} chains file systems with '::'; give the URL of the storage itself")
+    try:
+        fs_class = get_filesystem_class(protocol)
+    except ValueError as error:
+        raise ConfigError(f"{shown}: fsspec knows no protocol {protocol!r}; install the package for it") from error
+    except ImportError as error:
+        raise ConfigError(f"{shown}: the fsspec file system for {protocol!r} is not installed: {error}") from error
+    return _store_class(protocol, fs_class)(url, fs_class, storage_options)
+
+
+def _store_class(protocol: str, fs_class: Any) -> type[RemoteStore]:
+    if protocol in {"s3", "s3a"}:
+        from dcp_storage.store.s3 import S3Store  # noqa: PLC0415 - botocore takes long to import
+
+        return S3Store
+    if protocol == "memory":
+        return MemoryStore
+    return RemoteStore if fs_class.async_impl else ThreadedStore

@@ -1,0 +1,158 @@
+"""Objects below a prefix of any file system that fsspec knows, through fsspec's coroutines."""
+
+import asyncio
+import io
+from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from typing import Any, Self
+
+from fsspec.config import apply_config
+
+from dcp_storage.errors import ObjectNotFound
+from dcp_storage.store.base import Batch, Store
+from dcp_storage.store.failures import Failures, is_range_beyond_end
+from dcp_storage.store.names import check_name
+from dcp_storage.store.redact import secrets_in
+
+_DELETES_IN_FLIGHT = 32
+
+
+class RemoteStore(Store):
+    """An object store with an async fsspec file system: one request writes a whole object, or nothing.
+
+    Args:
+        url: The prefix.
+        fs_class: fsspec's class for the URL's protocol.
+        storage_options: What the class is called with, on top of fsspec's own configuration and what the URL says.
+    """
+
+    def __init__(self, url: str, fs_class: Any, storage_options: Mapping[str, Any]) -> None:
+        self._fs_class = fs_class
+        self._options = apply_config(fs_class, {**fs_class._get_kwargs_from_urls(url), **storage_options})  # noqa: SLF001
+        self._prefix = fs_class._strip_protocol(url).rstrip("/")  # noqa: SLF001
+        self._failures = Failures(url, secrets_in(url, self._options))
+        self.url = self._failures.url
+        self._fs: Any = None
+        self._session: Any = None
+
+    async def __aenter__(self) -> Self:
+        with self._failures.mapped("open"):
+            self._fs = self._make_fs()
+            self._session = await self._connect()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        """Close the connections."""
+        session, self._fs, self._session = self._session, None, None
+        if session is not None:
+            with self._failures.mapped("close"):
+                await session.close()
+
+    async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
+        """Gather the batches into one body and write it with one request."""
+        path = self._path(name)
+        body = await _gather(batches)
+        with self._failures.mapped("write", name):
+            await self._write(path, body)
+        return len(body)
+
+    async def commit(self, name: str, data: bytes) -> None:
+        """Write the object with one request, which replaces an older one as a whole."""
+        path = self._path(name)
+        with self._failures.mapped("commit", name):
+            await self._write(path, data)
+
+    async def get(self, name: str) -> bytes:
+        """Read a whole object with one request."""
+        path = self._path(name)
+        with self._failures.mapped("read", name, absent=ObjectNotFound):
+            return await self._read(path)
+
+    async def get_range(self, name: str, start: int, stop: int) -> bytes:
+        """Read a range with one request."""
+        path = self._path(name)
+        with self._failures.mapped("read", name, absent=ObjectNotFound):
+            try:
+                data = await self._read(path, start, stop)
+            except Exception as error:
+                if is_range_beyond_end(error):
+                    return b""
+                raise
+        if len(data) > stop - start:
+            raise self._failures.error("read", name, f"the server ignored the range {start} to {stop}")
+        return data
+
+    async def size(self, name: str) -> int:
+        """Return the object's size in bytes."""
+        path = self._path(name)
+        with self._failures.mapped("look up", name, absent=ObjectNotFound):
+            info = await self._call("_info", path)
+        if info["type"] != "file":
+            raise self._failures.error("look up", name, f"it is a {info['type']}", ObjectNotFound)
+        return int(info["size"])
+
+    async def list(self) -> dict[str, int]:
+        """Return the objects directly below the prefix."""
+        with self._failures.mapped("list"):
+            entries = await self._list_entries()
+        files = (entry for entry in entries if entry["type"] == "file" and entry["name"] != self._prefix)
+        sizes = {entry["name"].rpartition("/")[2]: int(entry["size"]) for entry in files}
+        sizes.pop("", None)  # the marker that some tools put for an empty directory
+        return sizes
+
+    async def delete(self, names: Sequence[str]) -> None:
+        """Delete every object that can be deleted, then raise the first failure.
+
+        One request an object: S3's request for many is refused by some servers, and s3fs ignores what it reports.
+        """
+        limit = asyncio.Semaphore(_DELETES_IN_FLIGHT)
+        paths = [(name, self._path(name)) for name in names]
+        results = await asyncio.gather(*(self._delete(*path, limit) for path in paths), return_exceptions=True)
+        for error in filter(None, results):
+            raise error
+
+    async def _delete(self, name: str, path: str, limit: asyncio.Semaphore) -> None:
+        async with limit:
+            with self._failures.mapped("delete", name):
+                try:
+                    await self._call("_rm_file", path)
+                except FileNotFoundError:
+                    return
+
+    def _path(self, name: str) -> str:
+        return f"{self._prefix}/{check_name(name)}"
+
+    def _make_fs(self) -> Any:
+        """Create the file system on the running loop; fsspec would otherwise share one between loops."""
+        return self._fs_class(**{**self._options, "asynchronous": True, "skip_instance_cache": True})
+
+    async def _connect(self) -> Any:
+        """Open the session that fsspec's file systems otherwise open at the first request, to close it in time."""
+        connect = getattr(self._fs, "set_session", None) or getattr(self._fs, "_set_session", None)
+        return None if connect is None else await connect()
+
+    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Await one of fsspec's coroutines, whose names begin with an underscore."""
+        return await getattr(self._fs, method)(*args, **kwargs)
+
+    async def _write(self, path: str, data: bytes) -> None:
+        await self._call("_pipe_file", path, data)
+
+    async def _read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
+        data: bytes = await self._call("_cat_file", path, start=start, end=stop)
+        return data
+
+    async def _list_entries(self) -> Iterable[dict[str, Any]]:
+        self._fs.invalidate_cache()
+        try:
+            entries: list[dict[str, Any]] = await self._call("_ls", self._prefix, detail=True)
+        except FileNotFoundError:
+            return []
+        return entries
+
+
+async def _gather(batches: AsyncIterable[Batch]) -> bytes:
+    """Join the batches as they come; a buffer gives up its bytes without another copy."""
+    buffer = io.BytesIO()
+    async for batch in batches:
+        buffer.writelines(batch)
+    return buffer.getvalue()

@@ -1,0 +1,70 @@
+"""Amazon S3 and servers that speak its protocol, through s3fs."""
+
+import asyncio
+import random
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from aiobotocore.response import AioReadTimeoutError
+from botocore.exceptions import IncompleteReadError, ResponseStreamingError
+
+from dcp_storage.store.failures import error_code
+from dcp_storage.store.remote import RemoteStore
+
+_CONFIG_DEFAULTS = {
+    "connect_timeout": 5,  # seconds
+    "read_timeout": 15,  # seconds without a byte
+    "retries": {"mode": "standard", "total_max_attempts": 4},
+    "max_pool_connections": 256,  # the most that Transfer.concurrency may ask for
+}
+"""What botocore is told where `config_kwargs` in the storage options says nothing: an endpoint that refuses or drops
+connections fails within half a minute."""
+
+_ATTEMPTS = 4
+_BROKEN_BODY: tuple[type[Exception], ...] = (AioReadTimeoutError, IncompleteReadError, ResponseStreamingError)
+_THROTTLED = {"SlowDown", "ServiceUnavailable", "503"}
+
+
+class S3Store(RemoteStore):
+    """A key prefix in a bucket.
+
+    Credentials, profile, region and endpoint come from the storage options, fsspec's configuration, or the usual
+    `AWS_*` variables and files, in this order. `config_kwargs` in the storage options is merged over this store's time
+    limits and retries.
+    """
+
+    def __init__(self, url: str, fs_class: Any, storage_options: Mapping[str, Any]) -> None:
+        super().__init__(url, fs_class, storage_options)
+        # More than one connection an object would read it in parts, which a commit may replace in between.
+        self._options["max_concurrency"] = 1
+        self._options["config_kwargs"] = _CONFIG_DEFAULTS | dict(self._options.get("config_kwargs") or {})
+
+    def _make_fs(self) -> Any:
+        fs = super()._make_fs()
+        # botocore retries, within bounds; s3fs's five rounds on top, nested when it reads, would take many minutes.
+        fs.retries = 1
+        return fs
+
+    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """Repeat what botocore gave up on as throttled, or whose body broke off, which it does not look at."""
+        for attempt in range(1, _ATTEMPTS):
+            try:
+                return await super()._call(method, *args, **kwargs)
+            except Exception as error:
+                if not _is_transient(error):
+                    raise
+            await asyncio.sleep(random.uniform(0.5, 1) * 2**attempt)  # noqa: S311 - no secret
+        return await super()._call(method, *args, **kwargs)
+
+    async def _write(self, path: str, data: bytes) -> None:
+        # s3fs makes one PUT of a body that is smaller than two chunks.
+        await self._call("_pipe_file", path, data, chunksize=len(data) + 1)
+
+    async def _list_entries(self) -> Iterable[dict[str, Any]]:
+        # `_ls` would take a missing bucket for an empty prefix, and list the parent of an empty one.
+        entries: list[dict[str, Any]] = await self._call("_lsdir", self._prefix, refresh=True)
+        return entries
+
+
+def _is_transient(error: Exception) -> bool:
+    return isinstance(error, _BROKEN_BODY) or error_code(error) in _THROTTLED

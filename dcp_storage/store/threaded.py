@@ -1,0 +1,54 @@
+"""fsspec file systems that only have blocking calls (SFTP, SMB, HDFS, memory, ...): each call runs in a thread."""
+
+import asyncio
+import secrets
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Any
+
+from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
+
+from dcp_storage.store.remote import RemoteStore
+
+
+class ThreadedStore(RemoteStore):
+    """A directory of a blocking file system; one call at a time, as fsspec's instances are made for one thread each.
+
+    Such file systems write in pieces, so an object is written under a temporary name and renamed. A commit is as atomic
+    as the file system's own rename (SFTP's `posix-rename` is; fsspec copies and deletes where there is none).
+    """
+
+    def _make_fs(self) -> Any:
+        self._turn = asyncio.Lock()
+        self._blocking_fs = self._fs_class(**{**self._options, "skip_instance_cache": True})
+        return AsyncFileSystemWrapper(self._blocking_fs, asynchronous=True)
+
+    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        async with self._turn:
+            return await super()._call(method, *args, **kwargs)
+
+    async def _write(self, path: str, data: bytes) -> None:
+        temporary = f"{path}.tmp-{secrets.token_hex(8)}"
+        await self._call("_makedirs", self._prefix, exist_ok=True)
+        try:
+            await self._call("_pipe_file", temporary, data)
+            await self._call("_mv", temporary, path)
+        except BaseException:
+            # What made the write fail is raised, not what fails here.
+            with suppress(Exception):
+                await self._call("_rm_file", temporary)
+            raise
+
+    async def _list_entries(self) -> Iterable[dict[str, Any]]:
+        self._blocking_fs.invalidate_cache()
+        return await super()._list_entries()
+
+
+class MemoryStore(ThreadedStore):
+    """fsspec's `memory://`, whose readers in one process share a file object, and with it the position in it."""
+
+    async def _read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
+        file = self._blocking_fs.store.get(path)
+        if file is None:
+            raise FileNotFoundError(path)
+        return bytes(file.getbuffer()[start:stop])

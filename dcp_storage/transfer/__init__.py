@@ -1,0 +1,1 @@
+"""What moves when: pure planning (`layout`, `ranges`) beside bounded pipelines (`save`, `load`)."""

@@ -1,0 +1,180 @@
+"""The load pipeline: byte ranges are fetched, `concurrency` at once, and decoded in threads into their targets."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+from dcp_storage.config import MIB, Transfer
+from dcp_storage.errors import BlockCorrupt
+from dcp_storage.format.blocks import BlockDecoder
+from dcp_storage.format.manifest import Segment, StoredCodec
+from dcp_storage.observe import Observer
+from dcp_storage.store.base import Store
+from dcp_storage.transfer.layout import target_bytes
+from dcp_storage.transfer.ranges import Block, Fetch, coalesce, locate
+from dcp_storage.transfer.workers import CodecThreads, for_each
+
+UNIT_BYTES = 8 * MIB
+"""Stored bytes that a thread decodes between two looks at the event loop."""
+
+
+class Target(Protocol):
+    """Where an item's bytes go. `open` and `close` are called on the event loop's thread, the rest on codec threads."""
+
+    def open(self) -> None:
+        """Get the memory ready; called once, before the first byte."""
+
+    def direct(self, start: int, stop: int) -> memoryview | None:
+        """Return the final memory of raw bytes `start` to `stop` where they lie there as they are stored, or `None`."""
+
+    def scatter(self, start: int, raw: memoryview) -> None:
+        """Copy what is wanted of the raw bytes that begin at `start`; `raw` is used again afterwards."""
+
+    def close(self) -> None:
+        """Hand the memory over; called once, after the last byte."""
+
+
+@dataclass(frozen=True)
+class LoadItem:
+    """A stored item of which some blocks are read.
+
+    Attributes:
+        fqn: Names the item in errors.
+        nbytes: Raw size of the whole item in bytes.
+        planes: Byte planes of its blocks; 1 is none.
+        segments: Where it is stored.
+        wanted: The numbers of the blocks to read, ascending.
+        target: Where they go.
+    """
+
+    fqn: str
+    nbytes: int
+    planes: int
+    segments: Sequence[Segment]
+    wanted: Sequence[int]
+    target: Target
+
+
+async def load_items(
+    store: Store,
+    items: Sequence[LoadItem],
+    object_names: Sequence[str],
+    codec: StoredCodec,
+    *,
+    transfer: Transfer,
+    observer: Observer,
+) -> None:
+    """Fetch, check and decode the wanted blocks of all items, each once.
+
+    Raises:
+        BlockCorrupt: A block failed its check, and again when it was read a second time.
+        StoreError: A range could not be read.
+    """
+    blocks = [
+        block
+        for number, item in enumerate(items)
+        for block in locate(number, item.wanted, item.segments, item.nbytes, codec)
+    ]
+    total = sum(block.length for block in blocks)
+    most = target_bytes(total, transfer.object_bytes, transfer.concurrency)
+    fetches = coalesce(blocks, transfer.max_gap_bytes, most)
+    with CodecThreads(
+        transfer.resolve_threads(), partial(BlockDecoder, codec.compression, codec.block_bytes)
+    ) as threads:
+        loader = _Loader(store, items, object_names, threads, observer)
+        loader.finish_empty()
+        await for_each(transfer.concurrency, fetches, loader.load)
+
+
+class _Loader:
+    def __init__(
+        self,
+        store: Store,
+        items: Sequence[LoadItem],
+        object_names: Sequence[str],
+        threads: CodecThreads[BlockDecoder],
+        observer: Observer,
+    ) -> None:
+        self._store = store
+        self._items = items
+        self._names = object_names
+        self._threads = threads
+        self._observer = observer
+        self._waiting = [len(item.wanted) for item in items]  # blocks still to come
+        self._opened: set[int] = set()
+
+    def finish_empty(self) -> None:
+        """Serve the items that want no bytes."""
+        for item in self._items:
+            if not item.wanted:
+                item.target.open()
+                item.target.close()
+
+    async def load(self, fetch: Fetch) -> None:
+        for number in {block.item for block in fetch.blocks} - self._opened:
+            self._opened.add(number)
+            self._items[number].target.open()
+        data = memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop))
+        for unit in _units(fetch.blocks):
+            damaged = await self._threads.run(partial(self._decode, unit, data, fetch.start))
+            for block in damaged:
+                await self._read_again(block)
+            self._count(unit)
+
+    def _decode(self, blocks: Sequence[Block], data: memoryview, start: int, decoder: BlockDecoder) -> list[Block]:
+        """Decode blocks out of a fetched range and return those that failed their check."""
+        damaged = []
+        for block in blocks:
+            at = block.offset - start
+            try:
+                self._decode_one(block, data[at : at + block.length], decoder)
+            except BlockCorrupt:
+                damaged.append(block)
+        return damaged
+
+    def _decode_one(self, block: Block, stored: memoryview, decoder: BlockDecoder) -> None:
+        item = self._items[block.item]
+        out = item.target.direct(block.start, block.stop)
+        if out is not None:
+            decoder.decode_into(stored, block.check, item.planes, out)
+            return
+        window = memoryview(bytearray(block.stop - block.start))
+        decoder.decode_into(stored, block.check, item.planes, window)
+        item.target.scatter(block.start, window)
+
+    async def _read_again(self, block: Block) -> None:
+        name = self._names[block.object]
+        data = memoryview(await self._store.get_range(name, block.offset, block.offset + block.length))
+        try:
+            await self._threads.run(partial(self._decode_one, block, data))
+        except BlockCorrupt as error:
+            fqn, short = self._items[block.item].fqn, len(data) < block.length
+            what = f"the object ends {block.length - len(data)} bytes too early" if short else str(error)
+            raise BlockCorrupt(
+                f"{self._store.url}/{name}: the block of {fqn} at {block.offset} ({block.length} bytes) is damaged, "
+                f"in two readings: {what}. Restore this object from a copy, or load another checkpoint",
+                url=self._store.url,
+                object_name=name,
+                offset=block.offset,
+                fqn=fqn,
+            ) from error
+
+    def _count(self, unit: Sequence[Block]) -> None:
+        self._observer.advance(sum(b.stop - b.start for b in unit), sum(b.length for b in unit))
+        for block in unit:
+            self._waiting[block.item] -= 1
+            if not self._waiting[block.item]:
+                self._items[block.item].target.close()
+
+
+def _units(blocks: Sequence[Block]) -> list[list[Block]]:
+    units: list[list[Block]] = [[]]
+    size = 0
+    for block in blocks:
+        if units[-1] and size + block.length > UNIT_BYTES:
+            units.append([])
+            size = 0
+        units[-1].append(block)
+        size += block.length
+    return units

@@ -1,0 +1,94 @@
+"""The manifest in its store: found, read and committed."""
+
+import asyncio
+import logging
+
+from dcp_storage.errors import CheckpointNotFound, ManifestCorrupt, ObjectNotFound, UnsupportedFormat
+from dcp_storage.format.legacy import StockManifest, decode_stock_metadata
+from dcp_storage.format.manifest import Manifest, decode, encode, is_manifest
+from dcp_storage.format.merge import merge
+from dcp_storage.format.names import MANIFEST, parse_rank_manifest, rank_manifest
+from dcp_storage.format.validate import validate
+from dcp_storage.store.base import Store
+
+logger = logging.getLogger(__name__)
+
+
+async def read_manifest(store: Store) -> Manifest | StockManifest:
+    """Read, decode and validate the manifest of the checkpoint at a store's prefix.
+
+    Where there is no `.metadata` but manifests of single ranks (a save without collectives), they are merged.
+
+    Raises:
+        CheckpointNotFound: There is neither.
+        ManifestCorrupt: There is one, and it is damaged or cannot be right; or a rank's is missing.
+        UnsupportedFormat: It is of a later format, or a pickle that names what no stock checkpoint does.
+        StoreError: It could not be read.
+    """
+    try:
+        data = await store.get(MANIFEST)
+    except ObjectNotFound:
+        return await _read_rank_manifests(store)
+    where = f"{store.url}/{MANIFEST}"
+    return _decode(data, where) if is_manifest(data) else decode_stock_metadata(data, where=where)
+
+
+async def _read_rank_manifests(store: Store) -> Manifest:
+    try:
+        names = await store.list()
+    except ObjectNotFound:
+        names = {}
+    ranks = sorted(rank for name in names if (rank := parse_rank_manifest(name)) is not None)
+    if not ranks:
+        found = f"the {len(names)} objects there are no committed checkpoint" if names else "nothing is there"
+        raise CheckpointNotFound(
+            f"no checkpoint at {store.url}: {found} (no {MANIFEST}). Check the path, or list the steps beside it",
+            url=store.url,
+        )
+    parts = await asyncio.gather(*(_read_part(store, rank) for rank in ranks))
+    return validate(merge(parts, store.url), store.url)
+
+
+async def _read_part(store: Store, rank: int) -> Manifest:
+    name = rank_manifest(rank)
+    return _decode(await store.get(name), f"{store.url}/{name}")
+
+
+def _decode(data: bytes, where: str) -> Manifest:
+    return validate(decode(data, where), where)
+
+
+async def commit_manifest(store: Store, manifest: Manifest) -> None:
+    """Make a checkpoint of the objects that a manifest names: the last act of a save, and an atomic one."""
+    name = MANIFEST if manifest.rank is None else rank_manifest(manifest.rank)
+    await store.commit(name, encode(manifest))
+
+
+async def is_committed(store: Store, rank: int | None) -> bool:
+    """Return whether a checkpoint stands here: any at all, or for a rank by itself, one that its own would change."""
+    names = {MANIFEST, rank_manifest(0)} if rank is None else {MANIFEST, rank_manifest(rank)}
+    for name in names:
+        try:
+            await store.size(name)
+        except ObjectNotFound:
+            continue
+        return True
+    return False
+
+
+async def replaced_objects(store: Store) -> list[str]:
+    """Return what a new manifest makes superfluous: objects, and rank manifests, of the checkpoint that it replaces.
+
+    A manifest that cannot be read names nothing: what it stood for stays where it is.
+    """
+    try:
+        old = await read_manifest(store)
+    except CheckpointNotFound:
+        return []
+    except (ManifestCorrupt, UnsupportedFormat) as error:
+        logger.warning("the checkpoint that is being replaced cannot be read, so its objects are left: %s", error)
+        return []
+    if isinstance(old, StockManifest):
+        return sorted({item.object_name for item in old.storage.values()})
+    parts = [name for name in await store.list() if parse_rank_manifest(name) is not None]
+    return [*parts, *(stored.name for stored in old.objects)]

@@ -1,0 +1,126 @@
+"""The save pipeline: objects are encoded in threads and put, `concurrency` at once, in bounded memory."""
+
+from collections.abc import AsyncIterator, Callable, Sequence
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from dcp_storage.config import MIB, Codec, Transfer
+from dcp_storage.format.blocks import BlockEncoder, Raw
+from dcp_storage.observe import Observer
+from dcp_storage.store.base import Batch, Store
+from dcp_storage.transfer.layout import Piece, lay_out, split_units, target_bytes
+from dcp_storage.transfer.workers import CodecThreads, for_each
+
+UNIT_BYTES = 4 * MIB
+"""Raw bytes that a thread encodes between two looks at the event loop."""
+
+
+class Source(Protocol):
+    """An item to save: so many raw bytes, read in slices."""
+
+    @property
+    def nbytes(self) -> int:
+        """Raw size in bytes."""
+
+    @property
+    def planes(self) -> int:
+        """Byte planes that its blocks are laid out in; 1 is none."""
+
+    def read(self, start: int, stop: int) -> Raw:
+        """Return bytes `start` to `stop` in host memory. Called on codec threads, for several slices at once."""
+
+
+class StoredSegment(NamedTuple):
+    """Consecutive blocks of one item as they were put: the manifest's `Segment`, with the object's name."""
+
+    object_name: str
+    offset: int
+    lengths: tuple[int, ...]
+    checks: str
+
+
+class _EncodedPiece(NamedTuple):
+    piece: Piece
+    blocks: list[bytes | memoryview]
+    checks: str
+
+
+async def save_items(
+    store: Store,
+    sources: Sequence[Source],
+    name: Callable[[int], str],
+    codec: Codec,
+    *,
+    transfer: Transfer,
+    observer: Observer,
+) -> list[list[StoredSegment]]:
+    """Encode and put all items; return each one's segments, in the order of their blocks.
+
+    Objects are named `name(0)`, `name(1)`, ... When one put fails the others are cancelled and the error is raised;
+    objects that were put by then stay: nothing names them.
+    """
+    sizes = [source.nbytes for source in sources]
+    target = target_bytes(sum(sizes), transfer.object_bytes, transfer.concurrency)
+    objects = list(enumerate(lay_out(sizes, codec.block_bytes, target)))
+    stored: dict[Piece, StoredSegment] = {}
+    with CodecThreads(transfer.resolve_threads(), partial(BlockEncoder, codec)) as threads:
+
+        async def put(numbered: tuple[int, list[Piece]]) -> None:
+            number, pieces = numbered
+            writer = _ObjectWriter(name(number), sources, codec.block_bytes, threads, observer)
+            await store.put(writer.name, writer.batches(pieces))
+            stored.update(writer.stored)
+
+        await for_each(transfer.concurrency, objects, put)
+    segments: list[list[StoredSegment]] = [[] for _ in sources]
+    for piece in sorted(stored):
+        segments[piece.item].append(stored[piece])
+    return segments
+
+
+class _ObjectWriter:
+    """Encodes one object's pieces, in order, and notes where each block came to lie."""
+
+    def __init__(
+        self,
+        name: str,
+        sources: Sequence[Source],
+        block_bytes: int,
+        threads: CodecThreads[BlockEncoder],
+        observer: Observer,
+    ) -> None:
+        self.name = name
+        self.stored: dict[Piece, StoredSegment] = {}
+        self._sources = sources
+        self._block_bytes = block_bytes
+        self._threads = threads
+        self._observer = observer
+        self._offset = 0
+
+    async def batches(self, pieces: Sequence[Piece]) -> AsyncIterator[Batch]:
+        for unit in split_units(pieces, self._block_bytes, UNIT_BYTES):
+            encoded = await self._threads.run(partial(self._encode, unit))
+            batch = [block for piece in encoded for block in piece.blocks]
+            yield batch
+            self._note(encoded)
+
+    def _encode(self, unit: Sequence[Piece], encoder: BlockEncoder) -> list[_EncodedPiece]:
+        encoded = []
+        for piece in unit:
+            source = self._sources[piece.item]
+            raw = memoryview(source.read(piece.start, piece.stop))
+            blocks = [
+                encoder.encode(raw[at : at + self._block_bytes], source.planes)
+                for at in range(0, len(raw), self._block_bytes)
+            ]
+            encoded.append(_EncodedPiece(piece, [block for block, _ in blocks], "".join(check for _, check in blocks)))
+        return encoded
+
+    def _note(self, encoded: Sequence[_EncodedPiece]) -> None:
+        raw_bytes, before = 0, self._offset
+        for piece, blocks, checks in encoded:
+            lengths = tuple(map(len, blocks))
+            self.stored[piece] = StoredSegment(self.name, self._offset, lengths, checks)
+            self._offset += sum(lengths)
+            raw_bytes += piece.stop - piece.start
+        self._observer.advance(raw_bytes, self._offset - before)

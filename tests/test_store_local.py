@@ -1,0 +1,190 @@
+"""Stores on local directories."""
+
+import asyncio
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import aiofiles.os
+import pytest
+
+from dcp_storage.errors import StoreError
+from dcp_storage.store import local
+from dcp_storage.store.base import Batch, Store
+from dcp_storage.store.local import LocalStore
+from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run
+
+
+class TestLocalStore(StoreSuite):
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Place:
+        return Place(str(tmp_path / "runs" / "step-1"))
+
+
+class TestFileUrl(StoreSuite):
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Place:
+        return Place(f"file://{tmp_path}/runs/step-1")
+
+
+@pytest.fixture
+def place(tmp_path: Path) -> Place:
+    return Place(str(tmp_path / "step-1"))
+
+
+def files(directory: Path) -> list[Path]:
+    return [path for path in directory.rglob("*") if path.is_file()]
+
+
+def fail(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+
+def test_only_regular_files_are_listed(tmp_path: Path):
+    (tmp_path / "directory").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    (tmp_path / NAME).write_bytes(b"1234")
+    (tmp_path / "link").symlink_to(tmp_path / NAME)
+    assert run(Place(str(tmp_path)), lambda store: store.list()) == {NAME: 4, "link": 4}
+
+
+def test_existing_object_is_not_touched(tmp_path: Path):
+    (tmp_path / NAME).write_bytes(b"old")
+    with pytest.raises(StoreError, match=NAME):
+        run(Place(str(tmp_path)), lambda store: put(store, NAME, b"new"))
+    assert (tmp_path / NAME).read_bytes() == b"old"
+
+
+def test_path_below_a_file(tmp_path: Path):
+    (tmp_path / "file").write_bytes(b"")
+    below = Place(str(tmp_path / "file" / "step-1"))
+    calls = (
+        lambda store: put(store, NAME, b"x"),
+        lambda store: store.commit(NAME, b"x"),
+        lambda store: store.get(NAME),
+        lambda store: store.get_range(NAME, 0, 1),
+        lambda store: store.size(NAME),
+        lambda store: store.list(),
+        lambda store: store.delete([NAME]),
+    )
+    for call in calls:
+        with pytest.raises(StoreError, match=r"file/step-1") as caught:
+            run(below, call)
+        assert type(caught.value) is StoreError
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_permission_denied(tmp_path: Path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(StoreError, match="Permission denied"):
+        run(Place(str(tmp_path / "step-1")), lambda store: put(store, NAME, b"x"))
+    tmp_path.chmod(0o700)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_disk_full_while_writing(tmp_path: Path, monkeypatch):
+    """A file that takes no byte: the error comes from the kernel, at a write, a flush and a close."""
+
+    async def create(path: Path):
+        path.write_bytes(b"")
+        return await local.aiofiles.open("/dev/full", "wb")
+
+    monkeypatch.setattr(local, "_create", create)
+    for size in (100, 1_000_000):
+        with pytest.raises(StoreError, match=rf"cannot write {tmp_path}/{NAME}.*No space left on device"):
+            run(Place(str(tmp_path)), lambda store, size=size: put(store, NAME, b"x" * size))
+        assert files(tmp_path) == []
+
+
+def test_put_that_cannot_sync(place: Place, tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(local, "_fsync", aiofiles.os.wrap(fail))
+    with pytest.raises(StoreError, match="No space left on device"):
+        run(place, lambda store: put(store, NAME, b"data"))
+    assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_commit_that_fails_keeps_the_old_object(place: Place, tmp_path: Path, monkeypatch, step: str):
+    run(place, lambda store: store.commit(".metadata", b"old"))
+    with monkeypatch.context() as patch:
+        patch.setattr(*((os, "fsync", fail) if step == "fsync" else (Path, "replace", fail)))
+        with pytest.raises(StoreError, match=r"cannot commit .*/\.metadata.*No space left"):
+            run(place, lambda store: store.commit(".metadata", b"new"))
+    assert [path.name for path in files(tmp_path)] == [".metadata"]
+    assert run(place, lambda store: store.get(".metadata")) == b"old"
+
+
+def test_order_of_syncs(tmp_path: Path, monkeypatch):
+    """Data, then its directory, then the new manifest, then the rename, then the directory again."""
+    steps = []
+    real_fsync, real_replace = os.fsync, Path.replace
+
+    def fsync(descriptor: int):
+        steps.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.partition(".tmp-")[0]))
+        real_fsync(descriptor)
+
+    def replace(self, target):
+        steps.append(("rename", target.name))
+        return real_replace(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(local, "_fsync", aiofiles.os.wrap(fsync))
+    monkeypatch.setattr(Path, "replace", replace)
+
+    async def use(store: Store):
+        await put(store, NAME, b"data")
+        await store.commit(".metadata", b"{}")
+
+    run(Place(str(tmp_path / "runs" / "step-1")), use)
+    created = [("sync", "runs"), ("sync", tmp_path.name)]
+    commit = [("sync", "step-1"), ("sync", ".metadata"), ("rename", ".metadata"), ("sync", "step-1")]
+    assert steps == [*created, ("sync", NAME), *commit]
+
+
+def test_without_sync(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", fail)
+    monkeypatch.setattr(local, "_fsync", aiofiles.os.wrap(fail))
+
+    async def main():
+        async with LocalStore(tmp_path / "a" / "b", sync_files=False) as store:
+            await put(store, NAME, b"data")
+            await store.commit(".metadata", b"{}")
+            assert await store.list() == {NAME: 4, ".metadata": 2}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("delay", [0, 0.0002, 0.001, 0.003])
+def test_cancelled_at_any_time(tmp_path: Path, delay: float):
+    """No thread goes on to create, write or keep open a file once the put has ended."""
+
+    async def chunks() -> AsyncIterator[Batch]:
+        while True:
+            yield [b"x" * 200_000]
+
+    async def use(store: Store):
+        for n in range(10):
+            task = asyncio.create_task(store.put(f"{n}.zst", chunks()))
+            await asyncio.sleep(delay)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        assert await store.list() == {}
+
+    run(Place(str(tmp_path)), use)
+    assert files(tmp_path) == []
+
+
+def test_short_reads_are_continued(tmp_path: Path, monkeypatch):
+    real_pread = os.pread
+    monkeypatch.setattr(os, "pread", lambda descriptor, count, at: real_pread(descriptor, min(count, 3), at))
+    (tmp_path / NAME).write_bytes(b"0123456789")
+    assert run(Place(str(tmp_path)), lambda store: store.get_range(NAME, 1, 9)) == b"12345678"
+
+
+def test_relative_path(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run(Place("here"), lambda store: store.put(NAME, batches_of([b"x"])))
+    assert (tmp_path / "here" / NAME).read_bytes() == b"x"
+    assert LocalStore("here").url == str(tmp_path / "here")

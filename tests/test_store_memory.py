@@ -1,0 +1,40 @@
+"""Stores on fsspec file systems that only have blocking calls."""
+
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import fsspec
+import pytest
+from fsspec.implementations.local import LocalFileSystem
+
+from tests.store_suite import NAME, Place, StoreSuite, put, run
+
+
+class TestMemoryStore(StoreSuite):
+    @pytest.fixture
+    def place(self) -> Place:
+        return Place(f"memory://{uuid.uuid4().hex}/runs/step-1")
+
+
+class BlockingFileSystem(LocalFileSystem):
+    """Stands for SFTP and its like: directories, renames and no coroutines."""
+
+    protocol = "blocking"
+    auto_mkdir = False
+
+
+class TestBlockingStore(StoreSuite):
+    @pytest.fixture
+    def place(self, tmp_path: Path) -> Iterator[Place]:
+        fsspec.register_implementation("blocking", BlockingFileSystem, clobber=True)
+        return Place(f"blocking://{tmp_path}/runs/step-1")
+
+    def test_failed_write_leaves_no_temporary_file(self, place: Place, tmp_path: Path, monkeypatch):
+        def fail(*args, **kwargs):
+            raise OSError(28, "No space left on device")
+
+        monkeypatch.setattr(BlockingFileSystem, "mv", fail)
+        with pytest.raises(OSError, match=rf"cannot write .*/{NAME}.*No space left"):
+            run(place, lambda store: put(store, NAME, b"data"))
+        assert [path for path in tmp_path.rglob("*") if path.is_file()] == []

@@ -1,0 +1,235 @@
+"""Stores on S3, against a server in this process."""
+
+import asyncio
+import os
+import pickle
+import socket
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import boto3
+import fsspec
+import pytest
+from fsspec.config import conf
+
+from dcp_storage.errors import ObjectNotFound, StoreError
+from dcp_storage.store.base import Store
+from dcp_storage.store.open import open_store
+from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run
+
+OPERATIONS: dict[str, Callable[[Store], Any]] = {
+    "put": lambda store: put(store, NAME, b"x"),
+    "commit": lambda store: store.commit(NAME, b"x"),
+    "get": lambda store: store.get(NAME),
+    "get_range": lambda store: store.get_range(NAME, 0, 1),
+    "size": lambda store: store.size(NAME),
+    "list": lambda store: store.list(),
+    "delete": lambda store: store.delete([NAME]),
+}
+every_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=OPERATIONS.keys())
+
+
+class TestS3Store(StoreSuite):
+    @pytest.fixture
+    def place(self, moto_s3: Place) -> Place:
+        return moto_s3
+
+    def test_bucket_itself_is_a_prefix(self, place: Place, moto_bucket: str):
+        bucket = place.beside(f"s3://{moto_bucket}")
+        run(bucket, lambda store: put(store, NAME, b"data"))
+        assert run(bucket, lambda store: store.list()) == {NAME: 4}
+        assert run(bucket, lambda store: store.get_range(NAME, 1, 3)) == b"at"
+
+
+@pytest.fixture
+def s3_client(moto_options: dict[str, str]) -> Iterator[Any]:
+    client = boto3.client(
+        "s3",
+        endpoint_url=moto_options["endpoint_url"],
+        aws_access_key_id=moto_options["key"],
+        aws_secret_access_key=moto_options["secret"],
+        region_name="us-east-1",
+    )
+    yield client
+    client.close()
+
+
+def test_large_object_is_one_request(moto_s3: Place, moto_bucket: str, s3_client):
+    data = os.urandom(1 << 20) * 120
+    assert run(moto_s3, lambda store: store.put(NAME, batches_of([data]))) == len(data)
+    # The tag of an object put in parts ends with their number.
+    assert "-" not in s3_client.head_object(Bucket=moto_bucket, Key=f"runs/step-1/{NAME}")["ETag"]
+    assert run(moto_s3, lambda store: store.get(NAME)) == data
+
+
+def test_marker_of_an_empty_directory_is_no_object(moto_s3: Place, moto_bucket: str, s3_client):
+    s3_client.put_object(Bucket=moto_bucket, Key="runs/step-1/", Body=b"")
+    assert run(moto_s3, lambda store: store.list()) == {}
+
+
+def test_more_objects_than_one_answer_lists(moto_s3: Place):
+    names = [f"aa-0-{n}.distcp.zst" for n in range(1003)]
+
+    async def use(store: Store):
+        limit = asyncio.Semaphore(64)
+
+        async def one(name: str):
+            async with limit:
+                await put(store, name, b"1")
+
+        await asyncio.gather(*map(one, names))
+        assert await store.list() == dict.fromkeys(names, 1)
+        await store.delete(names)
+        assert await store.list() == {}
+
+    run(moto_s3, use)
+
+
+@every_operation
+def test_missing_bucket(moto_options: dict[str, str], operation):
+    place = Place("s3://no-such-bucket/step-1", dict(moto_options))
+    start = time.monotonic()
+    with pytest.raises(StoreError, match="s3://no-such-bucket/step-1") as caught:
+        run(place, operation)
+    assert time.monotonic() - start < 5
+    if operation in (OPERATIONS["put"], OPERATIONS["commit"], OPERATIONS["list"]):
+        assert not isinstance(caught.value, ObjectNotFound)
+
+
+@pytest.fixture
+def refused_port() -> Iterator[int]:
+    """A port that is taken but not listened to."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield taken.getsockname()[1]
+
+
+@pytest.fixture
+def silent_port() -> Iterator[int]:
+    """A port that accepts connections and never says a word."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()[1]
+
+
+@every_operation
+def test_refused_connection(refused_port: int, operation):
+    options = {"key": "k-1234", "secret": "s-1234", "endpoint_url": f"http://127.0.0.1:{refused_port}"}
+    place = Place("s3://bucket/step-1", options | {"config_kwargs": {"retries": {"total_max_attempts": 1}}})
+    start = time.monotonic()
+    with pytest.raises(StoreError, match=r"s3://bucket/step-1.*127\.0\.0\.1") as caught:
+        run(place, operation)
+    assert time.monotonic() - start < 5
+    assert not isinstance(caught.value, ObjectNotFound)
+
+
+def test_silent_endpoint(silent_port: int):
+    limits = {"read_timeout": 0.2, "connect_timeout": 0.2, "retries": {"total_max_attempts": 2}}
+    options = {"key": "k-1234", "secret": "s-1234", "endpoint_url": f"http://127.0.0.1:{silent_port}"}
+    start = time.monotonic()
+    with pytest.raises(StoreError, match=r"s3://bucket/step-1/\.metadata.*imeout"):
+        run(Place("s3://bucket/step-1", options | {"config_kwargs": limits}), lambda store: store.get(".metadata"))
+    assert time.monotonic() - start < 10
+
+
+def test_refused_connection_fails_in_time_by_default(refused_port: int):
+    options = {"key": "k-1234", "secret": "s-1234", "endpoint_url": f"http://127.0.0.1:{refused_port}"}
+    start = time.monotonic()
+    with pytest.raises(StoreError, match=str(refused_port)):
+        run(Place("s3://bucket/step-1", options), lambda store: store.get(".metadata"))
+    assert time.monotonic() - start < 30
+
+
+def test_options_override_the_defaults_one_by_one(moto_s3: Place):
+    async def main():
+        async with moto_s3.open(read_timeout=77, s3={"addressing_style": "path"}) as store:
+            await store.commit(".metadata", b"{}")
+            config = store._session.meta.config
+            assert (config.read_timeout, config.connect_timeout) == (77, 5)
+            assert config.s3["addressing_style"] == "path"
+            assert config.max_pool_connections >= 256
+
+    asyncio.run(main())
+
+
+def test_storage_options_are_left_as_they_are(moto_s3: Place):
+    before = pickle.dumps(moto_s3.storage_options)
+    run(moto_s3, lambda store: store.commit(".metadata", b"{}"))
+    assert pickle.dumps(moto_s3.storage_options) == before
+
+
+def test_settings_from_the_environment(moto_s3: Place, monkeypatch):
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", moto_s3.storage_options["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", moto_s3.storage_options["secret"])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", moto_s3.storage_options["endpoint_url"])
+    run(Place(moto_s3.url), lambda store: store.commit(".metadata", b"{}"))
+    assert run(moto_s3, lambda store: store.get(".metadata")) == b"{}"
+
+
+@pytest.mark.parametrize("how", ["AWS_PROFILE", "profile"])
+def test_settings_from_a_profile(moto_s3: Place, monkeypatch, tmp_path, how: str):
+    options = moto_s3.storage_options
+    config = tmp_path / "config"
+    config.write_text(
+        f"[profile job]\nendpoint_url = {options['endpoint_url']}\nregion = us-east-1\n"
+        f"aws_access_key_id = {options['key']}\naws_secret_access_key = {options['secret']}\n"
+    )
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(config))
+    if how == "AWS_PROFILE":
+        monkeypatch.setenv("AWS_PROFILE", "job")
+    place = Place(moto_s3.url, {"profile": "job"} if how == "profile" else {})
+    run(place, lambda store: store.commit(".metadata", b"{}"))
+    assert run(moto_s3, lambda store: store.get(".metadata")) == b"{}"
+
+
+def test_unknown_profile():
+    with pytest.raises(StoreError, match="no-such-profile"):
+        run(Place("s3://bucket/x", {"profile": "no-such-profile"}), lambda store: store.get(".metadata"))
+
+
+def test_settings_from_the_configuration_of_fsspec(moto_s3: Place, monkeypatch):
+    monkeypatch.setitem(conf, "s3", moto_s3.storage_options | {"config_kwargs": {"read_timeout": 33}})
+
+    async def main():
+        async with open_store(moto_s3.url) as store:
+            await store.commit(".metadata", b"{}")
+            assert store._session.meta.config.read_timeout == 33
+
+    asyncio.run(main())
+    assert run(moto_s3, lambda store: store.get(".metadata")) == b"{}"
+
+
+def test_file_systems_are_not_kept(moto_s3: Place):
+    cached = fsspec.get_filesystem_class("s3")._cache
+    before = len(cached)
+    run(moto_s3, lambda store: store.list())
+    assert len(cached) == before
+
+
+def test_connections_are_closed(moto_s3: Place):
+    async def main():
+        async with moto_s3.open() as store:
+            await store.list()
+            session = store._session
+        return session._endpoint.http_session._sessions
+
+    assert not asyncio.run(main())
+
+
+@pytest.mark.parametrize("secret", ["s3cr3t/v@lue+x", "plain-secret-value"])
+@every_operation
+def test_no_secret_is_shown(refused_port: int, secret: str, operation):
+    options = {
+        "key": "AKIAVISIBLE",
+        "secret": secret,
+        "token": "session-token",
+        "client_kwargs": {"aws_session_token": "session-token"},
+        "endpoint_url": f"http://{secret.replace('/', '')}:pw-in-url@127.0.0.1:{refused_port}",
+        "config_kwargs": {"retries": {"total_max_attempts": 1}},
+    }
+    with pytest.raises(StoreError) as caught:
+        run(Place("s3://bucket/step-1", options), operation)
+    shown = "".join(traceback.format_exception(caught.value)) + repr(caught.value)
+    for hidden in (secret, secret.replace("/", ""), "session-token", "pw-in-url", "AKIAVISIBLE"):
+        assert hidden not in shown
