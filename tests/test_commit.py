@@ -1,0 +1,182 @@
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from tests import fake_ranks
+from tests.states import blank_like
+from torch.distributed.checkpoint import CheckpointException
+
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner, Transfer
+from dcp_storage.errors import CheckpointExists, StoreError
+from dcp_storage.store.local import LocalStore
+
+SMALL = Transfer(object_bytes=1 << 20, concurrency=4)
+
+
+def state_of(value):
+    return {"large": torch.full((1 << 20,), float(value)), "small": {"a": torch.tensor(value), "b": [value]}}
+
+
+def save(path, value, **options):
+    dcp.save(state_of(value), storage_writer=AsyncStorageWriter(path, transfer=SMALL, **options))
+
+
+def loaded_value(path):
+    state = blank_like(state_of(0))
+    dcp.load(state, storage_reader=AsyncStorageReader(path), planner=ShardedLoadPlanner())
+    values = {*state["large"].unique().tolist(), state["small"]["a"].item(), state["small"]["b"][0]}
+    assert len(values) == 1, f"a mix of saves: {values}"
+    return values.pop()
+
+
+def failure(raised):
+    return next(iter(raised.value.failures.values()))[0]
+
+
+def test_an_overwrite_replaces_the_checkpoint_and_leaves_nothing_of_the_old(tmp_path):
+    save(tmp_path, 1)
+    before = {file.name for file in tmp_path.iterdir()}
+    save(tmp_path, 2)
+    after = {file.name for file in tmp_path.iterdir()}
+    assert loaded_value(tmp_path) == 2
+    assert before & after == {".metadata"}
+    assert len(after) == len(before)
+
+
+def test_overwrite_of_another_codec_and_of_a_stock_checkpoint(tmp_path):
+    dcp.save(state_of(1), storage_writer=dcp.FileSystemWriter(tmp_path))
+    save(tmp_path, 2, codec=Codec("none"))
+    assert not list(tmp_path.glob("__0_*"))
+    save(tmp_path, 3)
+    assert not list(tmp_path.glob("*.distcp"))
+    assert loaded_value(tmp_path) == 3
+
+
+def test_files_that_no_manifest_names_are_never_deleted(tmp_path):
+    save(tmp_path, 1)
+    other_save_in_flight = tmp_path / "0123456789abcdef-0-0.distcp.zst"
+    other_save_in_flight.write_bytes(b"half of it")
+    (tmp_path / "notes.txt").write_text("mine")
+    save(tmp_path, 2)
+    assert other_save_in_flight.exists()
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_overwrite_false_refuses_before_a_byte_is_written(tmp_path):
+    save(tmp_path, 1, overwrite=False)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(CheckpointException) as raised:
+        save(tmp_path, 2, overwrite=False)
+    assert isinstance(failure(raised), CheckpointExists)
+    assert str(tmp_path) in str(failure(raised))
+    assert sorted(tmp_path.iterdir()) == before
+    assert loaded_value(tmp_path) == 1
+
+
+class Failing:
+    """Fails the n-th call of one store method, before or after it has had its effect."""
+
+    def __init__(self, monkeypatch, method, call, when):
+        self.calls = 0
+        real = getattr(LocalStore, method)
+
+        async def failing(store, *args):
+            self.calls += 1
+            mine = self.calls == call
+            if mine and when == "before":
+                raise StoreError(f"{store.url}: {method} was made to fail")
+            result = await real(store, *args)
+            if mine:
+                raise StoreError(f"{store.url}: {method} was made to fail")
+            return result
+
+        monkeypatch.setattr(LocalStore, method, failing)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("method", "call"), [("put", 1), ("put", 3), ("get", 1), ("commit", 1)])
+def test_a_failed_save_raises_and_leaves_the_previous_checkpoint(tmp_path, monkeypatch, method, call, when):
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch, pytest.raises(CheckpointException) as raised:
+        Failing(patch, method, call, when)
+        save(tmp_path, 2)
+    assert isinstance(failure(raised), StoreError)
+    # Only a commit that had its effect before its error has replaced the checkpoint.
+    assert loaded_value(tmp_path) == (2 if (method, when) == ("commit", "after") else 1)
+    save(tmp_path, 3)
+    assert loaded_value(tmp_path) == 3
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_failed_cleaning_up_does_not_fail_a_save_that_stands(tmp_path, monkeypatch, caplog, when):
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch:
+        Failing(patch, "delete", 1, when)
+        save(tmp_path, 2)
+    assert "not all deleted" in caplog.text
+    assert loaded_value(tmp_path) == 2
+
+
+def test_a_save_over_a_damaged_manifest_warns_and_stands(tmp_path, caplog):
+    (tmp_path / ".metadata").write_bytes(b"\x28\xb5\x2f\xfdnothing of sense")
+    save(tmp_path, 2)
+    assert "cannot be read" in caplog.text
+    assert loaded_value(tmp_path) == 2
+
+
+def test_no_reader_ever_sees_a_mix_while_a_writer_overwrites(tmp_path):
+    save(tmp_path, 0)
+    stop = threading.Event()
+
+    def write():
+        for value in range(1, 6):
+            save(tmp_path, value)
+        stop.set()
+
+    seen = []
+    with ThreadPoolExecutor(1) as writer:
+        writing = writer.submit(write)
+        while not stop.is_set():
+            try:
+                seen.append(loaded_value(tmp_path))
+            except CheckpointException as error:
+                assert isinstance(next(iter(error.failures.values()))[0], StoreError)
+        writing.result()
+    assert seen == sorted(seen)
+    assert loaded_value(tmp_path) == 5
+
+
+def test_one_writer_serves_saves_in_several_threads_at_once(tmp_path):
+    writer = AsyncStorageWriter(tmp_path / "unused", transfer=SMALL)
+
+    def save_step(step):
+        dcp.save(state_of(step), storage_writer=writer, checkpoint_id=tmp_path / str(step), no_dist=True)
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(save_step, range(8)))
+    assert [loaded_value(tmp_path / str(step)) for step in range(8)] == list(range(8))
+
+
+def test_async_save_in_a_thread(tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        state = state_of(1)
+        future = dcp.async_save(
+            state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner()
+        )
+        state["large"].fill_(9)  # what training does next must not reach the checkpoint
+        future.result(timeout=60)
+    finally:
+        torch.distributed.destroy_process_group()
+    assert loaded_value(tmp_path) == 1
+
+
+def test_each_rank_s_objects_are_told_apart_and_the_manifest_counts_the_ranks(tmp_path):
+    states = [{f"rank_{rank}": torch.full((1000,), rank)} for rank in range(3)]
+    fake_ranks.save(states, lambda: AsyncStorageWriter(tmp_path))
+    merged = {key: torch.zeros_like(value) for state in states for key, value in state.items()}
+    dcp.load(merged, storage_reader=AsyncStorageReader(tmp_path))
+    assert all((merged[f"rank_{rank}"] == rank).all() for rank in range(3))
+    assert sorted(name.name.split("-")[1] for name in tmp_path.glob("*.zst")) == ["0", "1", "2"]

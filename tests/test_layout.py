@@ -1,0 +1,56 @@
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dcp_storage.config import MIB
+from dcp_storage.transfer.layout import MIN_OBJECT_BYTES, Piece, lay_out, split_units, target_bytes
+
+BLOCK = 16
+sizes = st.lists(st.integers(0, 300), max_size=12)
+targets = st.integers(1, 200)
+
+
+@given(sizes, targets)
+def test_objects_hold_every_byte_once_and_in_order(sizes, target):
+    pieces = [piece for pieces in lay_out(sizes, BLOCK, target) for piece in pieces]
+    assert pieces == sorted(pieces)
+    for item, size in enumerate(sizes):
+        stop = 0
+        for piece in (piece for piece in pieces if piece.item == item):
+            assert piece.start == stop
+            assert piece.start % BLOCK == 0
+            stop = piece.stop
+        assert stop == size
+
+
+@given(sizes, targets)
+def test_objects_are_filled_and_never_overfull(sizes, target):
+    held = [sum(piece.stop - piece.start for piece in pieces) for pieces in lay_out(sizes, BLOCK, target)]
+    most = max(target, BLOCK)
+    assert all(0 < size <= most for size in held)
+    assert all(size > most - BLOCK for size in held[:-1])
+
+
+@given(sizes, targets, st.integers(1, 100))
+def test_units_are_the_pieces_cut_smaller(sizes, target, unit_bytes):
+    for pieces in lay_out(sizes, BLOCK, target):
+        units = split_units(pieces, BLOCK, unit_bytes)
+        joined: list[Piece] = []
+        for item, start, stop in (piece for unit in units for piece in unit):
+            if joined and joined[-1].item == item and joined[-1].stop == start:
+                joined[-1] = joined[-1]._replace(stop=stop)
+            else:
+                joined.append(Piece(item, start, stop))
+        assert joined == pieces
+        held = [sum(stop - start for _, start, stop in unit) for unit in units]
+        assert all(0 < size <= max(unit_bytes, BLOCK) for size in held)
+
+
+def test_many_small_items_share_few_objects():
+    assert len(lay_out([4096] * 20_000, MIB, 64 * MIB)) == 2
+
+
+def test_every_worker_gets_an_object_unless_objects_would_be_small():
+    assert target_bytes(total=800 * MIB, object_bytes=64 * MIB, concurrency=8) == 64 * MIB
+    assert target_bytes(total=160 * MIB, object_bytes=64 * MIB, concurrency=8) == 20 * MIB
+    assert target_bytes(total=MIB, object_bytes=64 * MIB, concurrency=8) == MIN_OBJECT_BYTES
+    assert target_bytes(total=800 * MIB, object_bytes=4 * MIB, concurrency=8) == 4 * MIB

@@ -1,0 +1,176 @@
+import asyncio
+import pickle
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+from tests.states import assert_same, blank_like, every_dtype
+
+from dcp_storage import (
+    AsyncStorageReader,
+    AsyncStorageWriter,
+    Codec,
+    ShardedLoadPlanner,
+    ShardedSavePlanner,
+    Transfer,
+)
+from dcp_storage.errors import UnsupportedTensor
+
+pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
+
+CODECS = {
+    "zstd": Codec(),
+    "none": Codec("none"),
+    "no_planes": Codec(byte_planes=False),
+    "level_9": Codec(level=9),
+    "small_blocks": Codec(block_bytes=4096),
+}
+
+
+def round_trip(state, path, codec=Codec(), sharded=True, **options):
+    writer = AsyncStorageWriter(path, codec=codec, **options)
+    dcp.save(state, storage_writer=writer, planner=ShardedSavePlanner() if sharded else None)
+    loaded = blank_like(state)
+    planner = ShardedLoadPlanner() if sharded else None
+    dcp.load(loaded, storage_reader=AsyncStorageReader(path, **options), planner=planner)
+    return loaded
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["our_planners", "default_planners"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_every_dtype_shape_and_stride_comes_back_bit_for_bit(tmp_path, codec, sharded):
+    state = every_dtype()
+    assert_same(round_trip(state, tmp_path / "step-1", CODECS[codec], sharded), state)
+
+
+def test_s3(moto_s3):
+    state = every_dtype()
+    assert_same(round_trip(state, moto_s3.url, storage_options=moto_s3.storage_options), state)
+
+
+def test_memory():
+    state = every_dtype()
+    assert_same(round_trip(state, "memory://test_memory/step-1"), state)
+
+
+def test_file_url(tmp_path):
+    state = {"weight": torch.randn(10)}
+    assert_same(round_trip(state, f"file://{tmp_path}/step-1"), state)
+    assert (tmp_path / "step-1" / ".metadata").is_file()
+
+
+@pytest.mark.parametrize("codec", ["zstd", "none"])
+def test_items_that_span_objects_and_objects_that_hold_many_items(tmp_path, codec):
+    state = {"large": torch.randn(3 << 20), **{f"small.{n}": torch.randn(n + 1) for n in range(50)}}
+    codec = Codec(codec, block_bytes=65_536)
+    transfer = Transfer(object_bytes=1 << 20, concurrency=3, threads=2)
+    writer = AsyncStorageWriter(tmp_path, codec=codec, transfer=transfer)
+    dcp.save(state, storage_writer=writer, planner=ShardedSavePlanner())
+    assert len(list(tmp_path.iterdir())) == 14  # 12 MiB in objects of 1 MiB, the small ones, the manifest
+    loaded = blank_like(state)
+    dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path, transfer=transfer), planner=ShardedLoadPlanner())
+    assert_same(loaded, state)
+
+
+def test_only_a_view_is_stored_and_not_its_storage(tmp_path):
+    round_trip({"view": torch.randn(1000, 1000)[0]}, tmp_path, Codec("none"))
+    assert sum(file.stat().st_size for file in tmp_path.iterdir()) < 10_000
+
+
+def test_an_empty_state_dict(tmp_path):
+    assert round_trip({}, tmp_path) == {}
+    assert [file.name for file in tmp_path.iterdir()] == [".metadata"]
+
+
+def test_stateful_objects_are_asked_for_their_state(tmp_path):
+    model, other = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    dcp.save({"model": model}, storage_writer=AsyncStorageWriter(tmp_path))
+    dcp.load({"model": other}, storage_reader=AsyncStorageReader(tmp_path))
+    assert_same(other.state_dict(), model.state_dict())
+
+
+def test_checkpoint_id_chooses_the_place_of_each_save(tmp_path):
+    writer, reader = AsyncStorageWriter(tmp_path / "unused"), AsyncStorageReader(tmp_path / "unused")
+    for step in (1, 2):
+        dcp.save({"step": torch.tensor(step)}, storage_writer=writer, checkpoint_id=tmp_path / str(step))
+    for step in (1, 2):
+        state = {"step": torch.tensor(0)}
+        dcp.load(state, storage_reader=reader, checkpoint_id=str(tmp_path / str(step)))
+        assert state["step"] == step
+    assert not (tmp_path / "unused").exists()
+
+
+def test_inside_a_running_event_loop(tmp_path):
+    async def notebook():
+        return round_trip({"weight": torch.arange(5)}, tmp_path)
+
+    assert torch.equal(asyncio.run(notebook())["weight"], torch.arange(5))
+
+
+@pytest.mark.parametrize("make", [AsyncStorageWriter, AsyncStorageReader])
+def test_writers_and_readers_pickle_after_use_too(tmp_path, make):
+    state = {"weight": torch.arange(5)}
+    writer, reader = AsyncStorageWriter(tmp_path, codec=Codec(level=3)), AsyncStorageReader(tmp_path)
+    dcp.save(state, storage_writer=writer)
+    dcp.load(blank_like(state), storage_reader=reader)
+    dcp.save(state, storage_writer=pickle.loads(pickle.dumps(writer)))
+    loaded = blank_like(state)
+    dcp.load(loaded, storage_reader=pickle.loads(pickle.dumps(reader)))
+    assert_same(loaded, state)
+
+
+def test_a_load_casts_and_reaches_strided_destinations(tmp_path):
+    state = {"a": torch.randn(64, 64), "b": torch.randn(64, 64)}
+    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path, codec=Codec(block_bytes=4096)))
+    loaded = {"a": torch.zeros(64, 64, dtype=torch.float64), "b": torch.zeros(64, 64).t()}
+    planner = ShardedLoadPlanner(dtype_policy="cast")
+    dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path), planner=planner)
+    assert torch.equal(loaded["a"], state["a"].double())
+    assert torch.equal(loaded["b"], state["b"])
+
+
+def test_an_observer_sees_every_byte_of_a_save_and_a_load(tmp_path):
+    class Log:
+        def __init__(self):
+            self.calls = []
+
+        def start(self, operation, url, raw_bytes):
+            self.calls.append((operation, url, raw_bytes))
+            self.raw = self.stored = 0
+
+        def advance(self, raw_bytes, stored_bytes):
+            self.raw += raw_bytes
+            self.stored += stored_bytes
+
+        def finish(self, error):
+            self.calls.append((self.raw, self.stored, error))
+
+    state, log = {"weight": torch.randn(1 << 20)}, Log()
+    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path, observer=log))
+    stored = sum(file.stat().st_size for file in tmp_path.glob("*.zst"))
+    dcp.load(state, storage_reader=AsyncStorageReader(tmp_path, observer=log))
+    moved = (4 << 20, stored, None)
+    assert log.calls == [("save", str(tmp_path), 4 << 20), moved, ("load", str(tmp_path), 4 << 20), moved]
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda: torch.eye(3).to_sparse(), "sparse_coo"),
+        (lambda: torch.empty(3, device="meta"), "meta"),
+        (lambda: torch.empty(4, dtype=torch.uint4), "uint4"),
+        (lambda: torch.empty(4, dtype=torch.float4_e2m1fn_x2), "float4"),
+        (lambda: torch.empty(4, dtype=torch.bits8), "bits8"),
+    ],
+)
+@pytest.mark.parametrize("sharded", [True, False], ids=["our_planners", "default_planners"])
+def test_tensors_that_cannot_be_stored_are_refused_by_name(tmp_path, make, says, sharded):
+    planner = ShardedSavePlanner() if sharded else None
+    with pytest.raises(CheckpointException) as raised:
+        dcp.save({"odd": {"one": make()}}, storage_writer=AsyncStorageWriter(tmp_path / "x"), planner=planner)
+    error = raised.value.failures[0][0]
+    assert isinstance(error, UnsupportedTensor)
+    assert "odd.one" in str(error)
+    assert says in str(error)
+    assert not (tmp_path / "x" / ".metadata").exists()
