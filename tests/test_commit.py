@@ -163,9 +163,7 @@ def test_async_save_in_a_thread(tmp_path):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         state = state_of(1)
-        future = dcp.async_save(
-            state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner()
-        )
+        future = dcp.async_save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner())
         state["large"].fill_(9)  # what training does next must not reach the checkpoint
         future.result(timeout=60)
     finally:

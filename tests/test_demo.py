@@ -9,6 +9,8 @@ import traceback
 import pytest
 import torch
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from dcp_storage import cli, demo
 from dcp_storage.demo import bits, machine, report
@@ -23,10 +25,13 @@ from dcp_storage.errors import BlockCorrupt
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "check", "##point", "##s", "cafe", "."]
 
 
-def report_and_sum(rank, config):
-    total = torch.tensor([rank.rank + 1.0])
-    torch.distributed.all_reduce(total)
-    rank.report("sum", (config, float(total), os.environ["LOCAL_WORLD_SIZE"]))
+def compare_shards(rank, config):
+    mesh = init_device_mesh("cpu", (rank.world_size,))
+    whole = torch.arange(3.0)[:, None]
+    state = {"w": distribute_tensor(whole.clone(), mesh, [Shard(0)])}
+    if rank.rank == 1:
+        state["w"].to_local()[0] = -0.0
+    rank.report("compared", (config, bits.gather(state)["w"].shape, bits.compare(state, {"w": whole})))
 
 
 def fail_on_last_rank(rank, error):
@@ -98,10 +103,12 @@ def test_published_weights_load_strictly_and_make_sense():
 def test_differences_are_found_to_the_last_bit():
     nan, zero = torch.tensor([float("nan")]), torch.zeros(2, dtype=torch.bfloat16)
     whole = {"nan": nan, "zero": zero, "scalar": torch.tensor(1.0), "step": 3}
-    assert bits.differences(whole, {name: torch.clone(v) if name != "step" else v for name, v in whole.items()}) == []
-    assert bits.differences(whole, whole | {"zero": -zero}) == ["zero"]
-    assert bits.differences(whole, whole | {"scalar": torch.tensor(1)}) == ["scalar"]
-    assert bits.differences(whole, whole | {"step": 4, "more": 1}) == ["more", "step"]
+    equal = bits.compare({"nan": nan.clone(), "zero": zero.clone(), "scalar": torch.tensor(1.0), "step": 3}, whole)
+    assert equal == bits.Comparison([], 0, 12)
+    assert bits.compare(whole | {"zero": -zero}, whole).different == ["zero"]
+    assert bits.compare(whole | {"scalar": torch.tensor(1)}, whole).different == ["scalar"]
+    assert bits.compare(whole | {"step": 4, "more": 1}, whole).different == ["more", "step"]
+    assert bits.compare({}, whole).different == sorted(whole)
 
 
 def test_poison_reaches_every_tensor():
@@ -109,7 +116,7 @@ def test_poison_reaches_every_tensor():
     before = {name: leaf.clone() for name, leaf in bits.flatten(state) if isinstance(leaf, torch.Tensor)}
     bits.poison(state)
     after = {name: leaf for name, leaf in bits.flatten(state) if isinstance(leaf, torch.Tensor)}
-    assert bits.differences(after, before) == ["a.0", "a.1.b"]
+    assert bits.compare(after, before).different == ["a.0", "a.1.b"]
 
 
 def test_every_contestant_takes_every_turn():
@@ -117,12 +124,13 @@ def test_every_contestant_takes_every_turn():
     assert list(orders())[-1] == (STOCK, STOCK_ZSTD, OURS)
 
 
-def test_ranks_report_and_end():
-    with Ranks(2, report_and_sum, "config") as ranks:
-        assert sorted((event.rank, event.data) for event in ranks.events()) == [
-            (0, ("config", 3.0, "2")),
-            (1, ("config", 3.0, "2")),
-        ]
+def test_ranks_compare_their_own_shards_and_end():
+    with Ranks(2, compare_shards, "config") as ranks:
+        found = {event.rank: event.data for event in ranks.events()}
+    assert found == {
+        0: ("config", (3, 1), bits.Comparison([], 8, 0)),
+        1: ("config", (3, 1), bits.Comparison(["w"], 4, 0)),
+    }
 
 
 @pytest.mark.parametrize(

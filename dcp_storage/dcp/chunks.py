@@ -88,3 +88,14 @@ def box_chunk(box: Box) -> ChunkStorageMetadata:
 def global_shape(value: Tensor) -> Shape | None:
     """Return the shape of the whole tensor that a value is of, or `None` where the value cannot know it."""
     return None if isinstance(value, LocalShardsWrapper) else tuple(value.size())
+
+
+def local_dtype(value: Tensor) -> torch.dtype | None:
+    """Return the dtype of what a value holds on this rank, or `None` where that is nothing.
+
+    A `LocalShardsWrapper` calls itself of the default dtype, and so does a DTensor around one.
+    """
+    local = value._local_tensor if isinstance(value, DTensor) else value  # noqa: SLF001
+    if isinstance(local, LocalShardsWrapper):
+        return local.local_shards()[0].dtype if local.local_shards() else None
+    return local.dtype

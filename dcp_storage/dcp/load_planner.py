@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from dcp_storage.dcp.chunks import chunk_box, global_shape, wanted_boxes
+from dcp_storage.dcp.chunks import chunk_box, global_shape, local_dtype, wanted_boxes
 from dcp_storage.errors import ConfigError, CoverageError, DtypeMismatch, MissingKeys, UnsupportedFormat
 from dcp_storage.geometry import Box, contains, intersect, subtract
 
@@ -80,8 +80,9 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
             entry = stored.get(fqn)
             if isinstance(entry, TensorStorageMetadata):
                 reads.extend(_tensor_reads(fqn, value, entry))
-                if value.dtype != entry.properties.dtype:
-                    casts.append(f"{fqn} ({entry.properties.dtype} -> {value.dtype})")
+                here = local_dtype(value) or entry.properties.dtype
+                if here != entry.properties.dtype:
+                    casts.append(f"{fqn} ({entry.properties.dtype} -> {here})")
             elif isinstance(entry, BytesStorageMetadata):
                 reads.append(_bytes_read(fqn, value))
         self._judge(casts)

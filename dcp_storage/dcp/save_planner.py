@@ -37,7 +37,11 @@ class ShardedSavePlanner(DefaultSavePlanner):
 
     def create_local_plan(self) -> SavePlan:
         """Return what this rank could write: all that it holds."""
-        items = [item for fqn, value in self.state_dict.items() for item in write_items(fqn, value)]
+        by_name = {fqn: write_items(fqn, value) for fqn, value in self.state_dict.items()}
+        self._places = {
+            (fqn, _box(item)): n for fqn, held in by_name.items() for n, item in enumerate(held) if _is_chunk(item)
+        }
+        items = [item for held in by_name.values() for item in held]
         self.plan = SavePlan(items, planner_data=self.mappings if self.flatten_state_dict else None)
         return self.plan
 
@@ -64,17 +68,18 @@ class ShardedSavePlanner(DefaultSavePlanner):
         return new_plan
 
     def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        """Return the tensor or the bytes of an item.
-
-        A chunk without elements needs no looking up: it may share its offset with one that has some.
-        """
-        if write_item.tensor_data is not None and not chunk_box(write_item.tensor_data.chunk).numel:
-            planned = write_item.tensor_data
-            return torch.empty(planned.chunk.sizes, dtype=planned.properties.dtype)
-        data = super().resolve_data(write_item)
-        if isinstance(data, io.BytesIO):
+        """Return the tensor or the bytes of an item."""
+        planned = write_item.tensor_data
+        if planned is None:
+            data = super().resolve_data(write_item)
             _warn_if_unsafe(write_item.index.fqn, data)
-        return data
+            return data
+        if not _box(write_item).numel:
+            return torch.empty(planned.chunk.sizes, dtype=planned.properties.dtype)
+        # Hooks take the hint for the shard's place on this rank, and need it where an empty shard has the same offset.
+        place = self._places.get((write_item.index.fqn, _box(write_item)))
+        index = dataclasses.replace(write_item.index, index=place)
+        return super().resolve_data(dataclasses.replace(write_item, index=index))
 
 
 class _Offer(NamedTuple):
@@ -113,10 +118,10 @@ def _bytes_offers(candidates: _Candidates) -> Iterator[_Offer]:
 
 def _tensor_offers(fqn: str, candidates: _Candidates) -> list[_Offer]:
     """Return one offer for each box, in the order of their offsets; none if the entry is no tensor."""
-    kinds = {item.type == WriteItemType.BYTE_IO for _, item in candidates}
+    kinds = {_is_chunk(item) for _, item in candidates}
     if len(kinds) > 1:
         raise CoverageError(f"{fqn} is a tensor on some ranks and another object on others", fqn=fqn)
-    if kinds == {True}:
+    if kinds == {False}:
         return []
     owners: defaultdict[Box, list[tuple[int, WriteItem]]] = defaultdict(list)
     for rank, item in candidates:
@@ -124,6 +129,10 @@ def _tensor_offers(fqn: str, candidates: _Candidates) -> list[_Offer]:
     # An empty box is kept only where there is nothing else to say that the tensor exists.
     boxes = [box for box in owners if box.numel] or list(owners)[:1]
     return [_Offer(owners[box][0][1], tuple(sorted({rank for rank, _ in owners[box]}))) for box in sorted(boxes)]
+
+
+def _is_chunk(item: WriteItem) -> bool:
+    return item.type != WriteItemType.BYTE_IO
 
 
 def _box(item: WriteItem) -> Box:

@@ -1,13 +1,13 @@
 """Comparing states bit by bit: poison what is to be loaded, keep a reference, find what differs."""
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-from dcp_storage.demo.train import full_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 _POISON = 0xA5
 
@@ -23,13 +23,7 @@ def flatten(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 def gather(state: dict[str, Any]) -> dict[str, Any]:
     """Return every leaf of a state by name, tensors whole. All ranks must call this together."""
-    return {name: full_tensor(leaf) if isinstance(leaf, Tensor) else leaf for name, leaf in flatten(state)}
-
-
-def count(whole: dict[str, Any]) -> tuple[int, int]:
-    """Return how many tensors there are and their bytes."""
-    sizes = [leaf.nbytes for leaf in whole.values() if isinstance(leaf, Tensor)]
-    return len(sizes), sum(sizes)
+    return {name: leaf.full_tensor() if isinstance(leaf, DTensor) else leaf for name, leaf in flatten(state)}
 
 
 def write_reference(path: Path, whole: dict[str, Any]) -> None:
@@ -47,14 +41,42 @@ def poison(state: dict[str, Any]) -> None:
     """Overwrite every tensor with a bit pattern that no weight has, so that nothing can pass without being loaded."""
     for _, leaf in flatten(state):
         if isinstance(leaf, Tensor):
-            local = leaf.to_local() if hasattr(leaf, "to_local") else leaf
+            local = leaf.to_local() if isinstance(leaf, DTensor) else leaf
             local.detach().copy_(_pattern(local))
 
 
-def differences(loaded: dict[str, Any], reference: dict[str, Any]) -> list[str]:
-    """Return the names that are missing, unexpected, or not equal to the last bit."""
-    names = loaded.keys() | reference.keys()
-    return sorted(name for name in names if not _same(loaded.get(name), reference.get(name)))
+@dataclass(frozen=True)
+class Comparison:
+    """What one rank compared.
+
+    Attributes:
+        different: The names that are missing, unexpected, or not equal to the last bit.
+        shard_bytes: Bytes compared of tensors that are sharded; each rank has other ones.
+        whole_bytes: Bytes compared of tensors that every rank has whole.
+    """
+
+    different: list[str]
+    shard_bytes: int
+    whole_bytes: int
+
+
+def compare(state: dict[str, Any], reference: dict[str, Any]) -> Comparison:
+    """Compare what this rank holds of a state with its part of the reference."""
+    found = dict(flatten(state))
+    expected = {name: _part_of(leaf, found.get(name)) for name, leaf in reference.items()}
+    held = {name: leaf.to_local() if isinstance(leaf, DTensor) else leaf for name, leaf in found.items()}
+    names = held.keys() | expected.keys()
+    different = [name for name in names if not _same(held.get(name), expected.get(name))]
+    sizes = {name: leaf.nbytes for name, leaf in held.items() if isinstance(leaf, Tensor)}
+    shard_bytes = sum(size for name, size in sizes.items() if isinstance(found[name], DTensor))
+    return Comparison(sorted(different), shard_bytes, sum(sizes.values()) - shard_bytes)
+
+
+def _part_of(whole: Any, like: Any) -> Any:
+    """Return this rank's part of a whole tensor, cut by torch itself as `like` is sharded."""
+    if not isinstance(like, DTensor) or not isinstance(whole, Tensor) or like.shape != whole.shape:
+        return whole
+    return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None).to_local()
 
 
 def _same(left: Any, right: Any) -> bool:

@@ -45,7 +45,7 @@ def resume_and_verify(rank: Rank, config: Config) -> None:
             bits.poison(state)
             _tell(rank, "loaded", (name, _timed(storage.load, name, state, config.place)))
             if order is rounds[-1]:
-                _tell(rank, "checked", (name, _check(config, state)))
+                _tell(rank, "checked", (name, _check(rank, config, state)))
     trainer.restore(state)
     _tell(rank, "resumed", (trainer.evaluate(), trainer.step()))
 
@@ -95,14 +95,23 @@ def _keep_reference(rank: Rank, config: Config, trainer: "Trainer") -> dict[str,
     return state
 
 
-def _check(config: Config, state: dict[str, Any]) -> Check:
-    """Compare a loaded state with the reference of the step that it says it is."""
+def _check(rank: Rank, config: Config, state: dict[str, Any]) -> Check:
+    """Compare a loaded state, each rank its part, with the reference of the step that it says it is."""
+    import torch
+    from torch import distributed
+
     from dcp_storage.demo import bits
 
     path = _reference(config, state["step"])
     reference = bits.read_reference(path) if path.exists() else {}
-    whole = bits.gather(state)
-    return Check(state["step"], *bits.count(whole), bits.differences(whole, reference))
+    parts: list[Any] = [None] * rank.world_size
+    distributed.all_gather_object(parts, bits.compare(state, reference))
+    different = {name for part in parts for name in part.different}
+    compared = sum(part.shard_bytes for part in parts) + parts[0].whole_bytes
+    sizes = [leaf.nbytes for leaf in reference.values() if isinstance(leaf, torch.Tensor)]
+    if compared != sum(sizes):
+        different.add(f"the {sum(sizes) - compared} bytes that no rank has")
+    return Check(state["step"], len(sizes), compared, sorted(different))
 
 
 def _reference(config: Config, step: int) -> Path:

@@ -8,7 +8,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn import functional
 
 from dcp_storage.demo.model import MiniLM, Shape
@@ -102,11 +101,6 @@ def describe(weights: dict[str, Tensor]) -> dict[str, int]:
         "values": sum(value.numel() for value in weights.values()),
         "bytes": sum(value.nbytes for value in weights.values()),
     }
-
-
-def full_tensor(value: Tensor) -> Tensor:
-    """Return the whole of a tensor, gathered from all ranks where it is sharded."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def _build(weights: dict[str, Tensor] | None) -> MiniLM:

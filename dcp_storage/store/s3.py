@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aiobotocore.response import AioReadTimeoutError
+from botocore.config import Config
 from botocore.exceptions import IncompleteReadError, ResponseStreamingError
 
 from dcp_storage.store.failures import error_code
@@ -16,11 +17,14 @@ _CONFIG_DEFAULTS = {
     "read_timeout": 15,  # seconds without a byte
     "retries": {"mode": "standard", "total_max_attempts": 4},
     "max_pool_connections": 256,  # the most that Transfer.concurrency may ask for
+    # Some servers answer a range with the checksum of the whole object, and blocks carry checks of their own.
+    "response_checksum_validation": "when_required",
 }
 """What botocore is told where `config_kwargs` in the storage options says nothing: an endpoint that refuses or drops
 connections fails within half a minute."""
 
 _ATTEMPTS = 4
+_PAUSE_SECONDS = 1.0
 _BROKEN_BODY: tuple[type[Exception], ...] = (AioReadTimeoutError, IncompleteReadError, ResponseStreamingError)
 _THROTTLED = {"SlowDown", "ServiceUnavailable", "503"}
 
@@ -37,7 +41,9 @@ class S3Store(RemoteStore):
         super().__init__(url, fs_class, storage_options)
         # More than one connection an object would read it in parts, which a commit may replace in between.
         self._options["max_concurrency"] = 1
-        self._options["config_kwargs"] = _CONFIG_DEFAULTS | dict(self._options.get("config_kwargs") or {})
+        # Options that this botocore is too old for name behaviour that it is also too old to have.
+        defaults = {name: value for name, value in _CONFIG_DEFAULTS.items() if name in Config.OPTION_DEFAULTS}
+        self._options["config_kwargs"] = defaults | dict(self._options.get("config_kwargs") or {})
 
     def _make_fs(self) -> Any:
         fs = super()._make_fs()
@@ -53,7 +59,7 @@ class S3Store(RemoteStore):
             except Exception as error:
                 if not _is_transient(error):
                     raise
-            await asyncio.sleep(random.uniform(0.5, 1) * 2**attempt)  # noqa: S311 - no secret
+            await asyncio.sleep(random.uniform(0.5, 1) * _PAUSE_SECONDS * 2**attempt)  # noqa: S311 - no secret
         return await super()._call(method, *args, **kwargs)
 
     async def _write(self, path: str, data: bytes) -> None:

@@ -1,0 +1,341 @@
+"""What users get wrong, and what they are told: a typed error that says what, where and what to do."""
+
+import json
+import pickle
+
+import msgspec
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+import zstandard
+from tests.states import blank_like
+from torch.distributed.checkpoint import CheckpointException
+
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, Transfer, errors
+from dcp_storage.errors import (
+    BlockCorrupt,
+    CheckpointNotFound,
+    ConfigError,
+    CoverageError,
+    DcpStorageError,
+    DtypeMismatch,
+    ManifestCorrupt,
+    MissingKeys,
+    ObjectNotFound,
+    UnsupportedFormat,
+)
+
+STATE = {"model": {"weight": torch.arange(5000.0), "bias": torch.ones(3)}, "step": 7}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    dcp.save(STATE, storage_writer=AsyncStorageWriter(tmp_path, codec=Codec("none", block_bytes=4096)))
+    return tmp_path
+
+
+def load_error(path, state=None, planner=None, **options):
+    with pytest.raises(CheckpointException) as raised:
+        dcp.load(
+            blank_like(STATE) if state is None else state,
+            storage_reader=AsyncStorageReader(path, **options),
+            planner=planner or ShardedLoadPlanner(),
+        )
+    error = raised.value.failures[0][0]
+    assert str(pickle.loads(pickle.dumps(error))) == str(error)
+    return error
+
+
+def save_error(path, **options):
+    with pytest.raises(CheckpointException) as raised:
+        dcp.save(STATE, storage_writer=AsyncStorageWriter(path, **options))
+    return raised.value.failures[0][0]
+
+
+def rewrite(saved, change):
+    """Change the manifest's JSON and store it again, whole."""
+    path = saved / ".metadata"
+    manifest = json.loads(zstandard.ZstdDecompressor().decompress(path.read_bytes()))
+    change(manifest)
+    path.write_bytes(zstandard.ZstdCompressor().compress(json.dumps(manifest).encode()))
+
+
+@pytest.mark.parametrize("make", [lambda p: p / "nothing" / "here", lambda p: p])
+def test_a_path_without_a_checkpoint(tmp_path, make):
+    (tmp_path / "weights.bin").write_bytes(b"data")
+    path = make(tmp_path)
+    error = load_error(path)
+    assert isinstance(error, CheckpointNotFound)
+    assert isinstance(error, FileNotFoundError)
+    assert str(path) in str(error)
+
+
+def test_reading_metadata_directly_raises_the_typed_error(tmp_path):
+    with pytest.raises(CheckpointNotFound):
+        AsyncStorageReader(tmp_path).read_metadata()
+
+
+def test_a_reader_works_again_once_the_checkpoint_is_there(tmp_path):
+    reader, state = AsyncStorageReader(tmp_path), blank_like(STATE)
+    with pytest.raises(CheckpointException):
+        dcp.load(state, storage_reader=reader)
+    dcp.save(STATE, storage_writer=AsyncStorageWriter(tmp_path))
+    dcp.load(state, storage_reader=reader)
+    assert state["step"] == 7
+
+
+def test_a_format_version_from_the_future(saved):
+    rewrite(saved, lambda manifest: manifest.update(version=2, tensors="who knows"))
+    error = load_error(saved)
+    assert isinstance(error, UnsupportedFormat)
+    assert "version 2" in str(error)
+    assert "install a later dcp_storage" in str(error)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 5, -1])
+def test_a_damaged_manifest_is_not_taken_for_an_absent_one(saved, cut):
+    path = saved / ".metadata"
+    path.write_bytes(path.read_bytes()[:cut] if cut else b"")
+    error = load_error(saved)
+    assert isinstance(error, ManifestCorrupt)
+    assert str(path) in str(error)
+
+
+def set_in(*path, value):
+    def change(manifest):
+        for step in path[:-1]:
+            manifest = manifest[step]
+        manifest[path[-1]] = value
+
+    return change
+
+
+WEIGHT = ("tensors", "model.weight")
+SEGMENT = (*WEIGHT, "chunks", 0, "segments", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (set_in("objects", 0, 0, value="../../etc/passwd"), "leaves the checkpoint"),
+        (set_in("objects", 0, 0, value="/etc/passwd"), "leaves the checkpoint"),
+        (set_in("objects", 0, 0, value="s3://bucket/key"), "leaves the checkpoint"),
+        (set_in("objects", 0, 0, value=".."), "leaves the checkpoint"),
+        (set_in("objects", 0, 0, value="a\0b"), "leaves the checkpoint"),
+        (set_in("objects", 0, 1, value=10), "of object"),
+        (set_in("objects", 0, 1, value=-1), "-1 bytes"),
+        (set_in("objects", value=[]), "which is not listed"),
+        (set_in("codec", "compression", value="lz4"), "lz4"),
+        (set_in("codec", "block_bytes", value=1 << 40), "blocks of"),
+        (set_in("codec", "block_bytes", value=0), "blocks of"),
+        (set_in("codec", "block_bytes", value=1000), "cut elements in two"),
+        (set_in("codec", "block_bytes", value=8192), "5 blocks for 20000 bytes"),
+        (set_in("world_size", value=0), "world size"),
+        (set_in("rank", value=3), "rank 3 of 1"),
+        (set_in(*WEIGHT, "dtype", value="float128"), "float128"),
+        (set_in(*WEIGHT, "planes", value=8), "8 byte planes"),
+        (set_in(*WEIGHT, "size", value=[1 << 50]), "no part holds"),
+        (set_in(*WEIGHT, "size", value=[4999]), "outside"),
+        (set_in(*WEIGHT, "size", value=[-1]), "shape"),
+        (set_in(*WEIGHT, "chunks", value=[]), "no part holds"),
+        (set_in(*WEIGHT, "chunks", 0, "sizes", value=[1 << 60]), "outside"),
+        (set_in(*WEIGHT, "chunks", 0, "offsets", value=[-1]), "outside"),
+        (set_in(*WEIGHT, "chunks", 0, "offsets", value=[]), "outside"),
+        (set_in(*WEIGHT, "chunks", 0, "segments", value=[]), "0 blocks"),
+        (set_in(*SEGMENT, 0, value=5), "which is not listed"),
+        (set_in(*SEGMENT, 0, value=-1), "which is not listed"),
+        (set_in(*SEGMENT, 1, value=-8), "begins at -8"),
+        (set_in(*SEGMENT, 1, value=1 << 40), "of object"),
+        (set_in(*SEGMENT, 2, value=[4096, 4096, 4096, 4096, 4096]), "stored in 4096"),
+        (set_in(*SEGMENT, 2, value=[-4096, 4096, 4096, 4096, 3616]), "stored in -4096"),
+        (set_in(*SEGMENT, 3, value="00"), "other blocks"),
+        (set_in(*SEGMENT, 3, value="x" * 80), "hexadecimal"),
+        (set_in("bytes", "step", "size", value=-5), "bytes"),
+        (set_in("bytes", "step", "size", value=1 << 40), "blocks for"),
+        (set_in("bytes", "model.weight", value={"size": 0, "segments": []}), "both a tensor and not"),
+        (set_in("tensors", value=[]), "schema"),
+        (set_in("planner_data", "step", value=[{}]), "schema"),
+        (set_in("format", value="other"), "format is 'other'"),
+    ],
+)
+def test_a_manifest_that_cannot_be_is_refused_before_anything_is_read(saved, change, says):
+    rewrite(saved, change)
+    error = load_error(saved)
+    assert isinstance(error, ManifestCorrupt)
+    assert says in str(error)
+    assert str(saved) in str(error)
+
+
+def test_a_manifest_may_have_keys_of_later_minor_versions(saved):
+    rewrite(saved, lambda manifest: manifest.update(signature="abc"))
+    state = blank_like(STATE)
+    dcp.load(state, storage_reader=AsyncStorageReader(saved))
+    assert torch.equal(state["model"]["weight"], STATE["model"]["weight"])
+
+
+def test_a_manifest_that_inflates_without_end_is_refused_unread(saved):
+    frame = bytearray(zstandard.ZstdCompressor().compress(b" " * 100))
+    bomb = frame[:4] + bytes([0xE0]) + (1 << 42).to_bytes(8, "little") + frame[6:]
+    (saved / ".metadata").write_bytes(bomb)
+    assert isinstance(load_error(saved), ManifestCorrupt)
+
+
+def data_file(saved):
+    return next(saved.glob("*.distcp"))
+
+
+def test_a_missing_object(saved):
+    data_file(saved).unlink()
+    error = load_error(saved)
+    assert isinstance(error, ObjectNotFound)
+    assert ".distcp" in str(error)
+
+
+def test_a_short_object(saved):
+    data_file(saved).write_bytes(data_file(saved).read_bytes()[:100])
+    error = load_error(saved)
+    assert isinstance(error, BlockCorrupt)
+    assert "too early" in str(error)
+    assert error.fqn in str(error)
+
+
+def test_a_damaged_block_names_object_offset_and_entry(saved):
+    data = bytearray(data_file(saved).read_bytes())
+    at = json.loads(zstandard.ZstdDecompressor().decompress((saved / ".metadata").read_bytes()))
+    _, offset, lengths, _ = at["tensors"]["model.weight"]["chunks"][0]["segments"][0]
+    data[offset + lengths[0] + 5] ^= 1
+    data_file(saved).write_bytes(data)
+    error = load_error(saved)
+    assert isinstance(error, BlockCorrupt)
+    assert (error.fqn, error.object_name) == ("model.weight", data_file(saved).name)
+    assert error.offset == offset + lengths[0]
+    assert all(part in str(error) for part in (error.fqn, error.object_name, str(error.offset)))
+
+
+def test_damage_to_what_is_not_loaded_does_no_harm(saved):
+    data = bytearray(data_file(saved).read_bytes())
+    data[2] ^= 1
+    data_file(saved).write_bytes(data)
+    state = {"model": {"bias": torch.zeros(3)}}
+    dcp.load(state, storage_reader=AsyncStorageReader(saved))
+    assert torch.equal(state["model"]["bias"], torch.ones(3))
+
+
+def test_missing_keys_are_listed_and_may_be_allowed(saved):
+    state = {"model": {"weight": torch.zeros(5000), "scale": torch.zeros(1)}}
+    error = load_error(saved, state)
+    assert isinstance(error, MissingKeys)
+    assert "model.scale" in str(error)
+    planner = ShardedLoadPlanner(allow_partial_load=True)
+    dcp.load(state, storage_reader=AsyncStorageReader(saved), planner=planner)
+    assert planner.skipped == ["model.scale"]
+    assert sorted(planner.unexpected) == ["model.bias", "step"]
+    assert torch.equal(state["model"]["weight"], STATE["model"]["weight"])
+
+
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        ({"model": {"weight": torch.zeros(4999)}}, "shape [4999] here and [5000]"),
+        ({"model": {"weight": torch.zeros(5000, 1)}}, "shape [5000, 1] here and [5000]"),
+        ({"model": {"weight": 3}}, "a int here and a tensor"),
+        ({"step": torch.zeros(1)}, "a tensor here and another object"),
+    ],
+)
+def test_shapes_and_kinds_that_differ(saved, state, says):
+    error = load_error(saved, state)
+    assert isinstance(error, CoverageError)
+    assert says in str(error)
+
+
+def test_dtype_policies(saved):
+    def state():
+        return {"model": {"weight": torch.zeros(5000, dtype=torch.float16)}}
+
+    with pytest.warns(UserWarning, match="torch.float32 -> torch.float16"):
+        dcp.load(state(), storage_reader=AsyncStorageReader(saved), planner=ShardedLoadPlanner())
+    error = load_error(saved, state(), ShardedLoadPlanner(dtype_policy="error"))
+    assert isinstance(error, DtypeMismatch)
+    assert "model.weight" in str(error)
+
+
+class Custom:
+    pass
+
+
+def test_objects_of_unknown_types_need_to_be_allowed(tmp_path):
+    from dcp_storage import ShardedSavePlanner
+
+    writer = AsyncStorageWriter(tmp_path)
+    with pytest.warns(UserWarning, match=r"config holds .*Custom.*allowed_types"):
+        dcp.save({"config": Custom()}, storage_writer=writer, planner=ShardedSavePlanner())
+    error = load_error(tmp_path, {"config": None})
+    assert isinstance(error, UnsupportedFormat)
+    assert "config holds" in str(error)
+    assert "Custom" in str(error)
+    state = {"config": None}
+    planner = ShardedLoadPlanner(allowed_types=[Custom])
+    dcp.load(state, storage_reader=AsyncStorageReader(tmp_path), planner=planner)
+    assert type(state["config"]).__name__ == "Custom"
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: Codec("lz4"),
+        lambda: Codec(level=0),
+        lambda: Codec(level=23),
+        lambda: Codec(block_bytes=1000),
+        lambda: Codec(block_bytes=4104),
+        lambda: Codec(block_bytes=1 << 30),
+        lambda: Codec(block_bytes=1e6),
+        lambda: Transfer(object_bytes=0),
+        lambda: Transfer(concurrency=0),
+        lambda: Transfer(threads=0),
+        lambda: Transfer(max_gap_bytes=-1),
+        lambda: ShardedLoadPlanner(dtype_policy="maybe"),
+        lambda: AsyncStorageWriter(""),
+        lambda: AsyncStorageWriter("nosuch://bucket/key"),
+        lambda: AsyncStorageReader("nosuch://bucket/key"),
+        lambda: AsyncStorageReader("/tmp/x", storage_options={"key": "k"}),
+    ],
+)
+def test_impossible_arguments_are_refused_when_they_are_given(make):
+    with pytest.raises(ConfigError) as raised:
+        make()
+    assert isinstance(raised.value, ValueError)
+
+
+def test_a_bucket_that_is_not_there(moto_s3):
+    place = moto_s3.beside("s3://no-such-bucket/run")
+    error = save_error(place.url, storage_options=place.storage_options)
+    assert isinstance(error, DcpStorageError)
+    assert "s3://no-such-bucket/run" in str(error)
+    error = load_error(place.url, storage_options=place.storage_options)
+    assert isinstance(error, DcpStorageError)
+
+
+def test_an_endpoint_that_nobody_listens_on_fails_in_bounded_time(moto_s3):
+    options = moto_s3.storage_options | {"endpoint_url": "http://127.0.0.1:9", "secret": "do-not-print-me"}
+    options["config_kwargs"] = {"retries": {"total_max_attempts": 2}, "connect_timeout": 2}
+    for error in (save_error(moto_s3.url, storage_options=options), load_error(moto_s3.url, storage_options=options)):
+        assert isinstance(error, errors.StoreError)
+        assert moto_s3.url in str(error)
+        assert "do-not-print-me" not in repr(error) + str(error)
+
+
+def test_every_error_pickles_with_its_context():
+    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, DcpStorageError)]
+    assert len(kinds) > 10
+    for kind in kinds:
+        error = pickle.loads(pickle.dumps(kind("what, where, what to do", fqn="a.b", offset=3)))
+        assert type(error) is kind
+        assert (str(error), error.fqn, error.offset) == ("what, where, what to do", "a.b", 3)
+
+
+def test_manifests_round_trip(saved):
+    from dcp_storage.format.manifest import decode, encode
+
+    manifest = decode((saved / ".metadata").read_bytes(), "here")
+    assert decode(encode(manifest), "there") == manifest
+    assert msgspec.structs.asdict(manifest)["world_size"] == 1
