@@ -106,7 +106,7 @@ def seaweedfs() -> Iterator[S3Server]:
             *("-ip", "127.0.0.1", "-ip.bind", "127.0.0.1", "-dir", str(directory / "data")),
             # Each bucket takes several volumes, which are files that grow as they are written.
             *("-master.volumeSizeLimitMB", "256", "-volume.max", "1000", "-volume.minFreeSpace", "0"),
-            "-master.telemetry=false",
+            *("-volume.preStopSeconds", "0", "-master.telemetry=false", "-s3.autoCreateBucket=false"),
             *("-filer", "-s3", "-s3.config", str(access), "-s3.port.iceberg", "0", "-s3.port.lance", "0"),
             *(f"-{name}.port={ports[name]}" for name in names),
             *(f"-{name}.port.grpc={ports[f'{name}.port.grpc']}" for name in names),
@@ -125,8 +125,6 @@ def rclone_s3() -> Iterator[S3Server]:
             _binary("rclone"),
             *("serve", "s3", str(directory / "data"), "--addr", f"127.0.0.1:{port}"),
             *("--auth-key", f"{_ACCESS_KEY},{_SECRET_KEY}", "--config", str(directory / "rclone.conf")),
-            # The gateway must see at once what was written through it; it looks at the directory at most this seldom.
-            *("--dir-cache-time", "0s"),
         ]
         with _server(command, port, directory) as server:
             yield server

@@ -1,4 +1,4 @@
-"""What every store must do, whatever is behind it. A subclass says where: its `new_url` fixture gives a fresh prefix."""
+"""What every store must do, whatever is behind it. A subclass says where: its `place` is an empty prefix."""
 
 import asyncio
 import pickle
@@ -243,16 +243,16 @@ class StoreSuite:
 
     @pytest.mark.parametrize("first", [[], [[b"some"]]], ids=["at-once", "midway"])
     def test_batches_that_fail_leave_nothing(self, place: Place, first: list[Batch]):
-        class Boom(Exception):
+        class BoomError(Exception):
             pass
 
         async def failing() -> AsyncIterator[Batch]:
             for batch in first:
                 yield batch
-            raise Boom
+            raise BoomError
 
         async def use(store: Store):
-            with pytest.raises(Boom):
+            with pytest.raises(BoomError):
                 await store.put(NAME, failing())
             assert await store.list() == {}
             await put(store, NAME, b"again")

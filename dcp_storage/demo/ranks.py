@@ -97,7 +97,7 @@ class Ranks:
     def _start(self, rank: int, meeting: str) -> None:
         receiver, sender = _PROCESSES.Pipe(duplex=False)
         arguments = (self._task, self._config, Rank(rank, self._count, sender), meeting)
-        process = _PROCESSES.Process(target=_run_rank, args=arguments, daemon=True, name=f"rank {rank}")
+        process = _PROCESSES.Process(target=_run_rank, args=arguments, name=f"rank {rank}")
         process.start()
         sender.close()  # so that the pipe ends with the process
         self._processes.append(process)

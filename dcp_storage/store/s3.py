@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from aiobotocore.response import AioReadTimeoutError
+from aiohttp import ClientPayloadError
 from botocore.config import Config
 from botocore.exceptions import IncompleteReadError, ResponseStreamingError
 
@@ -24,8 +25,8 @@ _CONFIG_DEFAULTS = {
 connections fails within half a minute."""
 
 _ATTEMPTS = 4
-_PAUSE_SECONDS = 1.0
-_BROKEN_BODY: tuple[type[Exception], ...] = (AioReadTimeoutError, IncompleteReadError, ResponseStreamingError)
+_PAUSE_SECONDS = 0.25
+_BROKEN_BODY = (AioReadTimeoutError, ClientPayloadError, IncompleteReadError, ResponseStreamingError)
 _THROTTLED = {"SlowDown", "ServiceUnavailable", "503"}
 
 

@@ -1,0 +1,145 @@
+"""Several gloo ranks on this machine: every way to save, every rank's failure, and loads on other numbers of ranks."""
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner
+from dcp_storage.demo.ranks import Ranks
+from dcp_storage.errors import DcpStorageError, ManifestCorrupt, StoreError
+from dcp_storage.store.local import LocalStore
+from tests.states import assert_same, blank_like
+
+LIMIT_S = 100
+ROWS = 1003  # no multiple of any number of ranks
+
+
+def full_state(value):
+    generator = torch.Generator().manual_seed(value)
+    return {
+        "sharded": torch.randn(ROWS, 64, generator=generator),
+        "half": torch.randn(ROWS, 8, generator=generator).bfloat16(),
+        "replicated": torch.randn(33, generator=generator),
+        "step": value,
+    }
+
+
+def sharded_state(value, fill=True):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    state = full_state(value)
+    for name in ("sharded", "half"):
+        state[name] = distribute_tensor(state[name] if fill else torch.zeros_like(state[name]), mesh, [Shard(0)])
+    return state if fill else state | {"replicated": torch.zeros(33), "step": None}
+
+
+def run_ranks(count, task, config):
+    """Run a task on ranks and return what each reported, by rank."""
+    with Ranks(count, task, config, limit_s=LIMIT_S) as ranks:
+        return {event.rank: event.data for event in ranks.events()}
+
+
+def load_on(rank, place):
+    state = sharded_state(place["value"], fill=False)
+    reader = AsyncStorageReader(place["url"], storage_options=place.get("options"))
+    dcp.load(state, storage_reader=reader, planner=ShardedLoadPlanner())
+    whole = {name: value.full_tensor() if name in {"sharded", "half"} else value for name, value in state.items()}
+    assert_same(whole, full_state(place["value"]))
+    rank.report("loaded", True)
+
+
+def save_on(rank, place):
+    value, how = place["value"], place["how"]
+    writer = AsyncStorageWriter(place["url"], storage_options=place.get("options"), codec=Codec(block_bytes=16_384))
+    planner = ShardedSavePlanner() if place.get("sharded", True) else None
+    state = sharded_state(value)
+    if how == "sync":
+        dcp.save(state, storage_writer=writer, planner=planner)
+    elif how == "without_collectives":
+        dcp.save(state, storage_writer=writer, planner=planner, use_collectives=False)
+    else:
+        kind = AsyncCheckpointerType(how)
+        future = dcp.async_save(state, storage_writer=writer, planner=planner, async_checkpointer_type=kind)
+        state["sharded"].to_local().fill_(0)  # what training does next must not reach the checkpoint
+        future.result(timeout=LIMIT_S)
+    rank.report("saved", True)
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["our_planners", "default_planners"])
+@pytest.mark.parametrize("how", ["sync", "thread", "process", "without_collectives"])
+def test_saves_of_two_ranks_load_on_one_three_and_alone(tmp_path, how, sharded):
+    if how == "without_collectives" and not sharded:
+        pytest.skip("DCP's default planner plans each rank alone and calls its part of a tensor too small")
+    place = {"url": str(tmp_path), "value": 3, "how": how, "sharded": sharded}
+    assert run_ranks(2, save_on, place) == {0: True, 1: True}
+    for count in (1, 3):
+        assert run_ranks(count, load_on, place) == dict.fromkeys(range(count), True)
+    state = blank_like(full_state(3))
+    dcp.load(state, storage_reader=AsyncStorageReader(tmp_path), planner=ShardedLoadPlanner())
+    assert_same(state, full_state(3))
+
+
+def test_s3(s3_server):
+    place = {"url": f"s3://{s3_server.new_bucket()}/run/step-1", "options": s3_server.storage_options, "value": 5}
+    assert run_ranks(2, save_on, place | {"how": "sync"}) == {0: True, 1: True}
+    assert run_ranks(2, save_on, place | {"how": "thread", "value": 6}) == {0: True, 1: True}
+    assert run_ranks(3, load_on, place | {"value": 6}) == dict.fromkeys(range(3), True)
+
+
+def test_a_save_without_collectives_is_refused_when_a_rank_s_manifest_is_missing(tmp_path):
+    place = {"url": str(tmp_path), "value": 3, "how": "without_collectives"}
+    run_ranks(3, save_on, place)
+    (tmp_path / "__1.metadata").unlink()
+    with pytest.raises(ManifestCorrupt, match=r"by 3 ranks, of which these did not commit: \[1\]"):
+        AsyncStorageReader(tmp_path).read_metadata()
+
+
+def fail_on(rank, place):
+    async def broken(store, *args):
+        raise StoreError(f"{store.url}: rank {rank.rank} has no space left")
+
+    if rank.rank == place["rank"]:
+        setattr(LocalStore, place["method"], broken)
+    try:
+        dcp.save(sharded_state(2), storage_writer=AsyncStorageWriter(place["url"]), planner=ShardedSavePlanner())
+    except CheckpointException as error:
+        rank.report("failed", [str(cause) for cause, _ in error.failures.values()])
+
+
+@pytest.mark.parametrize(("rank", "method"), [(0, "put"), (1, "put"), (2, "put"), (0, "commit"), (0, "get")])
+def test_a_failure_on_any_rank_fails_the_save_on_every_rank(tmp_path, rank, method):
+    run_ranks(3, save_on, {"url": str(tmp_path), "value": 1, "how": "sync"})
+    reports = run_ranks(3, fail_on, {"url": str(tmp_path), "rank": rank, "method": method})
+    assert len(reports) == 3
+    for causes in reports.values():
+        assert causes == [f"{tmp_path}: rank {rank} has no space left"]
+    assert run_ranks(1, load_on, {"url": str(tmp_path), "value": 1}) == {0: True}
+
+
+def load_nothing(rank, place):
+    try:
+        dcp.load(sharded_state(1, fill=False), storage_reader=AsyncStorageReader(place["url"]))
+    except CheckpointException as error:
+        rank.report("failed", [type(cause).__name__ for cause, _ in error.failures.values()])
+
+
+def test_a_missing_checkpoint_raises_on_every_rank(tmp_path):
+    expected = ["CheckpointNotFound"] * 2
+    assert run_ranks(2, load_nothing, {"url": str(tmp_path / "none")}) == {0: expected, 1: expected}
+
+
+def hang(rank, place):
+    if rank.rank == 0:
+        dist.barrier()
+    time.sleep(10 * LIMIT_S)
+
+
+def test_ranks_that_hang_are_ended(tmp_path):
+    with pytest.raises(DcpStorageError, match="did not finish"), Ranks(2, hang, None, limit_s=15) as ranks:
+        list(ranks.events())
