@@ -56,10 +56,11 @@ def test_a_frame_is_standard_and_complete():
     assert frame[-4:].hex() == check
 
 
-def test_planes_make_weights_smaller_than_plain_zstd_does():
-    weights = np.random.default_rng(0).standard_normal(1 << 18).astype("<f4")
+@pytest.mark.parametrize("count", [1 << 12, 1 << 16, 73_728, 1 << 18])
+def test_planes_make_weights_smaller_than_plain_zstd_does(count):
+    weights = np.random.default_rng(0).standard_normal(count).astype("<f4")
     bfloat16 = (weights.view("<u4") >> 16).astype("<u2")
-    for values, bound in ((weights, 0.85), (bfloat16, 0.68)):
+    for values, bound in ((weights, 0.84), (bfloat16, 0.68)):
         raw = values.tobytes()
         codec = Codec(block_bytes=1 << 20)
         ours = len(BlockEncoder(codec).encode(raw, values.itemsize)[0])

@@ -55,8 +55,22 @@ class BlockEncoder:
         if planes == 1:
             frame = self._searching.compress(raw)
         else:
-            frame = self._entropy_only.compress(self._scratch.split(raw, planes))
+            frame = self._compress_planes(self._scratch.split(raw, planes), planes)
         return frame, frame[-4:].hex()
+
+    def _compress_planes(self, laid: memoryview, planes: int) -> bytes:
+        """Compress into one frame whose zstd blocks end where planes do.
+
+        Exponents and mantissas would otherwise share the tables of the zstd blocks (of 128 KiB) that hold some of both.
+        """
+        frame = self._entropy_only.compressobj(size=len(laid))
+        parts = []
+        stride = len(laid) // planes
+        for start in range(0, len(laid), stride):
+            parts.append(frame.compress(laid[start : start + stride]))
+            last = start + stride == len(laid)
+            parts.append(frame.flush() if last else frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
+        return b"".join(parts)
 
 
 class BlockDecoder:
