@@ -27,7 +27,7 @@ import botocore.exceptions
 _ACCESS_KEY = "AKIAINTEGRATION"
 _SECRET_KEY = "integration-secret-key"
 _START_SECONDS = 60
-_STOP_SECONDS = 10
+_STOP_SECONDS = 3
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 

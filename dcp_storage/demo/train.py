@@ -91,7 +91,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """Read the published weights."""
     from safetensors.torch import load_file
 
-    return load_file(path)
+    weights: dict[str, Tensor] = load_file(path)
+    return weights
 
 
 def describe(weights: dict[str, Tensor]) -> dict[str, int]:
