@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Sequence
-from typing import Self
+from typing import ClassVar, Self
 
 Batch = Sequence[bytes | memoryview]
 """Encoded blocks that follow one another in an object."""
@@ -20,9 +20,12 @@ class Store(ABC):
 
     Attributes:
         url: Where the prefix is, for messages; never with credentials.
+        read_bytes: The most that a quick read asks for at once: what a cache holds on a disk, what makes a request's
+            latency small on a network.
     """
 
     url: str
+    read_bytes: ClassVar[int]
 
     @abstractmethod
     async def __aenter__(self) -> Self: ...

@@ -13,6 +13,7 @@ from typing import Any, Self, TypeVar
 import aiofiles
 import aiofiles.os
 
+from dcp_storage.config import MIB
 from dcp_storage.errors import ObjectNotFound
 from dcp_storage.store.base import Batch, Store
 from dcp_storage.store.failures import Failures
@@ -29,6 +30,8 @@ class LocalStore(Store):
         sync_files: Whether a put and a commit wait until their bytes are on the disk. Without it a checkpoint may be
             lost or damaged by a crash of the machine, though not by one of the process.
     """
+
+    read_bytes = 4 * MIB
 
     def __init__(self, path: str | os.PathLike[str], *, sync_files: bool = True) -> None:
         self._directory = Path(path).absolute()

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from fsspec.config import apply_config
 
+from dcp_storage.config import MIB
 from dcp_storage.errors import ObjectNotFound
 from dcp_storage.store.base import Batch, Store
 from dcp_storage.store.failures import Failures, is_range_beyond_end
@@ -24,6 +25,8 @@ class RemoteStore(Store):
         fs_class: fsspec's class for the URL's protocol.
         storage_options: What the class is called with, on top of fsspec's own configuration and what the URL says.
     """
+
+    read_bytes = 64 * MIB
 
     def __init__(self, url: str, fs_class: Any, storage_options: Mapping[str, Any]) -> None:
         self._fs_class = fs_class

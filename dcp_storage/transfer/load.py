@@ -78,7 +78,7 @@ async def load_items(
     ]
     total = sum(block.length for block in blocks)
     most = target_bytes(total, transfer.object_bytes, transfer.concurrency)
-    fetches = coalesce(blocks, transfer.max_gap_bytes, most)
+    fetches = coalesce(blocks, transfer.max_gap_bytes, min(most, store.read_bytes))
     with CodecThreads(
         transfer.resolve_threads(), partial(BlockDecoder, codec.compression, codec.block_bytes)
     ) as threads:
