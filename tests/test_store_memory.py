@@ -23,6 +23,10 @@ class BlockingFileSystem(LocalFileSystem):
     protocol = "blocking"
     auto_mkdir = False
 
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("blocking://"))
+
 
 class TestBlockingStore(StoreSuite):
     @pytest.fixture
