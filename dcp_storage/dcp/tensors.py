@@ -55,12 +55,12 @@ class BytesSource:
     planes = 1
 
     def __init__(self, data: io.BytesIO) -> None:
-        self._view = data.getbuffer()
-        self.nbytes = len(self._view)
+        self._data = data.getvalue()
+        self.nbytes = len(self._data)
 
     def read(self, start: int, stop: int) -> Raw:
         """Return a view of a slice."""
-        return self._view[start:stop]
+        return memoryview(self._data)[start:stop]
 
 
 class TensorSource:
