@@ -42,10 +42,11 @@ def tilings(draw, shape):
 
 @st.composite
 def sharded(draw, shape):
-    """One list of boxes for each rank; a rank may have none."""
+    """One list of boxes for each rank; a rank may have none, and several may have the same one."""
     ranks: list[list[Box]] = [[] for _ in range(draw(st.integers(1, 4)))]
     for box in draw(tilings(shape)):
-        ranks[draw(st.integers(0, len(ranks) - 1))].append(box)
+        for owner in draw(st.sets(st.integers(0, len(ranks) - 1), min_size=1)):  # several have a replica
+            ranks[owner].append(box)
     return ranks
 
 
@@ -82,8 +83,9 @@ def by_wrapper(_, shards):
 def pieces(value):
     if isinstance(value, Shards):
         return value.shards
-    boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in value.local_chunks]
-    return zip(boxes, value.local_shards(), strict=False)
+    # A wrapper of no shards has a chunk all the same.
+    boxes = [Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in value.local_chunks[: len(value.local_shards())]]
+    return zip(boxes, value.local_shards(), strict=True)
 
 
 def check(case, wrap_saved, wrap_loaded):
@@ -113,11 +115,8 @@ def test_any_tiling_loads_into_any_other(case):
     check(case, by_hooks, by_hooks)
 
 
-@settings(max_examples=EXAMPLES // 2, deadline=None)
-@given(cases())
-def test_local_shards_wrappers_load_into_any_tiling_and_back(case):
-    shape, saved, *_ = case
-    if not shape or not all(len(boxes) for boxes in saved) or not prod(shape):
-        return
-    check(case, by_wrapper, by_hooks)
-    check((shape, case[2], saved, *case[3:]), by_hooks, by_wrapper)
+@settings(max_examples=EXAMPLES, deadline=None)
+@given(cases(), st.sampled_from([(by_wrapper, by_hooks), (by_hooks, by_wrapper), (by_wrapper, by_wrapper)]))
+def test_local_shards_wrappers_load_into_any_tiling_and_back(case, wraps):
+    if prod(case[0]):  # without an element, a wrapper tells nothing of its tensor's shape
+        check(case, *wraps)

@@ -1,18 +1,20 @@
 """Which boxes of which tensor an object of a state dict holds: the one place that looks at kinds of tensors."""
 
-import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import _create_write_items
+from torch.distributed.checkpoint.utils import find_tensor_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
-from dcp_storage.errors import CoverageError
+from dcp_storage.dcp.strided import strided_pieces
+from dcp_storage.errors import CoverageError, DcpStorageError, UnsupportedTensor
 from dcp_storage.geometry import Box, Shape
 
 
@@ -26,19 +28,57 @@ def write_items(fqn: str, value: object) -> list[WriteItem]:
 
     A bare `LocalShardsWrapper` knows its own shards and no global shape: what it reaches stands for that here, and the
     largest of all ranks is the tensor's.
+
+    Raises:
+        CoverageError: The value's own hook returned something else than items of this entry.
+        UnsupportedTensor: The hook raised: a DTensor of partial sums does.
     """
     if not on_this_rank(value):
         return []
-    items: list[WriteItem] = _create_write_items(fqn, value)
+    if pieces := strided_pieces(fqn, value):
+        assert isinstance(value, DTensor)
+        return [_item(fqn, value, piece.box) for piece in pieces]
+    items: list[WriteItem] = _from_hook(fqn, value, "__create_write_items__", lambda: _create_write_items(fqn, value))
+    if hasattr(value, "__create_write_items__") and not isinstance(_held(value), Tensor):
+        _check_items(fqn, value, items)
     if isinstance(value, LocalShardsWrapper) and items:
-        reach = torch.Size(_reach([chunk_box(item.tensor_data.chunk) for item in items if item.tensor_data]))
-        items = [_with_size(item, reach) for item in items]
+        reach = _reach([item_box(item) for item in items])
+        return [_item(fqn, value, item_box(item), reach, _dtype_of(item)) for item in items]
+    if isinstance(value, DTensor) and not items and not value.numel():
+        return [_item(fqn, value, Box((0,) * value.dim(), tuple(value.shape)))]  # else no rank would tell of the tensor
     return items
 
 
-def _with_size(item: WriteItem, size: torch.Size) -> WriteItem:
-    assert item.tensor_data is not None
-    return dataclasses.replace(item, tensor_data=dataclasses.replace(item.tensor_data, size=size))
+def _held(value: object) -> Tensor | None:
+    """Return the plain tensor behind a DTensor, whose hooks are torch's own and need no check."""
+    local = value._local_tensor if isinstance(value, DTensor) else None  # noqa: SLF001
+    return None if hasattr(local, "__create_write_items__") else local
+
+
+def _item(
+    fqn: str, value: Tensor, box: Box, size: Sequence[int] | None = None, dtype: torch.dtype | None = None
+) -> WriteItem:
+    data = TensorWriteData(box_chunk(box), TensorProperties(dtype or value.dtype), torch.Size(size or value.shape))
+    return WriteItem(MetadataIndex(fqn, box.offsets), WriteItemType.SHARD, tensor_data=data)
+
+
+def _dtype_of(item: WriteItem) -> torch.dtype | None:
+    return item.tensor_data.properties.dtype if item.tensor_data else None
+
+
+def _check_items(fqn: str, value: object, items: object) -> None:
+    """Refuse what is no list of items of this entry, each with a chunk."""
+    fault: object = None
+    try:
+        for item in items:  # type: ignore[attr-defined]
+            if item.index.fqn != fqn:
+                fault = f"an item of {item.index.fqn!r}"
+            elif item.tensor_data is not None:
+                item_box(item)
+    except (AttributeError, TypeError, ValueError) as error:
+        fault = f"{items!r}: {error}"
+    if fault:
+        raise CoverageError(f"{fqn}: {type(value).__name__}.__create_write_items__ returned {fault}", fqn=fqn)
 
 
 def _reach(boxes: Sequence[Box]) -> Shape:
@@ -49,12 +89,15 @@ def wanted_boxes(fqn: str, value: Tensor) -> list[Box]:
     """Return the boxes of the global tensor that this rank wants read into a value, in the order of its shards.
 
     Raises:
-        CoverageError: The value's own hook returned something else than boxes.
+        CoverageError: The value's own hook returned something else than chunks.
+        UnsupportedTensor: The hook raised.
     """
     if not on_this_rank(value):
         return []
+    if pieces := strided_pieces(fqn, value):
+        return [piece.box for piece in pieces]
     if hasattr(value, "__create_chunk_list__"):
-        chunks = value.__create_chunk_list__()
+        chunks = _from_hook(fqn, value, "__create_chunk_list__", value.__create_chunk_list__)
     elif isinstance(value, ShardedTensor):
         chunks = [_shard_chunk(shard.metadata) for shard in value.local_shards()]
     else:
@@ -68,16 +111,74 @@ def wanted_boxes(fqn: str, value: Tensor) -> list[Box]:
         ) from error
 
 
+def is_whole(value: Tensor) -> bool:
+    """Return whether a value is all of its tensor and is itself the memory to read and write."""
+    return not hasattr(value, "__create_chunk_list__") and not isinstance(value, ShardedTensor)
+
+
+def holds_nothing(value: object) -> bool:
+    """Return whether a value is a bare wrapper of no shards, of which nothing can be missing."""
+    return isinstance(value, LocalShardsWrapper) and not value.local_shards()
+
+
+def shard_at(value: Tensor, index: MetadataIndex) -> Tensor:
+    """Return the memory that a value holds one of its boxes in.
+
+    The index's hint is the box's place among those of this rank: with it, shards that share an offset are told apart.
+
+    Raises:
+        CoverageError: There is none, or the value's own hook returned no tensor.
+        UnsupportedTensor: The hook raised something else than `ValueError`.
+    """
+    pieces = strided_pieces(index.fqn, value)
+    if pieces is None:
+        found = _from_hook(index.fqn, value, "__get_tensor_shard__", lambda: find_tensor_shard(value, index))
+    else:
+        assert isinstance(value, DTensor)
+        found = value._local_tensor[_piece_at(pieces, index).slices]  # noqa: SLF001
+    if not isinstance(found, Tensor):
+        kind = type(value).__name__
+        raise CoverageError(f"{index.fqn}: {kind}.__get_tensor_shard__ returned {found!r}, no tensor", fqn=index.fqn)
+    return found
+
+
+def _piece_at(pieces: Iterable[tuple[Box, Box]], index: MetadataIndex) -> Box:
+    return next(local for box, local in pieces if box.offsets == tuple(index.offset or ()))
+
+
 def _shard_chunk(shard: object) -> ChunkStorageMetadata:
     return ChunkStorageMetadata(torch.Size(shard.shard_offsets), torch.Size(shard.shard_sizes))  # type: ignore[attr-defined]
 
 
+def _from_hook(fqn: str, value: object, hook: str, call: Any) -> Any:
+    try:
+        return call()
+    except DcpStorageError:
+        raise
+    except Exception as error:
+        raise UnsupportedTensor(f"{fqn}: {type(value).__name__}.{hook} failed: {error!r}", fqn=fqn) from error
+
+
 def chunk_box(chunk: ChunkStorageMetadata) -> Box:
-    """Return the box that one of DCP's chunks is."""
+    """Return the box that one of DCP's chunks is.
+
+    Raises:
+        ValueError: Its offsets and sizes are of different dimensions.
+    """
     box = Box(tuple(map(int, chunk.offsets)), tuple(map(int, chunk.sizes)))
     if len(box.offsets) != len(box.sizes):
         raise ValueError(f"offsets {list(box.offsets)} and sizes {list(box.sizes)} are of different dimensions")
     return box
+
+
+def item_box(item: WriteItem) -> Box:
+    """Return the box that an item writes.
+
+    Raises:
+        ValueError: It is no box.
+    """
+    assert item.tensor_data is not None
+    return chunk_box(item.tensor_data.chunk)
 
 
 def box_chunk(box: Box) -> ChunkStorageMetadata:
@@ -88,14 +189,3 @@ def box_chunk(box: Box) -> ChunkStorageMetadata:
 def global_shape(value: Tensor) -> Shape | None:
     """Return the shape of the whole tensor that a value is of, or `None` where the value cannot know it."""
     return None if isinstance(value, LocalShardsWrapper) else tuple(value.size())
-
-
-def local_dtype(value: Tensor) -> torch.dtype | None:
-    """Return the dtype of what a value holds on this rank, or `None` where that is nothing.
-
-    A `LocalShardsWrapper` calls itself of the default dtype, and so does a DTensor around one.
-    """
-    local = value._local_tensor if isinstance(value, DTensor) else value  # noqa: SLF001
-    if isinstance(local, LocalShardsWrapper):
-        return local.local_shards()[0].dtype if local.local_shards() else None
-    return local.dtype

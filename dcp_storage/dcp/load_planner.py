@@ -9,14 +9,15 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint._traverse import set_element
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from dcp_storage.dcp.chunks import chunk_box, global_shape, local_dtype, wanted_boxes
+from dcp_storage.dcp.chunks import global_shape, holds_nothing, is_whole, shard_at, wanted_boxes
+from dcp_storage.dcp.coverage import StoredTensor
+from dcp_storage.dcp.flatten import flatten, flatten_as_before_2_4, put
+from dcp_storage.dcp.materialize import materialized
 from dcp_storage.errors import ConfigError, CoverageError, DtypeMismatch, MissingKeys, UnsupportedFormat
-from dcp_storage.geometry import Box, contains, intersect, subtract
 
 DtypePolicy = Literal["cast", "warn", "error"]
 
@@ -42,6 +43,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         MissingKeys: Entries are not in the checkpoint and `allow_partial_load` is false.
         CoverageError: Shapes differ, or a box of a destination is not stored; names the tensor and the box.
         DtypeMismatch: See `dtype_policy`.
+        UnsupportedTensor: A destination's own hooks failed, or it is on the meta device and cannot be given memory.
         UnsupportedFormat: An entry that is no tensor holds a type that is not allowed.
     """
 
@@ -65,36 +67,98 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         self.unexpected: list[str] = []
         self._dtype_policy = dtype_policy
         self._allowed_types: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = list(allowed_types)
+        self._shards: dict[tuple[str, int | None], Tensor] = {}
+
+    def set_up_planner(
+        self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
+    ) -> None:
+        """Take the state dict that is to be filled; what of it is stored and on the meta device gets memory.
+
+        Raises:
+            ConfigError: Two paths of the state dict make the same name.
+            UnsupportedTensor: A tensor on the meta device is of a type whose memory only its own code can make.
+        """
+        assert metadata is not None
+        self.original_state_dict = state_dict
+        self.metadata = metadata
+        self.is_coordinator = is_coordinator
+        self._shards.clear()
+        self.state_dict, self.mappings = flatten(
+            state_dict, nested=self.flatten_state_dict, sharded_tensors=self.flatten_sharded_tensors
+        )
+        self._compare_names(metadata)
+        for fqn, value in self.state_dict.items():
+            if isinstance(value, Tensor) and fqn in metadata.state_dict_metadata:
+                filled = materialized(fqn, value)
+                if filled is not value:
+                    self._put(fqn, filled)
+
+    def _compare_names(self, metadata: Metadata) -> None:
+        stored = metadata.state_dict_metadata
+        self.unexpected = [fqn for fqn in stored if fqn not in self.state_dict]
+        if self.unexpected and self.flatten_state_dict:
+            old = flatten_as_before_2_4(self.original_state_dict)
+            if any(fqn in old[0] for fqn in self.unexpected):
+                self.state_dict, self.mappings = old
+                self.unexpected = [fqn for fqn in stored if fqn not in self.state_dict]
+        self.skipped = [fqn for fqn, held in self.state_dict.items() if fqn not in stored and not holds_nothing(held)]
 
     def create_local_plan(self) -> LoadPlan:
         """Return the reads that fill this rank's destinations, and prove that they do."""
         assert self.metadata is not None
-        stored = self.metadata.state_dict_metadata
-        self.skipped = [fqn for fqn in self.state_dict if fqn not in stored]
-        self.unexpected = [fqn for fqn in stored if fqn not in self.state_dict]
         if self.skipped and not self.allow_partial_load:
             raise MissingKeys(_missing_message(self.skipped, self.unexpected), fqns=self.skipped)
         reads: list[ReadItem] = []
         casts: list[str] = []
         for fqn, value in self.state_dict.items():
-            entry = stored.get(fqn)
+            entry = self.metadata.state_dict_metadata.get(fqn)
             if isinstance(entry, TensorStorageMetadata):
-                reads.extend(_tensor_reads(fqn, value, entry))
-                here = local_dtype(value) or entry.properties.dtype
-                if here != entry.properties.dtype:
-                    casts.append(f"{fqn} ({entry.properties.dtype} -> {here})")
+                reads.extend(self._tensor_reads(fqn, value, entry, casts))
             elif isinstance(entry, BytesStorageMetadata):
                 reads.append(_bytes_read(fqn, value))
         self._judge(casts)
         return LoadPlan(reads)
 
+    def _tensor_reads(self, fqn: str, value: object, entry: TensorStorageMetadata, casts: list[str]) -> list[ReadItem]:
+        if not isinstance(value, Tensor):
+            kind = type(value).__name__
+            raise CoverageError(f"{fqn} is a {kind} here and a tensor in the checkpoint", fqn=fqn)
+        stored, here = StoredTensor(fqn, entry), global_shape(value)
+        if here not in {None, stored.shape}:
+            says = f"has shape {list(here or ())} here and {list(stored.shape)} in the checkpoint"
+            raise CoverageError(f"{fqn} {says}", fqn=fqn)
+        reads: list[ReadItem] = []
+        for place, wanted in enumerate(wanted_boxes(fqn, value)):
+            if not wanted.numel:
+                continue
+            reads.extend(stored.reads(wanted, place))
+            shard = value if is_whole(value) else self.lookup_tensor(MetadataIndex(fqn, wanted.offsets, place))
+            if tuple(shard.shape) != wanted.sizes:
+                raise CoverageError(f"{fqn}: its shard {wanted} is of shape {list(shard.shape)}", fqn=fqn)
+            if shard.dtype != entry.properties.dtype:
+                casts.append(f"{fqn} ({entry.properties.dtype} -> {shard.dtype})")
+        return reads
+
     def _judge(self, casts: list[str]) -> None:
         if not casts or self._dtype_policy == "cast":
             return
-        message = f"{len(casts)} tensors are stored in another dtype than they are loaded into: {_some(casts)}"
+        names = list(dict.fromkeys(casts))
+        message = f"{len(names)} tensors are stored in another dtype than they are loaded into: {_some(names)}"
         if self._dtype_policy == "error":
             raise DtypeMismatch(message)
         warnings.warn(f"{message}. They are converted; dtype_policy decides on that", stacklevel=2)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        """Return the memory of one of this rank's shards: the one whose box was proved to be stored.
+
+        Raises:
+            CoverageError: The value's own hook returned no tensor.
+            UnsupportedTensor: The hook raised.
+        """
+        place = (index.fqn, index.index)
+        if place not in self._shards:
+            self._shards[place] = shard_at(self.state_dict[index.fqn], index)
+        return self._shards[place]
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Put an object that is no tensor in its place, without running code that the checkpoint names.
@@ -103,11 +167,11 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
             UnsupportedFormat: It holds a type that is neither torch's nor in `allowed_types`.
         """
         fqn = read_item.dest_index.fqn
-        loaded = self._load_object(fqn, value)
-        if self.flatten_state_dict:
-            set_element(self.original_state_dict, self.mappings[fqn], loaded)
-        else:
-            self.state_dict[fqn] = loaded
+        self._put(fqn, self._load_object(fqn, value))
+
+    def _put(self, fqn: str, value: object) -> None:
+        self.state_dict[fqn] = value
+        put(self.original_state_dict, self.mappings.get(fqn, (fqn,)), value)
 
     def _load_object(self, fqn: str, value: io.BytesIO) -> Any:
         allowed = torch.serialization.safe_globals(self._allowed_types) if self._allowed_types else nullcontext()
@@ -133,46 +197,6 @@ def _bytes_read(fqn: str, value: object) -> ReadItem:
         raise CoverageError(f"{fqn} is a tensor here and another object in the checkpoint", fqn=fqn)
     index, nothing = MetadataIndex(fqn), torch.Size((0,))
     return ReadItem(LoadItemType.BYTE_IO, index, nothing, index, nothing, nothing)
-
-
-def _tensor_reads(fqn: str, value: object, entry: TensorStorageMetadata) -> list[ReadItem]:
-    if not isinstance(value, Tensor):
-        kind = type(value).__name__
-        raise CoverageError(f"{fqn} is a {kind} here and a tensor in the checkpoint", fqn=fqn)
-    shape, here = tuple(entry.size), global_shape(value)
-    if here not in {None, shape}:
-        raise CoverageError(f"{fqn} has shape {list(here or ())} here and {list(shape)} in the checkpoint", fqn=fqn)
-    stored = [(number, box) for number, box in enumerate(map(chunk_box, entry.chunks)) if box.numel]
-    reads: list[ReadItem] = []
-    for number, wanted in enumerate(wanted_boxes(fqn, value)):
-        if not contains(shape, wanted) and wanted.numel:
-            raise CoverageError(f"{fqn}: its shard {wanted} is outside of the stored shape {list(shape)}", fqn=fqn)
-        shared = [(source, *parts) for source, box in stored if (parts := _shared(wanted, box))]
-        if sum(part.numel for _, part, _ in shared) != wanted.numel:
-            missing = subtract(wanted, [box for _, box in stored])[0]
-            raise CoverageError(f"{fqn}: the checkpoint does not hold {missing} of shape {list(shape)}", fqn=fqn)
-        index = MetadataIndex(fqn, wanted.offsets, number)
-        reads.extend(
-            _read(index, wanted, MetadataIndex(fqn, box.offsets, source), part) for source, part, box in shared
-        )
-    return reads
-
-
-def _shared(wanted: Box, stored: Box) -> tuple[Box, Box] | None:
-    part = intersect(wanted, stored) if wanted.numel else None
-    return (part, stored) if part else None
-
-
-def _read(destination: MetadataIndex, wanted: Box, storage: MetadataIndex, part: Box) -> ReadItem:
-    assert storage.offset is not None
-    return ReadItem(
-        LoadItemType.TENSOR,
-        destination,
-        torch.Size(part.relative_to(wanted.offsets).offsets),
-        storage,
-        torch.Size(part.relative_to(tuple(storage.offset)).offsets),
-        torch.Size(part.sizes),
-    )
 
 
 def _missing_message(missing: Sequence[str], unexpected: Sequence[str]) -> str:

@@ -14,6 +14,7 @@ from torch.futures import Future
 from dcp_storage.config import Transfer
 from dcp_storage.dcp import stock
 from dcp_storage.dcp.calls import Location, Path, choose_observer, observed
+from dcp_storage.dcp.default_plans import check_default_plan
 from dcp_storage.dcp.metadata import find_chunk, to_metadata
 from dcp_storage.dcp.tensors import BytesTarget, ChunkTarget, dtype_from_name, read_box
 from dcp_storage.errors import ConfigError, CoverageError, DcpStorageError
@@ -123,6 +124,7 @@ class AsyncStorageReader(StorageReader):
             StoreError: An object is missing or could not be read.
         """
         manifest = self._manifest
+        check_default_plan(plan, planner)
         if isinstance(manifest, StockManifest):
             self._location.run(lambda store: stock.load_stock(store, manifest, plan, planner, self._transfer))
         elif isinstance(manifest, Manifest):

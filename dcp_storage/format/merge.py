@@ -28,8 +28,10 @@ def merge(parts: Sequence[Manifest], where: str) -> Manifest:
         _check_agrees(first.codec == part.codec, "the codec", part, where)
         for fqn, tensor in part.tensors.items():
             head = heads.setdefault(fqn, tensor)
-            same = (head.dtype, head.size, head.planes) == (tensor.dtype, tensor.size, tensor.planes)
-            _check_agrees(same, f"dtype or shape of {fqn}", part, where)
+            same = (head.dtype, len(head.size), head.planes) == (tensor.dtype, len(tensor.size), tensor.planes)
+            _check_agrees(same, f"dtype or dimensions of {fqn}", part, where)
+            # A bare LocalShardsWrapper knows no further than its own shards; `validate` proves the largest size full.
+            heads[fqn] = replace(head, size=tuple(map(max, head.size, tensor.size)))
             known = chunks.setdefault(fqn, [])
             boxes = {chunk.box for chunk in known}
             known.extend(_shift(chunk, len(objects)) for chunk in tensor.chunks if chunk.box not in boxes)

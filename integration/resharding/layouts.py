@@ -7,7 +7,6 @@ from itertools import product
 from typing import Any
 
 import torch
-from tests.fake_ranks import Shards
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -16,6 +15,7 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from torch.distributed.tensor.placement_types import _StridedShard
 
 from dcp_storage.geometry import Box, whole
+from tests.fake_ranks import Shards
 
 Boxes = list[Box]
 Build = Callable[[int, Tensor], Any]

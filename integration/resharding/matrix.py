@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from tests.states import bits, random_bits
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.demo.ranks import Rank, Ranks
 from integration.resharding.layouts import Layout, layouts, mesh, parts, upstream
+from tests.states import bits, random_bits
 
 SHAPES = {1: (13,), 2: (13, 9), 3: (9, 5, 4)}
 RIGHT = "right"
@@ -50,7 +53,7 @@ def run_matrices(matrices: Sequence[Matrix], *, world: int = 4, limit_s: float =
 
 
 def _badness(outcome: str) -> tuple[int, str]:
-    return (["", RIGHT, "raised", "wrong"].index(outcome.split(" ")[0].rstrip(":")), outcome)
+    return (["", RIGHT, "raised", "wrong"].index(outcome.partition(" ")[0].rstrip(":")), outcome)
 
 
 def run_in_rank(rank: Rank, matrices: list[Matrix]) -> None:
@@ -72,9 +75,12 @@ def _run(rank: Rank, matrix: Matrix, scratch: Path) -> Outcomes:
         state = {layout.name: layout.build(rank.rank, full) for layout in sources}
         save(matrix.contestant, state, place)
         for target in known:
-            in_halves(sources, lambda few: outcomes.update(_load(rank, matrix, few, target, full, place)), failed(target))
+            in_halves(sources, partial(try_load, target, place), failed(target))
         dist.barrier()
         shutil.rmtree(place, ignore_errors=True)
+
+    def try_load(target: Layout, place: Path, sources: Sequence[Layout]) -> None:
+        outcomes.update(_load(rank, matrix, place, sources, target))
 
     def failed(target: Layout) -> Callable[[Layout, str], None]:
         return lambda source, error: outcomes.update({(source.name, target.name): f"raised at load: {error}"})
@@ -87,7 +93,7 @@ def _run(rank: Rank, matrix: Matrix, scratch: Path) -> Outcomes:
 
 
 def in_halves(some: Sequence[Layout], attempt: Callable[..., None], failed: Callable[[Layout, str], None]) -> None:
-    """Attempt all at once; where that fails, halves of it, down to the single ones that do. In lockstep on all ranks."""
+    """Attempt all at once; where that fails, halves of it, down to the single ones that do; in lockstep."""
     try:
         attempt(some)
     except (CheckpointException, NotImplementedError, RuntimeError, ValueError, AssertionError) as error:
@@ -115,8 +121,9 @@ def _first_cause(error: BaseException) -> str:
 
 
 def _load(
-    rank: Rank, matrix: Matrix, sources: Iterable[Layout], target: Layout, full: Tensor, place: Path
+    rank: Rank, matrix: Matrix, place: Path, sources: Iterable[Layout], target: Layout
 ) -> dict[tuple[str, str], str]:
+    full = whole_tensor(matrix.dims)
     state = {source.name: blank(target.build(rank.rank, full), meta=matrix.meta) for source in sources}
     load(matrix.contestant, state, place)
     expected = parts(target.build(rank.rank, full))
@@ -126,16 +133,14 @@ def _load(
 def blank(value: Any, *, meta: bool) -> Any:
     """Return the value with other bits in all of its memory, or with none."""
     if meta:
-        return torch.utils._pytree.tree_map(lambda _: _, _to_meta(value))
+        return _to_meta(value)
     for tensor in parts(value):
-        tensor.copy_(random_bits(tensor.dtype, tuple(tensor.shape))) if tensor.numel() else None
+        if tensor.numel():
+            tensor.copy_(random_bits(tensor.dtype, tuple(tensor.shape)))
     return value
 
 
 def _to_meta(value: Any) -> Any:
-    from torch.distributed.tensor import DTensor
-    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
-
     if isinstance(value, DTensor):
         return DTensor(_to_meta(value._local_tensor), value._spec, requires_grad=False)
     if isinstance(value, LocalShardsWrapper):

@@ -1,0 +1,88 @@
+"""Which parts of which stored chunks make up a destination: the proof that a load is complete, without any data."""
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
+
+from dcp_storage.dcp.chunks import chunk_box
+from dcp_storage.errors import CoverageError
+from dcp_storage.geometry import Box, Shape, contains, find_overlap, intersect, subtract
+
+
+class Chunk(NamedTuple):
+    """A stored box and its number among its tensor's chunks."""
+
+    number: int
+    box: Box
+
+
+class StoredTensor:
+    """The chunks of one stored tensor that hold anything, found by where they lie."""
+
+    def __init__(self, fqn: str, entry: TensorStorageMetadata) -> None:
+        self.fqn = fqn
+        self.shape: Shape = tuple(entry.size)
+        distinct: dict[Box, int] = {}
+        for number, chunk in enumerate(entry.chunks):
+            distinct.setdefault(chunk_box(chunk), number)
+        self._chunks = [Chunk(number, box) for box, number in distinct.items() if box.numel]
+
+    def reads(self, wanted: Box, place: int) -> list[ReadItem]:
+        """Return the reads that fill a destination, which is the shard at this place of its rank, exactly once.
+
+        Raises:
+            CoverageError: It reaches beyond the tensor, or the stored chunks do not hold all of it, or overlap.
+        """
+        if not wanted.numel:
+            return []
+        if not contains(self.shape, wanted):
+            raise self._fault(f"its shard {wanted} is outside of the stored shape {list(self.shape)}")
+        parts = [(chunk, part) for chunk in self._near(wanted) if (part := intersect(wanted, chunk.box))]
+        self._prove(wanted, [part for _, part in parts])
+        index = MetadataIndex(self.fqn, wanted.offsets, place)
+        return [_read(index, wanted, chunk, part) for chunk, part in parts]
+
+    def _prove(self, wanted: Box, parts: Sequence[Box]) -> None:
+        # Disjoint boxes within `wanted` that are as many elements as it are all of it.
+        overlap = find_overlap(parts) if len(parts) > 1 else None
+        if overlap:
+            raise self._fault(f"stored chunks overlap in {intersect(*overlap)}: which one is right cannot be known")
+        if sum(part.numel for part in parts) != wanted.numel:
+            missing = subtract(wanted, parts)[0]
+            raise self._fault(f"the checkpoint does not hold {missing} of shape {list(self.shape)}")
+
+    def _fault(self, says: str) -> CoverageError:
+        return CoverageError(f"{self.fqn}: {says}", fqn=self.fqn)
+
+    def _near(self, wanted: Box) -> Iterable[Chunk]:
+        """Return the chunks that may share an element with a box: all that begin in its reach along one dimension."""
+        if len(self._chunks) < 8 or not self.shape:  # noqa: PLR2004
+            return self._chunks
+        dim, chunks, starts, longest = self._sorted
+        start = wanted.offsets[dim]
+        first = bisect_right(starts, start - longest)
+        return chunks[first : bisect_left(starts, start + wanted.sizes[dim])]
+
+    @cached_property
+    def _sorted(self) -> tuple[int, list[Chunk], list[int], int]:
+        """The chunks by where they begin along the dimension that tells most of them apart, and the longest there."""
+        dim = max(range(len(self.shape)), key=lambda dim: len({chunk.box.offsets[dim] for chunk in self._chunks}))
+        chunks = sorted(self._chunks, key=lambda chunk: chunk.box.offsets[dim])
+        starts = [chunk.box.offsets[dim] for chunk in chunks]
+        return dim, chunks, starts, max(chunk.box.sizes[dim] for chunk in chunks)
+
+
+def _read(destination: MetadataIndex, wanted: Box, stored: Chunk, part: Box) -> ReadItem:
+    return ReadItem(
+        LoadItemType.TENSOR,
+        destination,
+        torch.Size(part.relative_to(wanted.offsets).offsets),
+        MetadataIndex(destination.fqn, stored.box.offsets, stored.number),
+        torch.Size(part.relative_to(stored.box.offsets).offsets),
+        torch.Size(part.sizes),
+    )

@@ -1,0 +1,41 @@
+"""What DCP's default load planner gets silently wrong, found before data is read."""
+
+from collections import defaultdict
+
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
+
+from dcp_storage.dcp.chunks import wanted_boxes
+from dcp_storage.errors import CoverageError
+from dcp_storage.geometry import Box, Shape
+
+
+def check_default_plan(plan: LoadPlan, planner: LoadPlanner) -> None:
+    """Refuse a plan of the default planner itself that does not fill each destination that it has a part in.
+
+    It takes what a `LocalShardsWrapper` holds beyond the stored tensor for nothing, and the rows of a DTensor that lie
+    apart for neighbours. Planners derived from it may have their reasons to read less, and are trusted.
+
+    Raises:
+        CoverageError: Names the entry and what `ShardedLoadPlanner` would have to read.
+    """
+    if type(planner) is not DefaultLoadPlanner or planner.metadata is None:
+        return
+    planned: defaultdict[str, defaultdict[Shape, int]] = defaultdict(lambda: defaultdict(int))
+    for read in plan.items:
+        if read.type is LoadItemType.TENSOR and 0 not in read.lengths:
+            planned[read.dest_index.fqn][tuple(read.dest_index.offset or ())] += Box((), tuple(read.lengths)).numel
+    for fqn, value in planner.state_dict.items():
+        if not isinstance(value, Tensor) or fqn not in planner.metadata.state_dict_metadata:
+            continue
+        wanted: defaultdict[Shape, int] = defaultdict(int)
+        for box in wanted_boxes(fqn, value):
+            if box.numel:
+                wanted[box.offsets] += box.numel
+        if wanted != planned[fqn]:
+            raise CoverageError(
+                f"{fqn}: the plan of DCP's DefaultLoadPlanner does not fill {sum(wanted.values())} elements at "
+                f"{sorted(wanted)}, which this rank holds: load with ShardedLoadPlanner",
+                fqn=fqn,
+            )

@@ -1,0 +1,115 @@
+"""Which boxes of its global tensor a strided DTensor holds: several, where its rows do not lie in one run."""
+
+from itertools import product
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from dcp_storage.errors import CoverageError
+from dcp_storage.geometry import Box
+
+_Run = tuple[int, int, int]  # first index in the local tensor, first index in the global one, how many
+
+
+class Piece(NamedTuple):
+    """A box of the global tensor, and the same elements as a box of the local one."""
+
+    box: Box
+    local: Box
+
+
+def strided_pieces(fqn: str, value: object) -> list[Piece] | None:
+    """Return the pieces that a DTensor with a `_StridedShard` placement holds; `None` for any other value.
+
+    DCP knows one box a DTensor. For FSDP over TP that is right as long as the rows divide evenly; with the TP dimension
+    replicated again, or an odd split factor, a rank holds rows that are apart from each other.
+
+    Raises:
+        CoverageError: The local tensor's shape does not tell, or contradicts, which elements it holds.
+    """
+    if not isinstance(value, DTensor) or not any(isinstance(at, _StridedShard) for at in value.placements):
+        return None
+    runs = [_runs(fqn, value, dim) for dim in range(value.ndim)]
+    return [_piece(along) for along in product(*runs)]
+
+
+def _runs(fqn: str, value: DTensor, dim: int) -> list[_Run]:
+    """Return the runs of global indices that the local tensor holds along a dimension, in local order."""
+    index = _held_indices(fqn, value, dim)
+    if not len(index):
+        return [(0, 0, 0)]
+    starts = [0, *(torch.nonzero(index.diff() != 1).flatten() + 1).tolist()]
+    stops = [*starts[1:], len(index)]
+    return [(start, int(index[start]), stop - start) for start, stop in zip(starts, stops, strict=True)]
+
+
+def _held_indices(fqn: str, value: DTensor, dim: int) -> Tensor:
+    """Return the global indices that the local tensor holds along a dimension.
+
+    FSDP shards what TP left, which is the placements from right to left; `distribute_tensor` goes from left to right.
+    The two differ where rows do not divide evenly, and then the local tensor's extent must tell which it was.
+    """
+    extent = value._local_tensor.shape[dim]  # noqa: SLF001
+    readings = [reading(value, dim) for reading in (_right_to_left, _left_to_right)]
+    fitting = [index for index in readings if index is not None and len(index) == extent]
+    if not fitting or any(not torch.equal(index, fitting[0]) for index in fitting):
+        raise CoverageError(
+            f"{fqn}: a local tensor of {extent} along dimension {dim} does not tell which part of "
+            f"{value.shape[dim]} the placements {value.placements} on a mesh of {tuple(value.device_mesh.shape)} "
+            "mean. Redistribute it to plain Shard placements first, or pad that dimension to divide evenly",
+            fqn=fqn,
+        )
+    return fitting[0]
+
+
+def _left_to_right(value: DTensor, dim: int) -> Tensor:
+    index = _all_indices(value, dim)
+    for mesh_dim, placement in _shards(value, dim):
+        index = _cut(value, index, mesh_dim, placement)
+    return index.flatten()
+
+
+def _right_to_left(value: DTensor, dim: int) -> Tensor | None:
+    """Cut as FSDP over TP does; `None` where the split factors are not those of that."""
+    index, sizes = _all_indices(value, dim), list[int]()
+    for mesh_dim, placement in reversed(_shards(value, dim)):
+        if getattr(placement, "split_factor", prod(sizes)) != prod(sizes) or (
+            sizes and not isinstance(placement, _StridedShard)
+        ):
+            return None
+        index = _cut(value, index, mesh_dim, Shard(dim))
+        sizes.append(value.device_mesh.size(mesh_dim))
+    return index.flatten()
+
+
+def _shards(value: DTensor, dim: int) -> list[tuple[int, Shard | _StridedShard]]:
+    return [
+        (mesh_dim, placement)
+        for mesh_dim, placement in enumerate(value.placements)
+        if isinstance(placement, Shard | _StridedShard) and placement.dim == dim
+    ]
+
+
+def _all_indices(value: DTensor, dim: int) -> Tensor:
+    shape = [1] * value.ndim
+    shape[dim] = value.shape[dim]
+    return torch.arange(value.shape[dim]).view(shape)
+
+
+def _cut(value: DTensor, index: Tensor, mesh_dim: int, placement: Shard | _StridedShard) -> Tensor:
+    """Return this rank's part of a row of indices, cut by the placement itself."""
+    coordinate = value.device_mesh.get_coordinate()
+    assert coordinate is not None, "ranks outside of the mesh hold nothing and are not asked"
+    count = value.device_mesh.size(mesh_dim)
+    parts, _ = placement._split_tensor(index, count, with_padding=False, contiguous=False)  # noqa: SLF001
+    part: Tensor = parts[coordinate[mesh_dim]]
+    return part
+
+
+def _piece(along: tuple[_Run, ...]) -> Piece:
+    starts, offsets, sizes = zip(*along, strict=True)
+    return Piece(Box(tuple(offsets), tuple(sizes)), Box(tuple(starts), tuple(sizes)))
