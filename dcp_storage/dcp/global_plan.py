@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ from dcp_storage.errors import CoverageError, DtypeMismatch
 from dcp_storage.geometry import Box, contains, find_overlap, tiling_fault
 
 
-@dataclass
+@dataclass(slots=True)
 class Offer:
     """An item that must be written once, and the ranks that could."""
 
@@ -43,25 +43,33 @@ def make_global_plan(all_plans: Sequence[SavePlan], *, is_all: bool) -> tuple[li
             offers.extend(found)
         else:
             entries[fqn] = BytesStorageMetadata()
-            rank, item = candidates[0]
-            offers.append(Offer(item, owners=[rank]))
+            offers.append(Offer(candidates.items[0], owners=candidates.ranks[:1]))
     return _share_out(offers, all_plans), Metadata(entries, planner_data=_mappings(all_plans))
 
 
-_Candidates = list[tuple[int, WriteItem]]
+@dataclass(slots=True)
+class _Candidates:
+    """All items of one entry, and whose they are, ranks ascending; in two lists, because a pair an item is costly."""
+
+    ranks: list[int] = field(default_factory=list)
+    items: list[WriteItem] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[int, WriteItem]]:
+        return zip(self.ranks, self.items, strict=True)
 
 
 def _by_name(plans: Iterable[SavePlan]) -> dict[str, _Candidates]:
-    """Return all items of each entry, and whose they are, ranks ascending."""
-    named: defaultdict[str, _Candidates] = defaultdict(list)
+    named: defaultdict[str, _Candidates] = defaultdict(_Candidates)
     for rank, plan in enumerate(plans):
         for item in plan.items:
-            named[item.index.fqn].append((rank, item))
+            candidates = named[item.index.fqn]
+            candidates.ranks.append(rank)
+            candidates.items.append(item)
     return named
 
 
 def _is_tensor(fqn: str, candidates: _Candidates) -> bool:
-    is_tensor = candidates[0][1].type is not WriteItemType.BYTE_IO
+    is_tensor = candidates.items[0].type is not WriteItemType.BYTE_IO
     if any((item.type is not WriteItemType.BYTE_IO) != is_tensor for _, item in candidates):
         raise CoverageError(f"{fqn} is a tensor on some ranks and another object on others", fqn=fqn)
     return is_tensor
@@ -117,7 +125,7 @@ def _tensor_entry(fqn: str, candidates: _Candidates, offers: Sequence[Offer], *,
 
 def _size(fqn: str, candidates: _Candidates) -> torch.Size:
     """Return the largest size that a rank knows of: a bare wrapper's knows no further than its own shards."""
-    first = _data(candidates[0][1]).size
+    first = _data(candidates.items[0]).size
     if all(_data(item).size == first for _, item in candidates):
         return torch.Size(first)
     sizes = {tuple(_data(item).size) for _, item in candidates}
@@ -137,7 +145,7 @@ def _partial_fault(size: Sequence[int], boxes: Sequence[Box]) -> str | None:
 
 
 def _check_one_dtype(fqn: str, candidates: _Candidates) -> None:
-    first = _data(candidates[0][1]).properties.dtype
+    first = _data(candidates.items[0]).properties.dtype
     if all(_data(item).properties.dtype is first for _, item in candidates):
         return
     filled = [(rank, data) for rank, item in candidates if 0 not in (data := _data(item)).chunk.sizes]
