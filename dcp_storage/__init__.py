@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dcp_storage.config import Codec, Transfer
-    from dcp_storage.dcp.load_planner import ShardedLoadPlanner
+    from dcp_storage.dcp.planners.load_planner import ShardedLoadPlanner
+    from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
     from dcp_storage.dcp.reader import AsyncStorageReader
-    from dcp_storage.dcp.save_planner import ShardedSavePlanner
     from dcp_storage.dcp.writer import AsyncStorageWriter
 
 __all__ = [
@@ -26,8 +26,8 @@ _HOMES = {
     "AsyncStorageReader": "dcp.reader",
     "AsyncStorageWriter": "dcp.writer",
     "Codec": "config",
-    "ShardedLoadPlanner": "dcp.load_planner",
-    "ShardedSavePlanner": "dcp.save_planner",
+    "ShardedLoadPlanner": "dcp.planners.load_planner",
+    "ShardedSavePlanner": "dcp.planners.save_planner",
     "Transfer": "config",
 }
 

@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
-from dcp_storage.dcp import plan_cache
+from dcp_storage.dcp.planners import plan_cache
 from dcp_storage.errors import ConfigError, CoverageError, DtypeMismatch, MissingKeys, UnsupportedTensor
 from dcp_storage.geometry import Box
 from tests import fake_ranks
@@ -111,7 +111,7 @@ def test_a_strided_shard_is_placed_right_or_refused_by_name(as_rank, shape):
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    from dcp_storage.dcp.chunks import wanted_boxes
+    from dcp_storage.dcp.planners.chunks import wanted_boxes
 
     refused = placed = 0
     ranks = torch.arange(shape[0] * shape[1]).view(shape)

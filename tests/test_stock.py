@@ -19,8 +19,9 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from dcp_storage.config import MIB, Transfer
-from dcp_storage.dcp import stock
+from dcp_storage.dcp.metadata import to_metadata
 from dcp_storage.dcp.reader import AsyncStorageReader
+from dcp_storage.dcp.stock import load_stock
 from dcp_storage.errors import (
     BlockCorrupt,
     CoverageError,
@@ -32,6 +33,7 @@ from dcp_storage.errors import (
 from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.legacy import StockItem, decode_stock_metadata
 from dcp_storage.geometry import Box
+from dcp_storage.observe import Silent
 from dcp_storage.store.local import LocalStore
 
 pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
@@ -116,7 +118,7 @@ def test_manifest_is_dcps_own_metadata(tmp_path):
     dcp.save(_state(), storage_writer=dcp.FileSystemWriter(tmp_path))
     data = (tmp_path / ".metadata").read_bytes()
     theirs = pickle.loads(data)
-    ours = stock.to_metadata(decode_stock_metadata(data, where="here"))
+    ours = to_metadata(decode_stock_metadata(data, where="here"))
     assert ours.state_dict_metadata == theirs.state_dict_metadata
     assert ours.planner_data == theirs.planner_data
     assert {
@@ -162,7 +164,7 @@ def _read(fqn: str, start: tuple[int, ...], lengths: tuple[int, ...], name: str)
 
 def _run(store, plan, planner, manifest=None, transfer=None):
     manifest = manifest or decode_stock_metadata((store._directory / ".metadata").read_bytes(), where="here")
-    asyncio.run(stock.load_stock(store, manifest, plan, planner, transfer or Transfer()))
+    asyncio.run(load_stock(store, manifest, plan, planner, transfer=transfer or Transfer(), observer=Silent()))
 
 
 def test_many_reads_of_one_item_fetch_it_once(tmp_path):
@@ -189,7 +191,7 @@ def test_resharding_casts_and_gradients(tmp_path):
 def test_large_items_are_read_in_pieces_within_a_budget(tmp_path):
     saved = {f"w{i}": torch.randn(1024, 1024) for i in range(3)}
     dcp.save(saved, storage_writer=dcp.FileSystemWriter(tmp_path))
-    metadata = stock.to_metadata(decode_stock_metadata((tmp_path / ".metadata").read_bytes(), where="here"))
+    metadata = to_metadata(decode_stock_metadata((tmp_path / ".metadata").read_bytes(), where="here"))
     loaded = _zeroed(saved)
     planner = DefaultLoadPlanner()
     planner.set_up_planner(loaded, metadata, is_coordinator=True)

@@ -74,7 +74,7 @@ def test_sample(protocol):
     manifest = decode(pickle.dumps(sample(), protocol))
     assert manifest.tensors["w"].dtype == "bfloat16"
     assert manifest.tensors["w"].chunks == (Box((0, 0), (2, 3)), Box((2, 0), (2, 3)))
-    assert manifest.bytes_entries == ("note",)
+    assert manifest.bytes == ("note",)
     assert manifest.storage["w", (2, 0)] == StockItem("__1_0.distcp", 0, 100, ("stream.zstd/1",))
     assert manifest.planner_data == {"w": ("w",), "note": ("note",)}
     assert pickle.loads(pickle.dumps(manifest)) == manifest

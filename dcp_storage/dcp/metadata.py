@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from dcp_storage.config import Codec
 from dcp_storage.dcp.tensors import dtype_from_name, dtype_name, planes_of
 from dcp_storage.errors import CoverageError, UnsupportedTensor
+from dcp_storage.format.legacy import StockManifest
 from dcp_storage.format.manifest import BytesEntry, Chunk, Manifest, Segment, StoredCodec, StoredObject, TensorEntry
 from dcp_storage.geometry import tiling_fault
 from dcp_storage.transfer.save import StoredSegment
@@ -73,8 +74,12 @@ def build_manifest(
     )
 
 
-def to_metadata(manifest: Manifest) -> Metadata:
-    """Return what DCP's planners read; the manifest itself is its `storage_data`."""
+def to_metadata(manifest: Manifest | StockManifest) -> Metadata:
+    """Return what DCP's planners read; the manifest itself is its `storage_data`.
+
+    Raises:
+        UnsupportedFormat: This torch lacks a dtype that the checkpoint holds.
+    """
     entries: dict[str, Any] = {fqn: BytesStorageMetadata() for fqn in manifest.bytes}
     for fqn, tensor in manifest.tensors.items():
         chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in tensor.chunks]

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -12,10 +13,10 @@ from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
 from dcp_storage.config import Transfer
-from dcp_storage.dcp import stock
 from dcp_storage.dcp.calls import Location, Path, choose_observer, observed
-from dcp_storage.dcp.default_plans import check_default_plan
 from dcp_storage.dcp.metadata import find_chunk, to_metadata
+from dcp_storage.dcp.planners.default_plans import check_default_plan
+from dcp_storage.dcp.stock import load_stock
 from dcp_storage.dcp.tensors import BytesTarget, ChunkTarget, dtype_from_name, read_box
 from dcp_storage.errors import ConfigError, CoverageError, DcpStorageError
 from dcp_storage.format.dtypes import ITEM_BYTES
@@ -95,7 +96,7 @@ class AsyncStorageReader(StorageReader):
         except DcpStorageError as error:
             self._manifest = error
             raise
-        return to_metadata(manifest) if isinstance(manifest, Manifest) else stock.to_metadata(manifest)
+        return to_metadata(manifest)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take the manifest out of the metadata that `read_metadata` returned.
@@ -126,9 +127,19 @@ class AsyncStorageReader(StorageReader):
         manifest = self._manifest
         check_default_plan(plan, planner)
         if isinstance(manifest, StockManifest):
-            self._location.run(lambda store: stock.load_stock(store, manifest, plan, planner, self._transfer))
+            self._location.run(
+                partial(
+                    load_stock,
+                    manifest=manifest,
+                    plan=plan,
+                    planner=planner,
+                    transfer=self._transfer,
+                    observer=self._observer,
+                )
+            )
         elif isinstance(manifest, Manifest):
-            self._location.run(lambda store: self._load(store, manifest, _load_items(manifest, plan, planner)))
+            items = _load_items(manifest, plan, planner)
+            self._location.run(partial(self._load, manifest=manifest, items=items))
         else:
             raise ConfigError("the reader was not set up: pass it to dcp.load")
         future: Future[None] = Future()
@@ -136,7 +147,7 @@ class AsyncStorageReader(StorageReader):
         return future
 
     async def _load(self, store: Store, manifest: Manifest, items: list[LoadItem]) -> None:
-        raw_bytes = sum(len(item.wanted) for item in items) * manifest.codec.block_bytes
+        raw_bytes = sum(item.wanted_bytes(manifest.codec.block_bytes) for item in items)
         names = [stored.name for stored in manifest.objects]
         with observed(self._observer, "load", store.url, raw_bytes):
             await load_items(store, items, names, manifest.codec, transfer=self._transfer, observer=self._observer)

@@ -3,21 +3,13 @@
 import io
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
-import torch
 import zstandard
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
-    ChunkStorageMetadata,
-    Metadata,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from dcp_storage.config import Transfer
+from dcp_storage.dcp.calls import observed
 from dcp_storage.dcp.stock_items import (
     Item,
     Kind,
@@ -30,7 +22,7 @@ from dcp_storage.dcp.tensors import dtype_from_name, read_box
 from dcp_storage.errors import CoverageError
 from dcp_storage.format.legacy import StockManifest, StorageKey
 from dcp_storage.geometry import contains
-from dcp_storage.observe import Observer, Silent
+from dcp_storage.observe import Observer
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.budget import Budget
 from dcp_storage.transfer.workers import CodecThreads, for_each
@@ -38,28 +30,14 @@ from dcp_storage.transfer.workers import CodecThreads, for_each
 _Job = tuple[Item, list[ReadItem]]
 
 
-def to_metadata(manifest: StockManifest) -> Metadata:
-    """Return what DCP's planners read; the manifest itself is its `storage_data`.
-
-    Raises:
-        UnsupportedFormat: This torch lacks a dtype that the checkpoint holds.
-    """
-    entries: dict[str, Any] = {fqn: BytesStorageMetadata() for fqn in manifest.bytes_entries}
-    for fqn, tensor in manifest.tensors.items():
-        chunks = [ChunkStorageMetadata(torch.Size(box.offsets), torch.Size(box.sizes)) for box in tensor.chunks]
-        properties = TensorProperties(dtype=dtype_from_name(tensor.dtype))
-        entries[fqn] = TensorStorageMetadata(properties, torch.Size(tensor.size), chunks)
-    return Metadata(entries, planner_data=manifest.planner_data, storage_data=manifest)
-
-
 async def load_stock(
     store: Store,
     manifest: StockManifest,
     plan: LoadPlan,
     planner: LoadPlanner,
-    transfer: Transfer,
     *,
-    observer: Observer | None = None,
+    transfer: Transfer,
+    observer: Observer,
 ) -> None:
     """Read every item of a plan. Planner hooks are called on this thread only.
 
@@ -74,8 +52,12 @@ async def load_stock(
     jobs = _jobs(store.url, manifest, plan.items)
     for item, _ in jobs:
         check_item(item)
-    with CodecThreads(transfer.resolve_threads(), make_decompressor) as threads:
-        loader = _Loader(store, planner, transfer, threads, observer or Silent())
+    raw_bytes = sum(item.raw_bytes for item, _ in jobs)
+    with (
+        observed(observer, "load", store.url, raw_bytes),
+        CodecThreads(transfer.resolve_threads(), make_decompressor) as threads,
+    ):
+        loader = _Loader(store, planner, transfer, threads, observer)
         await for_each(transfer.concurrency, {item.stored.object_name for item, _ in jobs}, loader.measure)
         await for_each(transfer.concurrency, jobs, loader.load)
 

@@ -46,13 +46,13 @@ class StockManifest(Struct, frozen=True):
 
     Attributes:
         tensors: The tensors by fqn.
-        bytes_entries: The fqns of everything else, as bytes that `torch.save` made.
+        bytes: The fqns of everything else, as bytes that `torch.save` made.
         planner_data: The path of each fqn in the nested state dict, or `None` where it was not flattened.
         storage: Where each chunk and each bytes entry lies.
     """
 
     tensors: dict[str, StockTensor]
-    bytes_entries: tuple[str, ...]
+    bytes: tuple[str, ...]
     planner_data: dict[str, tuple[str | int, ...]] | None
     storage: dict[StorageKey, StockItem]
 
@@ -220,7 +220,7 @@ def _list_slots(paths: Iterable[tuple[str | int, ...]]) -> int:
 def _keys(manifest: StockManifest) -> Iterator[StorageKey]:
     for fqn, tensor in manifest.tensors.items():
         yield from ((fqn, chunk.offsets) for chunk in tensor.chunks)
-    yield from ((fqn, None) for fqn in manifest.bytes_entries)
+    yield from ((fqn, None) for fqn in manifest.bytes)
 
 
 def _check_complete(manifest: StockManifest) -> None:

@@ -55,6 +55,10 @@ class LoadItem:
     wanted: Sequence[int]
     target: Target
 
+    def wanted_bytes(self, block_bytes: int) -> int:
+        """Return the raw size of the blocks to read."""
+        return sum(min(block_bytes, self.nbytes - number * block_bytes) for number in self.wanted)
+
 
 async def load_items(
     store: Store,

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 
-from dcp_storage.dcp.chunks import wanted_boxes
+from dcp_storage.dcp.planners.chunks import wanted_boxes
 from dcp_storage.errors import CoverageError
 from dcp_storage.geometry import Box, Shape
 

@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.utils import find_tensor_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
-from dcp_storage.dcp.strided import strided_pieces
+from dcp_storage.dcp.planners.strided import strided_pieces
 from dcp_storage.errors import CoverageError, DcpStorageError, UnsupportedTensor
 from dcp_storage.geometry import Box, Shape
 

@@ -13,10 +13,10 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
-from dcp_storage.dcp import plan_cache
-from dcp_storage.dcp.chunks import item_box, shard_at, write_items
-from dcp_storage.dcp.flatten import flatten
-from dcp_storage.dcp.global_plan import make_global_plan
+from dcp_storage.dcp.planners import plan_cache
+from dcp_storage.dcp.planners.chunks import item_box, shard_at, write_items
+from dcp_storage.dcp.planners.flatten import flatten
+from dcp_storage.dcp.planners.global_plan import make_global_plan
 
 if TYPE_CHECKING:
     from dcp_storage.geometry import Box

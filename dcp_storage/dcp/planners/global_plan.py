@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from dcp_storage.dcp.chunks import chunk_box
+from dcp_storage.dcp.planners.chunks import chunk_box
 from dcp_storage.errors import CoverageError, DtypeMismatch
 from dcp_storage.geometry import Box, contains, find_overlap, tiling_fault
 

@@ -13,10 +13,10 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from dcp_storage.dcp.chunks import global_shape, holds_nothing, is_whole, shard_at, wanted_boxes
-from dcp_storage.dcp.coverage import StoredTensor
-from dcp_storage.dcp.flatten import flatten, flatten_as_before_2_4, put
-from dcp_storage.dcp.materialize import materialized
+from dcp_storage.dcp.planners.chunks import global_shape, holds_nothing, is_whole, shard_at, wanted_boxes
+from dcp_storage.dcp.planners.coverage import StoredTensor
+from dcp_storage.dcp.planners.flatten import flatten, flatten_as_before_2_4, put
+from dcp_storage.dcp.planners.materialize import materialized
 from dcp_storage.errors import ConfigError, CoverageError, DtypeMismatch, MissingKeys, UnsupportedFormat
 
 DtypePolicy = Literal["cast", "warn", "error"]
