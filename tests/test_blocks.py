@@ -14,6 +14,13 @@ codecs = st.sampled_from(CODECS)
 planes = st.sampled_from([1, 2, 4, 8])
 
 
+def encode(codec, raw, plane):
+    """Encode one block into just enough memory."""
+    out = memoryview(bytearray(encoded_limit(len(raw), "zstd")))
+    stored, check = BlockEncoder(codec).encode(raw, plane, out)
+    return bytes(stored), check
+
+
 def decoded(codec, stored, check, plane, size):
     out = bytearray(size)
     BlockDecoder(codec.compression, BLOCK).decode_into(stored, check, plane, memoryview(out))
@@ -25,7 +32,7 @@ def test_blocks_come_back_as_they_were(codec, plane, seed):
     raw = seed * 8
     if not raw:
         return
-    stored, check = BlockEncoder(codec).encode(raw, plane)
+    stored, check = encode(codec, raw, plane)
     assert len(check) == CHECK_CHARS[codec.compression]
     assert len(stored) <= encoded_limit(len(raw), codec.compression)
     assert decoded(codec, stored, check, plane, len(raw)) == raw
@@ -33,24 +40,26 @@ def test_blocks_come_back_as_they_were(codec, plane, seed):
 
 def test_one_encoder_serves_blocks_of_any_size_and_planes():
     encoder, decoder = BlockEncoder(CODECS[0]), BlockDecoder("zstd", BLOCK)
+    memory = memoryview(bytearray(encoded_limit(BLOCK, "zstd")))
     for size, plane in [(8, 8), (BLOCK, 2), (16, 4), (BLOCK, 1), (24, 8), (BLOCK, 4)]:
         raw = np.random.default_rng(size).bytes(size)
         out = bytearray(size)
-        decoder.decode_into(*encoder.encode(raw, plane), plane, memoryview(out))
+        stored, check = encoder.encode(raw, plane, memory)
+        decoder.decode_into(stored, check, plane, memoryview(out))
         assert out == raw
 
 
 @pytest.mark.parametrize("plane", [2, 4, 8])
 def test_planes_are_byte_by_byte_transposed(plane):
     raw = bytes(range(5 * plane))
-    frame, _ = BlockEncoder(CODECS[0]).encode(raw, plane)
+    frame, _ = encode(CODECS[0], raw, plane)
     expected = b"".join(raw[byte::plane] for byte in range(plane))
     assert zstandard.ZstdDecompressor().decompress(frame) == expected
 
 
 def test_a_frame_is_standard_and_complete():
     raw = np.random.default_rng(0).standard_normal(1024).astype("<f4").tobytes()
-    frame, check = BlockEncoder(CODECS[0]).encode(raw, 4)
+    frame, check = encode(CODECS[0], raw, 4)
     header = zstandard.get_frame_parameters(frame)
     assert (header.content_size, header.has_checksum, header.dict_id) == (len(raw), True, 0)
     assert frame[-4:].hex() == check
@@ -63,7 +72,7 @@ def test_planes_make_weights_smaller_than_plain_zstd_does(count):
     for values, bound in ((weights, 0.84), (bfloat16, 0.68)):
         raw = values.tobytes()
         codec = Codec(block_bytes=1 << 20)
-        ours = len(BlockEncoder(codec).encode(raw, values.itemsize)[0])
+        ours = len(encode(codec, raw, values.itemsize)[0])
         plain = len(zstandard.ZstdCompressor().compress(raw))
         assert ours < bound * len(raw)
         assert ours < plain
@@ -72,7 +81,7 @@ def test_planes_make_weights_smaller_than_plain_zstd_does(count):
 @pytest.mark.parametrize("codec", CODECS[:2], ids=lambda codec: codec.compression)
 def test_every_flipped_bit_is_found(codec):
     raw = np.random.default_rng(1).bytes(96)
-    stored, check = BlockEncoder(codec).encode(raw, 2)
+    stored, check = encode(codec, raw, 2)
     harmless = []
     for bit in range(8 * len(stored)):
         damaged = bytearray(stored)
@@ -89,9 +98,9 @@ def test_every_flipped_bit_is_found(codec):
 @pytest.mark.parametrize("codec", CODECS[:2], ids=lambda codec: codec.compression)
 def test_truncated_extended_swapped_and_empty_blocks_are_found(codec):
     raw, other = b"a" * 64, b"b" * 64
-    stored, check = BlockEncoder(codec).encode(raw, 1)
+    stored, check = encode(codec, raw, 1)
     stored = bytes(stored)
-    in_wrong_place, _ = BlockEncoder(codec).encode(other, 1)
+    in_wrong_place, _ = encode(codec, other, 1)
     for damaged in (stored[:-1], stored + b"x", stored + stored, b"", stored[:4], bytes(in_wrong_place)):
         with pytest.raises(BlockCorrupt):
             decoded(codec, damaged, check, 1, len(raw))
@@ -107,3 +116,10 @@ def test_a_frame_of_another_size_is_refused_before_it_is_decompressed():
 def test_plane_count(itemsize, expected):
     assert plane_count(itemsize, byte_planes=True) == expected
     assert plane_count(itemsize, byte_planes=False) == 1
+
+
+@pytest.mark.parametrize("plane", [1, 2, 4])
+def test_a_block_that_does_not_fit_is_never_cut_short(plane):
+    raw = np.random.default_rng(0).bytes(1 << 20)
+    with pytest.raises((BufferError, ValueError)):
+        BlockEncoder(Codec()).encode(raw, plane, memoryview(bytearray(1 << 18)))

@@ -18,7 +18,8 @@ ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 CHECK_CHARS = {"zstd": 8, "none": 16}
 """Hexadecimal characters of one block's check value, by compression."""
 
-MAX_PLANES = 8
+_ZSTD_BLOCK_BYTES = 128 << 10
+"""What zstd compresses with one set of tables, at most."""
 
 
 def plane_count(itemsize: int, *, byte_planes: bool) -> int:
@@ -26,10 +27,10 @@ def plane_count(itemsize: int, *, byte_planes: bool) -> int:
     return itemsize if byte_planes and itemsize in {2, 4, 8} else 1
 
 
-def encoded_limit(raw_bytes: int, compression: str) -> int:
-    """Return the most bytes that a block of `raw_bytes` may be stored in."""
-    # zstd's bound for incompressible input, and room for the frame's header and checksum.
-    return raw_bytes + (raw_bytes >> 7) + 256 if compression == "zstd" else raw_bytes
+def encoded_limit(raw_bytes: int, compression: str, blocks: int = 1) -> int:
+    """Return the most bytes that so many blocks, of `raw_bytes` together, may be stored in."""
+    # zstd's bound for incompressible input, and room for the frames' headers and checksums.
+    return raw_bytes + (raw_bytes >> 7) + 256 * blocks if compression == "zstd" else raw_bytes
 
 
 class BlockEncoder:
@@ -44,33 +45,37 @@ class BlockEncoder:
             _compressor(1, hash_log=6, chain_log=6, min_match=7) if codec.level == 1 else self._searching
         )
 
-    def encode(self, raw: Raw, planes: int) -> tuple[bytes | memoryview, str]:
+    def encode(self, raw: Raw, planes: int, out: memoryview) -> tuple[memoryview, str]:
         """Return a block's stored bytes and its check value in hexadecimal.
 
-        `raw` is at most `block_bytes` long and whole elements of `planes` bytes. With `compression="none"` the stored
-        bytes are a view of `raw`.
+        `raw` is at most `block_bytes` long and whole elements of `planes` bytes. The stored bytes are the beginning of
+        `out`, which must have room for `encoded_limit` bytes; with `compression="none"` they are a view of `raw`.
         """
         if self._compression == "none":
             return memoryview(raw), xxh3_64_hexdigest(raw)
         if planes == 1:
-            frame = self._searching.compress(raw)
+            size = _compress(self._searching, raw, out)
         else:
-            frame = self._compress_planes(self._scratch.split(raw, planes), planes)
-        return frame, frame[-4:].hex()
+            size = self._compress_planes(self._scratch.split(raw, planes), planes, out)
+        return out[:size], out[size - 4 : size].hex()
 
-    def _compress_planes(self, laid: memoryview, planes: int) -> bytes:
+    def _compress_planes(self, laid: memoryview, planes: int, out: memoryview) -> int:
         """Compress into one frame whose zstd blocks end where planes do.
 
-        Exponents and mantissas would otherwise share the tables of the zstd blocks (of 128 KiB) that hold some of both.
+        Exponents and mantissas would otherwise share the tables of the zstd blocks that hold some of both.
         """
-        frame = self._entropy_only.compressobj(size=len(laid))
-        parts = []
         stride = len(laid) // planes
+        if stride % _ZSTD_BLOCK_BYTES == 0:
+            return _compress(self._entropy_only, laid, out)
+        frame = self._entropy_only.compressobj(size=len(laid))
+        size = 0
         for start in range(0, len(laid), stride):
-            parts.append(frame.compress(laid[start : start + stride]))
             last = start + stride == len(laid)
-            parts.append(frame.flush() if last else frame.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
-        return b"".join(parts)
+            end = zstandard.COMPRESSOBJ_FLUSH_FINISH if last else zstandard.COMPRESSOBJ_FLUSH_BLOCK
+            for part in (frame.compress(laid[start : start + stride]), frame.flush(end)):
+                out[size : size + len(part)] = part
+                size += len(part)
+        return size
 
 
 class BlockDecoder:
@@ -157,3 +162,12 @@ def _compressor(level: int, **parameters: int) -> zstandard.ZstdCompressor:
         level, write_content_size=True, write_checksum=True, write_dict_id=False, **parameters
     )
     return zstandard.ZstdCompressor(compression_params=chosen)
+
+
+def _compress(compressor: zstandard.ZstdCompressor, raw: Raw, out: memoryview) -> int:
+    """Compress into memory that is there already: a new buffer for each block costs as much in page faults as zstd."""
+    with compressor.stream_reader(raw, size=len(raw)) as frame:
+        size: int = frame.readinto(out)
+        if frame.read(1):
+            raise BufferError(f"a block of {len(raw)} bytes does not fit into {len(out)}")
+        return size

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterable, Sequence
 from typing import ClassVar, Self
 
 Batch = Sequence[bytes | memoryview]
-"""Encoded blocks that follow one another in an object."""
+"""Encoded blocks that follow one another in an object. Their memory is used again once the next batch is asked for."""
 
 
 class Store(ABC):

@@ -5,7 +5,7 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from dcp_storage.config import MIB, Codec, Transfer
-from dcp_storage.format.blocks import BlockEncoder, Raw
+from dcp_storage.format.blocks import BlockEncoder, Raw, encoded_limit
 from dcp_storage.observe import Observer
 from dcp_storage.store.base import Batch, Store
 from dcp_storage.transfer.layout import Piece, lay_out, split_units, target_bytes
@@ -41,7 +41,7 @@ class StoredSegment(NamedTuple):
 
 class _EncodedPiece(NamedTuple):
     piece: Piece
-    blocks: list[bytes | memoryview]
+    blocks: list[memoryview]
     checks: str
 
 
@@ -67,7 +67,7 @@ async def save_items(
 
         async def put(numbered: tuple[int, list[Piece]]) -> None:
             number, pieces = numbered
-            writer = _ObjectWriter(name(number), sources, codec.block_bytes, threads, observer)
+            writer = _ObjectWriter(name(number), sources, codec, threads, observer)
             await store.put(writer.name, writer.batches(pieces))
             stored.update(writer.stored)
 
@@ -85,35 +85,48 @@ class _ObjectWriter:
         self,
         name: str,
         sources: Sequence[Source],
-        block_bytes: int,
+        codec: Codec,
         threads: CodecThreads[BlockEncoder],
         observer: Observer,
     ) -> None:
         self.name = name
         self.stored: dict[Piece, StoredSegment] = {}
         self._sources = sources
-        self._block_bytes = block_bytes
+        self._block_bytes = codec.block_bytes
+        self._compression = codec.compression
         self._threads = threads
         self._observer = observer
         self._offset = 0
 
     async def batches(self, pieces: Sequence[Piece]) -> AsyncIterator[Batch]:
-        for unit in split_units(pieces, self._block_bytes, UNIT_BYTES):
-            encoded = await self._threads.run(partial(self._encode, unit))
+        units = split_units(pieces, self._block_bytes, UNIT_BYTES)
+        memory = memoryview(bytearray(max(map(self._room, units))))
+        for unit in units:
+            encoded = await self._threads.run(partial(self._encode, unit, memory))
             batch = [block for piece in encoded for block in piece.blocks]
             yield batch
             self._note(encoded)
 
-    def _encode(self, unit: Sequence[Piece], encoder: BlockEncoder) -> list[_EncodedPiece]:
+    def _room(self, unit: Sequence[Piece]) -> int:
+        """Return the most bytes that a unit may be encoded in; uncompressed blocks need none."""
+        if self._compression == "none":
+            return 0
+        sizes = [stop - start for _, start, stop in unit]
+        blocks = sum(-(-size // self._block_bytes) for size in sizes)
+        return encoded_limit(sum(sizes), self._compression, blocks)
+
+    def _encode(self, unit: Sequence[Piece], memory: memoryview, encoder: BlockEncoder) -> list[_EncodedPiece]:
         encoded = []
         for piece in unit:
             source = self._sources[piece.item]
             raw = memoryview(source.read(piece.start, piece.stop))
-            blocks = [
-                encoder.encode(raw[at : at + self._block_bytes], source.planes)
-                for at in range(0, len(raw), self._block_bytes)
-            ]
-            encoded.append(_EncodedPiece(piece, [block for block, _ in blocks], "".join(check for _, check in blocks)))
+            blocks, checks = [], []
+            for at in range(0, len(raw), self._block_bytes):
+                block, check = encoder.encode(raw[at : at + self._block_bytes], source.planes, memory)
+                memory = memory[len(block) :]
+                blocks.append(block)
+                checks.append(check)
+            encoded.append(_EncodedPiece(piece, blocks, "".join(checks)))
         return encoded
 
     def _note(self, encoded: Sequence[_EncodedPiece]) -> None:
