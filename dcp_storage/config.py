@@ -45,11 +45,12 @@ class Transfer:
     """How bytes move between memory and the store.
 
     Memory in flight is at most about `2 * concurrency * object_bytes` on an object store (an object is gathered before
-    it is put) and a few blocks for each of `concurrency` files on local disk.
+    it is put; 16 MiB each unless `object_bytes` is less), and a few blocks for each of `concurrency` files on local
+    disk.
 
     Attributes:
-        object_bytes: Raw bytes in a data object and the largest single read, 1 MiB to 1 GiB. An item may span several
-            objects and an object may hold many items.
+        object_bytes: The most raw bytes in a data object and in a single read, 1 MiB to 1 GiB; a store that prefers
+            smaller requests makes smaller ones. An item may span several objects and an object may hold many items.
         concurrency: Objects or ranges in flight at once on this rank, 1 to 256.
         threads: Threads that encode and decode on this rank, or `None` for the cores this rank may use divided by
             `LOCAL_WORLD_SIZE`, at least 1.

@@ -20,11 +20,12 @@ class Store(ABC):
 
     Attributes:
         url: Where the prefix is, for messages; never with credentials.
-        read_bytes: The most that a quick read asks for at once: what a cache holds on a disk, what makes a request's
-            latency small on a network.
+        put_bytes: The size that an object is best put in, or less.
+        read_bytes: The most that is best read at once.
     """
 
     url: str
+    put_bytes: ClassVar[int]
     read_bytes: ClassVar[int]
 
     @abstractmethod

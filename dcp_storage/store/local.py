@@ -31,7 +31,8 @@ class LocalStore(Store):
             lost or damaged by a crash of the machine, though not by one of the process.
     """
 
-    read_bytes = 4 * MIB
+    put_bytes = 64 * MIB  # streamed: the fewer files to sync, the better
+    read_bytes = 4 * MIB  # what caches hold, and malloc keeps
 
     def __init__(self, path: str | os.PathLike[str], *, sync_files: bool = True) -> None:
         self._directory = Path(path).absolute()

@@ -26,7 +26,8 @@ class RemoteStore(Store):
         storage_options: What the class is called with, on top of fsspec's own configuration and what the URL says.
     """
 
-    read_bytes = 64 * MIB
+    # Large enough for a request's latency not to count, small enough for a server to hold many at once.
+    put_bytes = read_bytes = 16 * MIB
 
     def __init__(self, url: str, fs_class: Any, storage_options: Mapping[str, Any]) -> None:
         self._fs_class = fs_class

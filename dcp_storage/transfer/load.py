@@ -81,8 +81,8 @@ async def load_items(
         for block in locate(number, item.wanted, item.segments, item.nbytes, codec)
     ]
     total = sum(block.length for block in blocks)
-    most = target_bytes(total, transfer.object_bytes, transfer.concurrency)
-    fetches = coalesce(blocks, transfer.max_gap_bytes, min(most, store.read_bytes))
+    most = target_bytes(total, min(transfer.object_bytes, store.read_bytes), transfer.concurrency)
+    fetches = coalesce(blocks, transfer.max_gap_bytes, most)
     with CodecThreads(
         transfer.resolve_threads(), partial(BlockDecoder, codec.compression, codec.block_bytes)
     ) as threads:

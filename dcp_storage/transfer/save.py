@@ -60,7 +60,7 @@ async def save_items(
     objects that were put by then stay: nothing names them.
     """
     sizes = [source.nbytes for source in sources]
-    target = target_bytes(sum(sizes), transfer.object_bytes, transfer.concurrency)
+    target = target_bytes(sum(sizes), min(transfer.object_bytes, store.put_bytes), transfer.concurrency)
     objects = list(enumerate(lay_out(sizes, codec.block_bytes, target)))
     stored: dict[Piece, StoredSegment] = {}
     with CodecThreads(transfer.resolve_threads(), partial(BlockEncoder, codec)) as threads:

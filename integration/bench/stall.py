@@ -1,0 +1,138 @@
+"""What an asynchronous save costs the training beside it."""
+
+import os
+import shutil
+import statistics
+import time
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
+
+from dcp_storage import AsyncStorageWriter, ShardedSavePlanner
+from integration.bench.contestants import OURS, STOCK, Place
+from integration.bench.processes import in_fresh_process, pin_torch_threads
+from integration.bench.results import Stall
+from integration.bench.rounds import rotate
+from integration.bench.states import Sizes, State, mixed
+from integration.bench.stores import LocalShelf
+from integration.servers import free_ports
+
+_EXECUTORS = {"THREAD": AsyncCheckpointerType.THREAD, "PROCESS": AsyncCheckpointerType.PROCESS}
+
+
+@dataclass(frozen=True)
+class Window:
+    """Steps done in a stretch of time, in seconds each."""
+
+    steps: list[float]
+
+    @property
+    def mean(self) -> float:
+        return statistics.fmean(self.steps)
+
+    @property
+    def p99(self) -> float:
+        return sorted(self.steps)[int(0.99 * (len(self.steps) - 1))]
+
+
+def measure(shelf: LocalShelf, sizes: Sizes, rounds: int, alone_seconds: float) -> list[Stall]:
+    """Return the stalls of every contestant and executor, in turn in every round."""
+    places = [shelf.new_place() for _ in _variants()]
+    found = in_fresh_process(_measure, places, sizes, rounds, alone_seconds)
+    for place in places:
+        shelf.delete(place)
+    return found
+
+
+def _variants() -> list[tuple[str, str]]:
+    return [(name, executor) for executor in _EXECUTORS for name in (OURS, STOCK)]
+
+
+def _measure(places: list[Place], sizes: Sizes, rounds: int, alone_seconds: float) -> list[Stall]:
+    warnings.simplefilter("ignore")
+    pin_torch_threads()
+    _join_alone()
+    training, state = _Training(alone_seconds), mixed(sizes)
+    variants = list(zip(_variants(), places, strict=True))
+    for variant, place in variants:  # the process of PROCESS is started by its first save
+        _begin(*variant, {"tensor": torch.zeros(1)}, f"{place.url}/first").result()
+    training.alone()
+    found = [
+        _one(variant, number, training, state, place)
+        for number in range(rounds)
+        for variant, place in rotate(variants, number)
+    ]
+    dist.destroy_process_group()
+    return found
+
+
+def _one(variant: tuple[str, str], number: int, training: "_Training", state: State, place: Place) -> Stall:
+    os.sync()
+    alone = training.alone()
+    url = f"{place.url}/{number}"
+    start = time.perf_counter()
+    done = _begin(*variant, state, url)
+    called = time.perf_counter() - start
+    beside = training.run(lambda _: done.done())
+    lost = time.perf_counter() - start - len(beside.steps) * alone.mean
+    done.result()
+    shutil.rmtree(url)
+    return Stall(*variant, number, alone.mean, alone.p99, beside.mean, beside.p99, len(beside.steps), called, lost)
+
+
+class _Training:
+    """AdamW on a small model."""
+
+    def __init__(self, alone_seconds: float) -> None:
+        self._alone_seconds = alone_seconds
+        self._model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+        self._optimizer = torch.optim.AdamW(self._model.parameters())
+        self._inputs, self._labels = torch.randn(64, 256), torch.randint(10, (64,))
+
+    def alone(self) -> Window:
+        """Train for as long as nothing else is to run."""
+        return self.run(lambda spent: spent > self._alone_seconds)
+
+    def run(self, ended: Callable[[float], bool]) -> Window:
+        """Do steps, one at least, until it is ended."""
+        steps: list[float] = []
+        start = before = time.perf_counter()
+        while not steps or not ended(before - start):
+            self._step()
+            now = time.perf_counter()
+            steps.append(now - before)
+            before = now
+        return Window(steps)
+
+    def _step(self) -> None:
+        self._optimizer.zero_grad()
+        nn.functional.cross_entropy(self._model(self._inputs), self._labels).backward()  # type: ignore[no-untyped-call]
+        self._optimizer.step()
+
+
+def _begin(name: str, executor: str, state: State, url: str) -> Future[Any]:
+    ours = name == OURS
+    writer = AsyncStorageWriter(url) if ours else FileSystemWriter(url)
+    response = dcp_async_save(
+        state,
+        storage_writer=writer,
+        planner=ShardedSavePlanner() if ours else None,
+        async_checkpointer_type=_EXECUTORS[executor],
+    )
+    return cast("Future[Any]", getattr(response, "upload_completion", response))
+
+
+def _join_alone() -> None:
+    """Make a process group of one, which the PROCESS executor needs."""
+    (port,) = free_ports(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+    dist.init_process_group("gloo")
