@@ -51,6 +51,6 @@ def test_many_small_items_share_few_objects():
 
 def test_every_worker_gets_an_object_unless_objects_would_be_small():
     assert target_bytes(total=800 * MIB, object_bytes=64 * MIB, concurrency=8) == 64 * MIB
-    assert target_bytes(total=160 * MIB, object_bytes=64 * MIB, concurrency=8) == 20 * MIB
+    assert len(lay_out([160 * MIB + 5], MIB, target_bytes(160 * MIB + 5, 64 * MIB, concurrency=8))) == 8
     assert target_bytes(total=MIB, object_bytes=64 * MIB, concurrency=8) == MIN_OBJECT_BYTES
     assert target_bytes(total=800 * MIB, object_bytes=4 * MIB, concurrency=8) == 4 * MIB

@@ -19,7 +19,9 @@ class Piece(NamedTuple):
 
 def target_bytes(total: int, object_bytes: int, concurrency: int) -> int:
     """Return how much raw data an object should hold so that every worker has one, within the limits."""
-    return min(object_bytes, max(MIN_OBJECT_BYTES, -(-total // concurrency)))
+    share = -(-total // concurrency)
+    # A little more than its share: objects end with whole blocks, and what is left over would be one more.
+    return min(object_bytes, max(MIN_OBJECT_BYTES, share + share // 8))
 
 
 def lay_out(sizes: Sequence[int], block_bytes: int, target: int) -> list[list[Piece]]:
