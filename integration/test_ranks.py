@@ -141,3 +141,34 @@ def hang(rank, place):
 def test_ranks_that_hang_are_ended(tmp_path):
     with pytest.raises(DcpStorageError, match="did not finish"), Ranks(2, hang, None, limit_s=15) as ranks:
         list(ranks.events())
+
+
+def save_with_cached_plans(rank, place):
+    planner = ShardedSavePlanner(enable_plan_caching=True)
+    writer = AsyncStorageWriter(place["url"])
+    for step, dtype in enumerate([torch.float32, torch.float32, torch.float64, torch.float64]):
+        state = sharded_state(step)
+        state["sharded"] = state["sharded"].to(dtype)
+        if step == 3:
+            state["new"] = torch.ones(5)
+        future = dcp.async_save(
+            state,
+            storage_writer=writer,
+            planner=planner,
+            checkpoint_id=f"{place['url']}/{step}",
+            async_checkpointer_type=AsyncCheckpointerType(place["how"]),
+        )
+        future.result(timeout=LIMIT_S)
+    rank.report("saved", True)
+
+
+@pytest.mark.parametrize("how", ["thread", "process"])
+def test_cached_plans_are_right_across_changed_paths_dtypes_and_keys(tmp_path, how):
+    run_ranks(2, save_with_cached_plans, {"url": str(tmp_path), "how": how})
+    for step, dtype in enumerate([torch.float32, torch.float32, torch.float64, torch.float64]):
+        expected = full_state(step) | ({"new": torch.ones(5)} if step == 3 else {})
+        expected["sharded"] = expected["sharded"].to(dtype)
+        state = blank_like(expected)
+        planner = ShardedLoadPlanner(dtype_policy="error")
+        dcp.load(state, storage_reader=AsyncStorageReader(tmp_path / str(step)), planner=planner)
+        assert_same(state, expected)
