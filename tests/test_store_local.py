@@ -1,15 +1,15 @@
 """Stores on local directories."""
 
 import asyncio
+import errno
+import fcntl
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import aiofiles.os
 import pytest
 
 from dcp_storage.errors import StoreError
-from dcp_storage.store import local
 from dcp_storage.store.base import Batch, Store
 from dcp_storage.store.local import LocalStore
 from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run
@@ -84,21 +84,24 @@ def test_permission_denied(tmp_path: Path):
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_disk_full_while_writing(tmp_path: Path, monkeypatch):
-    """A file that takes no byte: the error comes from the kernel, at a write, a flush and a close."""
+    """A file that takes no byte: the error comes from the kernel, in the midst of the blocks and at the end."""
+    real_open = os.open
 
-    async def create(path: Path):
-        path.touch()
-        return await local.aiofiles.open("/dev/full", "wb")
+    def open_full(path, flags: int, *args, **kwargs):
+        if flags & os.O_CREAT:
+            os.close(real_open(path, flags, *args, **kwargs))
+            return real_open("/dev/full", os.O_WRONLY)
+        return real_open(path, flags, *args, **kwargs)
 
-    monkeypatch.setattr(local, "_create", create)
-    for size in (100, 1_000_000):
+    monkeypatch.setattr(os, "open", open_full)
+    for size in (100, 1_000_000, 3_000_000):
         with pytest.raises(StoreError, match=rf"cannot write {tmp_path}/{NAME}.*No space left on device"):
             run(Place(str(tmp_path)), lambda store, size=size: put(store, NAME, b"x" * size))
         assert files(tmp_path) == []
 
 
 def test_put_that_cannot_sync(place: Place, tmp_path: Path, monkeypatch):
-    monkeypatch.setattr(local, "_fsync", aiofiles.os.wrap(fail))
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(StoreError, match="No space left on device"):
         run(place, lambda store: put(store, NAME, b"data"))
     assert files(tmp_path) == []
@@ -129,7 +132,6 @@ def test_order_of_syncs(tmp_path: Path, monkeypatch):
         return real_replace(self, target)
 
     monkeypatch.setattr(os, "fsync", fsync)
-    monkeypatch.setattr(local, "_fsync", aiofiles.os.wrap(fsync))
     monkeypatch.setattr(Path, "replace", replace)
 
     async def use(store: Store):
@@ -144,7 +146,6 @@ def test_order_of_syncs(tmp_path: Path, monkeypatch):
 
 def test_without_sync(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
-    monkeypatch.setattr(local, "_fsync", aiofiles.os.wrap(fail))
 
     async def main():
         async with LocalStore(tmp_path / "a" / "b", sync_files=False) as store:
@@ -174,6 +175,33 @@ def test_cancelled_at_any_time(tmp_path: Path, delay: float):
 
     run(Place(str(tmp_path)), use)
     assert files(tmp_path) == []
+
+
+@pytest.mark.parametrize("direct", ["taken", "refused at once", "refused later"])
+@pytest.mark.parametrize("size", [0, 1, 4096, (1 << 20) - 1, 1 << 20, (3 << 20) + 5])
+def test_bytes_past_the_page_cache(place: Place, monkeypatch, direct: str, size: int):
+    """The file is the same whether a file system takes O_DIRECT, refuses it, or takes it and no write of our pages."""
+    real_write, real_fcntl = os.write, fcntl.fcntl
+    data = bytes(range(251)) * (size // 251 + 1)
+    blocks = [memoryview(data)[start : min(start + 70_001, size)] for start in range(0, size, 70_001)]
+
+    def is_direct(descriptor: int) -> bool:
+        return bool(real_fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
+
+    def write(descriptor: int, view: memoryview) -> int:
+        if direct == "refused later" and is_direct(descriptor):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_write(descriptor, view[: max(1, len(view) // 2)] if is_direct(descriptor) else view)
+
+    def control(descriptor: int, command: int, flags: int = 0) -> int:
+        if direct == "refused at once" and flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        return real_fcntl(descriptor, command, flags)
+
+    monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(fcntl, "fcntl", control)
+    assert run(place, lambda store: store.put(NAME, batches_of(blocks[:7], blocks[7:]))) == size
+    assert run(place, lambda store: store.get(NAME)) == data[:size]
 
 
 def test_short_reads_are_continued(tmp_path: Path, monkeypatch):

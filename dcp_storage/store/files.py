@@ -1,0 +1,167 @@
+"""Blocking calls on local files; `local.py` runs each in a thread."""
+
+import errno
+import fcntl
+import os
+import secrets
+import stat
+from contextlib import suppress
+from mmap import mmap
+from pathlib import Path
+
+from numpy import copyto, frombuffer, uint8
+
+from dcp_storage.config import MIB
+from dcp_storage.store.base import Batch
+
+_STAGE_BYTES = MIB
+_DIRECT = getattr(os, "O_DIRECT", 0)
+
+
+class NewFile:
+    """A file that did not exist before, written from its beginning to its end.
+
+    One that is to be synced goes past the page cache where the file system takes that: the cache would cost a copy,
+    memory that the training job has better use for, and on virtual machines page faults that outlast the disk. What
+    is written that way must be whole pages, in memory and in the file, so blocks are gathered in a stage.
+    """
+
+    def __init__(self, path: Path, *, sync: bool) -> None:
+        self._stage = mmap(-1, _STAGE_BYTES)
+        self._filled = 0
+        self._sync = sync
+        self._direct = False
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        if sync and _DIRECT:
+            with suppress(OSError):  # the file system does not take it
+                self._set_direct(True)
+
+    def append(self, batch: Batch) -> int:
+        """Take blocks, write what fills the stage, and return their size in bytes."""
+        return sum(map(self._append, batch))
+
+    def finish(self) -> None:
+        """Write the rest and close; with `sync`, the data is on the disk then (the directory's entry may not be)."""
+        self._set_direct(False)  # the rest is no whole number of pages
+        self._write_stage()
+        if self._sync:
+            os.fsync(self._descriptor)
+        self._close()
+
+    def discard(self, path: Path) -> None:
+        """Close and remove a partial file; what made it partial is raised, not what fails here."""
+        with suppress(OSError):
+            self._close()
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+    def _append(self, block: bytes | memoryview) -> int:
+        data = frombuffer(block, uint8)
+        stage = frombuffer(self._stage, uint8)
+        start = 0
+        while start < len(data):
+            count = min(len(data) - start, _STAGE_BYTES - self._filled)
+            copyto(stage[self._filled : self._filled + count], data[start : start + count])
+            start += count
+            self._filled += count
+            if self._filled == _STAGE_BYTES:
+                self._write_stage()
+        return len(data)
+
+    def _write_stage(self) -> None:
+        rest = memoryview(self._stage)[: self._filled]
+        self._filled = 0
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except OSError as error:
+                # A disk of larger pages, or the rest of a write that was cut short.
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._set_direct(False)
+
+    def _set_direct(self, direct: bool) -> None:
+        if direct != self._direct:
+            flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+            fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags ^ _DIRECT)
+            self._direct = direct
+
+    def _close(self) -> None:
+        descriptor, self._descriptor = self._descriptor, -1
+        os.close(descriptor)
+
+
+def sync_directory(directory: Path) -> None:
+    """Make the entries of a directory last."""
+    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def make_directory(directory: Path, *, sync: bool) -> None:
+    """Create a directory and its parents; a new one lasts only once the directory around it is synced."""
+    if directory.is_dir():
+        return
+    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    if sync:
+        for path in missing:
+            sync_directory(path.parent)
+
+
+def replace_file(path: Path, data: bytes, *, sync: bool) -> None:
+    """Write a temporary file beside the path, and rename it over the path."""
+    if sync:
+        sync_directory(path.parent)
+    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
+    try:
+        with temporary.open("xb") as file:
+            file.write(data)
+            file.flush()
+            if sync:
+                os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if sync:
+        sync_directory(path.parent)
+
+
+def read_range(path: Path, start: int, stop: int) -> bytes:
+    """Open, read and close in one go, so that a range costs one trip through a thread."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _pread(descriptor, start, stop)
+    finally:
+        os.close(descriptor)
+
+
+def _pread(descriptor: int, start: int, stop: int) -> bytes:
+    """Read until `stop` or the end of the file; one call may return less than it was asked for."""
+    parts = []
+    while start < stop and (part := os.pread(descriptor, stop - start, start)):
+        parts.append(part)
+        start += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def file_size(path: Path) -> int:
+    """Return the size of a regular file in bytes."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FileNotFoundError(errno.ENOENT, "not a regular file", str(path))
+    return status.st_size
+
+
+def list_files(directory: Path) -> dict[str, int]:
+    """Return name and size of each regular file; one that vanishes while we look was deleted."""
+    files = {}
+    with suppress(FileNotFoundError), os.scandir(directory) as entries:
+        for entry in entries:
+            with suppress(FileNotFoundError):
+                if entry.is_file():
+                    files[entry.name] = entry.stat().st_size
+    return files
