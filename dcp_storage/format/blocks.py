@@ -5,9 +5,9 @@ numpy on whole blocks) release the GIL.
 """
 
 import zstandard
-from numpy import array, copyto, empty, frombuffer, left_shift, right_shift, uint8
+from numpy import array, copyto, empty, frombuffer, left_shift, may_share_memory, right_shift, uint8
 from numpy.typing import NDArray
-from xxhash import xxh3_64_hexdigest
+from xxhash import xxh3_64
 
 from dcp_storage.config import Codec
 from dcp_storage.errors import BlockCorrupt
@@ -52,7 +52,7 @@ class BlockEncoder:
         `out`, which must have room for `encoded_limit` bytes; with `compression="none"` they are a view of `raw`.
         """
         if self._compression == "none":
-            return memoryview(raw), xxh3_64_hexdigest(raw)
+            return memoryview(raw), _check_value(raw)
         if planes == 1:
             size = _compress(self._searching, raw, out)
         else:
@@ -93,13 +93,13 @@ class BlockDecoder:
             BlockCorrupt: The bytes are not the block that `check` was taken of. `out` may be partly written.
         """
         if self._compression == "none":
-            if len(stored) != len(out) or xxh3_64_hexdigest(stored) != check:
+            if len(stored) != len(out) or _check_value(stored) != check:
                 raise BlockCorrupt("the bytes do not match their check value")
-            out[:] = stored
+            _copy(stored, out)
             return
         raw = self._decompress(stored, check, len(out))
         if planes == 1:
-            out[:] = raw
+            _copy(raw, out)
         else:
             self._scratch.merge(raw, planes, out)
 
@@ -155,6 +155,18 @@ class _Scratch:
 
 def _shift(plane: int, planes: int) -> NDArray[uint8]:
     return array(8 * plane, f"<u{planes}")
+
+
+def _check_value(raw: Raw) -> str:
+    # The object releases the GIL while it hashes; xxhash's functions do not.
+    return xxh3_64(raw).hexdigest()
+
+
+def _copy(raw: Raw, out: memoryview) -> None:
+    """Copy without the GIL, unless the bytes were read to where they belong."""
+    source, target = frombuffer(raw, uint8), frombuffer(out, uint8)
+    if not may_share_memory(source, target):
+        copyto(target, source)
 
 
 def _compressor(level: int, **parameters: int) -> zstandard.ZstdCompressor:

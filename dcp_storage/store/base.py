@@ -54,10 +54,12 @@ class Store(ABC):
         """Return a whole object."""
 
     @abstractmethod
-    async def get_range(self, name: str, start: int, stop: int) -> bytes:
+    async def get_range(self, name: str, start: int, stop: int, into: memoryview | None = None) -> bytes | memoryview:
         """Return bytes `start` to `stop` (exclusive) of an object, or fewer where the object ends before `stop`.
 
-        `0 <= start < stop`. An object that ends before `start` gives `b""`.
+        `0 <= start < stop`. An object that ends before `start` gives nothing. A store that has to copy reads into
+        `into`, which holds at least `stop - start` bytes, and returns the part of it that it filled; any other store
+        leaves `into` alone.
         """
 
     @abstractmethod

@@ -130,11 +130,11 @@ def replace_file(path: Path, data: bytes, *, sync: bool) -> None:
         sync_directory(path.parent)
 
 
-def read_range(path: Path, start: int, stop: int) -> bytes:
+def read_range(path: Path, start: int, stop: int, into: memoryview | None) -> bytes | memoryview:
     """Open, read and close in one go, so that a range costs one trip through a thread."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _pread(descriptor, start, stop)
+        return _pread(descriptor, start, stop) if into is None else _pread_into(descriptor, start, into[: stop - start])
     finally:
         os.close(descriptor)
 
@@ -146,6 +146,13 @@ def _pread(descriptor: int, start: int, stop: int) -> bytes:
         parts.append(part)
         start += len(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def _pread_into(descriptor: int, start: int, memory: memoryview) -> memoryview:
+    filled = 0
+    while filled < len(memory) and (count := os.preadv(descriptor, [memory[filled:]], start + filled)):
+        filled += count
+    return memory[:filled]
 
 
 def file_size(path: Path) -> int:

@@ -10,6 +10,7 @@ from fsspec.config import apply_config
 from dcp_storage.config import MIB
 from dcp_storage.errors import ObjectNotFound
 from dcp_storage.store.base import Batch, Store
+from dcp_storage.store.bodies import Bodies
 from dcp_storage.store.failures import Failures, is_range_beyond_end
 from dcp_storage.store.names import check_name
 from dcp_storage.store.redact import secrets_in
@@ -37,6 +38,7 @@ class RemoteStore(Store):
         self.url = self._failures.url
         self._fs: Any = None
         self._session: Any = None
+        self._bodies = Bodies()
 
     async def __aenter__(self) -> Self:
         with self._failures.mapped("open"):
@@ -54,16 +56,16 @@ class RemoteStore(Store):
     async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
         """Gather the batches into one body and write it with one request."""
         path = self._path(name)
-        body = await _gather(batches)
-        with self._failures.mapped("write", name):
-            await self._write(path, body)
-        return len(body)
+        async with self._bodies.gather(batches) as body:
+            with self._failures.mapped("write", name):
+                await self._write(path, body)
+            return body.getbuffer().nbytes
 
     async def commit(self, name: str, data: bytes) -> None:
         """Write the object with one request, which replaces an older one as a whole."""
         path = self._path(name)
         with self._failures.mapped("commit", name):
-            await self._write(path, data)
+            await self._write(path, io.BytesIO(data))
 
     async def get(self, name: str) -> bytes:
         """Read a whole object with one request."""
@@ -71,7 +73,13 @@ class RemoteStore(Store):
         with self._failures.mapped("read", name, absent=ObjectNotFound):
             return await self._read(path)
 
-    async def get_range(self, name: str, start: int, stop: int) -> bytes:
+    async def get_range(
+        self,
+        name: str,
+        start: int,
+        stop: int,
+        into: memoryview | None = None,  # noqa: ARG002 - what HTTP clients return is theirs
+    ) -> bytes:
         """Read a range with one request."""
         path = self._path(name)
         with self._failures.mapped("read", name, absent=ObjectNotFound):
@@ -138,8 +146,8 @@ class RemoteStore(Store):
         """Await one of fsspec's coroutines, whose names begin with an underscore."""
         return await getattr(self._fs, method)(*args, **kwargs)
 
-    async def _write(self, path: str, data: bytes) -> None:
-        await self._call("_pipe_file", path, data)
+    async def _write(self, path: str, body: io.BytesIO) -> None:
+        await self._call("_pipe_file", path, body.getvalue())
 
     async def _read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         data: bytes = await self._call("_cat_file", path, start=start, end=stop)
@@ -152,11 +160,3 @@ class RemoteStore(Store):
         except FileNotFoundError:
             return []
         return entries
-
-
-async def _gather(batches: AsyncIterable[Batch]) -> bytes:
-    """Join the batches as they come; a buffer gives up its bytes without another copy."""
-    buffer = io.BytesIO()
-    async for batch in batches:
-        buffer.writelines(batch)
-    return buffer.getvalue()

@@ -1,6 +1,7 @@
 """fsspec file systems that only have blocking calls (SFTP, SMB, HDFS, memory, ...): each call runs in a thread."""
 
 import asyncio
+import io
 import secrets
 from collections.abc import Iterable
 from contextlib import suppress
@@ -27,11 +28,11 @@ class ThreadedStore(RemoteStore):
         async with self._turn:
             return await super()._call(method, *args, **kwargs)
 
-    async def _write(self, path: str, data: bytes) -> None:
+    async def _write(self, path: str, body: io.BytesIO) -> None:
         temporary = f"{path}.tmp-{secrets.token_hex(8)}"
         await self._call("_makedirs", self._prefix, exist_ok=True)
         try:
-            await self._call("_pipe_file", temporary, data)
+            await self._call("_pipe_file", temporary, body.getvalue())
             await self._call("_mv", temporary, path)
         except BaseException:
             # What made the write fail is raised, not what fails here.

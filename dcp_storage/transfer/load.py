@@ -1,9 +1,12 @@
 """The load pipeline: byte ranges are fetched, `concurrency` at once, and decoded in threads into their targets."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
+
+import numpy as np
 
 from dcp_storage.config import MIB, Transfer
 from dcp_storage.errors import BlockCorrupt
@@ -86,9 +89,25 @@ async def load_items(
     with CodecThreads(
         transfer.resolve_threads(), partial(BlockDecoder, codec.compression, codec.block_bytes)
     ) as threads:
-        loader = _Loader(store, items, object_names, threads, observer)
+        scratch = _Scratch(max((fetch.stop - fetch.start for fetch in fetches), default=0))
+        raw = codec.compression == "none"
+        loader = _Loader(store, items, object_names, threads, observer, scratch=scratch, raw=raw)
         loader.finish_empty()
         await for_each(transfer.concurrency, fetches, loader.load)
+
+
+class _Scratch:
+    """Memory for fetches that do not go straight to their destination: new memory for each costs its page faults."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._free: list[memoryview] = []
+
+    @contextmanager
+    def hold(self) -> Iterator[memoryview]:
+        memory = self._free.pop() if self._free else memoryview(np.empty(self._size, np.uint8).data)
+        yield memory
+        self._free.append(memory)
 
 
 class _Loader:
@@ -99,11 +118,16 @@ class _Loader:
         object_names: Sequence[str],
         threads: CodecThreads[BlockDecoder],
         observer: Observer,
+        *,
+        scratch: _Scratch,
+        raw: bool,
     ) -> None:
         self._store = store
         self._items = items
         self._names = object_names
+        self._raw = raw
         self._threads = threads
+        self._scratch = scratch
         self._observer = observer
         self._waiting = [len(item.wanted) for item in items]  # blocks still to come
         self._opened: set[int] = set()
@@ -119,12 +143,25 @@ class _Loader:
         for number in {block.item for block in fetch.blocks} - self._opened:
             self._opened.add(number)
             self._items[number].target.open()
-        data = memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop))
-        for unit in _units(fetch.blocks):
-            damaged = await self._threads.run(partial(self._decode, unit, data, fetch.start))
-            for block in damaged:
-                await self._read_again(block)
-            self._count(unit)
+        destination = self._destination(fetch)
+        with nullcontext(destination) if destination else self._scratch.hold() as memory:
+            data = memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop, memory))
+            for unit in _units(fetch.blocks):
+                damaged = await self._threads.run(partial(self._decode, unit, data, fetch.start))
+                for block in damaged:
+                    await self._read_again(block)
+                self._count(unit)
+
+    def _destination(self, fetch: Fetch) -> memoryview | None:
+        """Return the final memory of all that is fetched, where it lies there as it is stored."""
+        first, last = fetch.blocks[0], fetch.blocks[-1]
+        shift = fetch.start - first.start
+        if not self._raw or any(
+            (b.item, b.offset, b.offset + b.length) != (first.item, b.start + shift, b.stop + shift)
+            for b in fetch.blocks
+        ):
+            return None
+        return self._items[first.item].target.direct(first.start, last.stop)
 
     def _decode(self, blocks: Sequence[Block], data: memoryview, start: int, decoder: BlockDecoder) -> list[Block]:
         """Decode blocks out of a fetched range and return those that failed their check."""

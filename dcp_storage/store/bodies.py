@@ -1,0 +1,46 @@
+"""The bodies of requests: gathered in memory that is used again, since new memory costs its page faults."""
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator
+from contextlib import asynccontextmanager
+from io import BytesIO
+
+from numpy import copyto, frombuffer, uint8
+
+from dcp_storage.store.base import Batch
+
+
+class Bodies:
+    """The bodies that one open store has in flight."""
+
+    def __init__(self) -> None:
+        self._free: list[BytesIO] = []
+
+    @asynccontextmanager
+    async def gather(self, batches: AsyncIterable[Batch]) -> AsyncIterator[BytesIO]:
+        """Yield the batches, as they come, in one body, for the length of the block.
+
+        After an error the body is not used again: somebody may still be sending it.
+        """
+        body = self._free.pop() if self._free else BytesIO()
+        size = 0
+        async for batch in batches:
+            size = await asyncio.to_thread(_append, body, size, batch)
+        body.truncate(size)
+        body.seek(0)
+        yield body
+        self._free.append(body)
+
+
+def _append(body: BytesIO, size: int, batch: Batch) -> int:
+    """Copy blocks behind the first `size` bytes, without the GIL, and return the size with them."""
+    stop = size + sum(memoryview(block).nbytes for block in batch)
+    if stop > body.seek(0, 2):
+        body.seek(stop - 1)
+        body.write(b"\0")
+    with body.getbuffer() as memory:
+        for block in batch:
+            count = memoryview(block).nbytes
+            copyto(frombuffer(memory[size : size + count], uint8), frombuffer(block, uint8))
+            size += count
+    return size
