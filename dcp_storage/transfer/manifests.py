@@ -3,7 +3,13 @@
 import asyncio
 import logging
 
-from dcp_storage.errors import CheckpointNotFound, ManifestCorrupt, ObjectNotFound, UnsupportedFormat
+from dcp_storage.errors import (
+    CheckpointNotFound,
+    DcpStorageError,
+    ManifestCorrupt,
+    ObjectNotFound,
+    UnsupportedFormat,
+)
 from dcp_storage.format.legacy import StockManifest, decode_stock_metadata
 from dcp_storage.format.manifest import Manifest, decode, encode, is_manifest
 from dcp_storage.format.merge import merge
@@ -26,9 +32,21 @@ async def read_manifest(store: Store) -> Manifest | StockManifest:
         StoreError: It could not be read.
     """
     try:
-        data = await store.get(MANIFEST)
+        return await _read_whole(store)
     except ObjectNotFound:
+        pass
+    try:
         return await _read_rank_manifests(store)
+    except DcpStorageError as error:
+        # A commit may have replaced them by one for all while they were listed and read.
+        try:
+            return await _read_whole(store)
+        except ObjectNotFound:
+            raise error from None
+
+
+async def _read_whole(store: Store) -> Manifest | StockManifest:
+    data = await store.get(MANIFEST)
     where = f"{store.url}/{MANIFEST}"
     return _decode(data, where) if is_manifest(data) else decode_stock_metadata(data, where=where)
 
