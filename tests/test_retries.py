@@ -100,7 +100,7 @@ def test_an_absent_object_is_asked_for_once(server: FaultyS3):
 
 
 @pytest.mark.parametrize("how", ["total_max_attempts", "max_attempts", "environment", "profile"])
-@pytest.mark.parametrize("mode", ["legacy", "standard", "adaptive", None])
+@pytest.mark.parametrize("mode", ["adaptive", None])
 def test_who_says_how_many_attempts(server: FaultyS3, monkeypatch, tmp_path, how: str, mode: str | None):
     config: dict[str, Any] = {}
     if mode:
