@@ -27,6 +27,10 @@ class CheckpointExists(DcpStorageError, FileExistsError):
     """There is a checkpoint at this path already, and it may not be replaced."""
 
 
+class CheckpointReplaced(DcpStorageError):
+    """Another save replaced the checkpoint while it was read, and deleted the old one. Load again."""
+
+
 class ManifestCorrupt(DcpStorageError):
     """`.metadata` is there but is damaged, or says something that cannot be true."""
 

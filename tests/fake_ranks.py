@@ -39,14 +39,26 @@ def save(states: Sequence[dict[str, Any]], make_writer: Callable[[], AsyncStorag
     return metadata
 
 
-def load(states: Sequence[dict[str, Any]], make_reader: Callable[[], AsyncStorageReader], **planning: Any) -> None:
-    """Load into one state dict a rank."""
-    for rank, state in enumerate(states):
-        planner, reader = ShardedLoadPlanner(**planning), make_reader()
+def load(
+    states: Sequence[dict[str, Any]],
+    make_reader: Callable[[], AsyncStorageReader],
+    *,
+    meanwhile: Callable[[str, int], None] = lambda step, rank: None,
+    **planning: Any,
+) -> None:
+    """Load into one state dict a rank; `meanwhile` is called before each rank's steps, "plan" and "read"."""
+    planners = [ShardedLoadPlanner(**planning) for _ in states]
+    readers = [make_reader() for _ in states]
+    plans = []
+    for rank, (planner, reader, state) in enumerate(zip(planners, readers, states, strict=True)):
+        meanwhile("plan", rank)
         metadata = reader.read_metadata()
         planner.set_up_planner(state, metadata, is_coordinator=rank == 0)
         reader.set_up_storage_reader(metadata, rank == 0, rank=rank, use_collectives=True)
-        plan = reader.prepare_local_plan(planner.create_local_plan())
+        plans.append(reader.prepare_local_plan(planner.create_local_plan()))
+    plans = readers[0].prepare_global_plan(planners[0].create_global_plan(plans))
+    for rank, (planner, reader, plan) in enumerate(zip(planners, readers, plans, strict=True)):
+        meanwhile("read", rank)
         reader.read_data(planner.finish_plan(plan), planner).wait()
 
 

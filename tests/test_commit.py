@@ -1,4 +1,3 @@
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -124,28 +123,6 @@ def test_a_save_over_a_damaged_manifest_warns_and_stands(tmp_path, caplog):
     save(tmp_path, 2)
     assert "cannot be read" in caplog.text
     assert loaded_value(tmp_path) == 2
-
-
-def test_no_reader_ever_sees_a_mix_while_a_writer_overwrites(tmp_path):
-    save(tmp_path, 0)
-    stop = threading.Event()
-
-    def write():
-        for value in range(1, 6):
-            save(tmp_path, value)
-        stop.set()
-
-    seen = []
-    with ThreadPoolExecutor(1) as writer:
-        writing = writer.submit(write)
-        while not stop.is_set():
-            try:
-                seen.append(loaded_value(tmp_path))
-            except CheckpointException as error:
-                assert isinstance(next(iter(error.failures.values()))[0], StoreError)
-        writing.result()
-    assert seen == sorted(seen)
-    assert loaded_value(tmp_path) == 5
 
 
 def test_one_writer_serves_saves_in_several_threads_at_once(tmp_path):

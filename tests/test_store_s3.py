@@ -16,7 +16,6 @@ import pytest
 from fsspec.config import conf
 
 from dcp_storage.errors import ObjectNotFound, StoreError
-from dcp_storage.store import s3
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
 from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run
@@ -127,14 +126,6 @@ def test_silent_endpoint(silent_port: int):
     assert time.monotonic() - start < 10
 
 
-def test_refused_connection_fails_in_time_by_default(refused_port: int):
-    options = {"key": "k-1234", "secret": "s-1234", "endpoint_url": f"http://127.0.0.1:{refused_port}"}
-    start = time.monotonic()
-    with pytest.raises(StoreError, match=str(refused_port)):
-        run(Place("s3://bucket/step-1", options), lambda store: store.get(".metadata"))
-    assert time.monotonic() - start < 30
-
-
 class ScriptedServer(BaseHTTPRequestHandler):
     """Answers each request with the next of its answers: status, announced length and body."""
 
@@ -154,35 +145,17 @@ class ScriptedServer(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def scripted_place(monkeypatch) -> Iterator[Place]:
-    monkeypatch.setattr(s3, "_PAUSE_SECONDS", 0.01)
+def scripted_place() -> Iterator[Place]:
     with ThreadingHTTPServer(("127.0.0.1", 0), ScriptedServer) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         options = {"key": "k-1234", "secret": "s-1234", "endpoint_url": f"http://127.0.0.1:{server.server_port}"}
-        yield Place("s3://bucket/step-1", options | {"config_kwargs": {"retries": {"total_max_attempts": 1}}})
+        yield Place("s3://bucket/step-1", options)
         server.shutdown()
         thread.join()
 
 
-_SLOW_DOWN = b"<Error><Code>SlowDown</Code><Message>Reduce your request rate</Message></Error>"
 _DENIED = b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"
-_BROKEN = (206, 10, b"0123")
-_THROTTLED = (503, len(_SLOW_DOWN), _SLOW_DOWN)
-
-
-@pytest.mark.parametrize("first", [_BROKEN, _THROTTLED], ids=["broken-body", "throttled"])
-def test_transient_failures_are_tried_again(scripted_place: Place, first):
-    ScriptedServer.answers[:] = [first, first, (206, 10, b"0123456789")]
-    assert run(scripted_place, lambda store: store.get_range(NAME, 0, 10)) == b"0123456789"
-
-
-@pytest.mark.parametrize("first", [_BROKEN, _THROTTLED], ids=["broken-body", "throttled"])
-def test_transient_failures_are_not_tried_for_ever(scripted_place: Place, first):
-    ScriptedServer.answers[:] = [first] * 99
-    with pytest.raises(StoreError, match=r"Not enough data|[Rr]educe your request rate"):
-        run(scripted_place, lambda store: store.get_range(NAME, 0, 10))
-    assert len(ScriptedServer.answers) == 99 - 4
 
 
 def test_denied_access_is_not_tried_again(scripted_place: Place):

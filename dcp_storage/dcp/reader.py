@@ -18,7 +18,7 @@ from dcp_storage.dcp.metadata import find_chunk, to_metadata
 from dcp_storage.dcp.planners.default_plans import check_default_plan
 from dcp_storage.dcp.stock import load_stock
 from dcp_storage.dcp.tensors import BytesTarget, ChunkTarget, dtype_from_name, read_box
-from dcp_storage.errors import ConfigError, CoverageError, DcpStorageError
+from dcp_storage.errors import CheckpointReplaced, ConfigError, CoverageError, DcpStorageError, ObjectNotFound
 from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.legacy import StockManifest
 from dcp_storage.format.manifest import Manifest
@@ -28,6 +28,9 @@ from dcp_storage.store.base import Store
 from dcp_storage.transfer.load import LoadItem, load_items
 from dcp_storage.transfer.manifests import read_manifest
 from dcp_storage.transfer.ranges import needed_blocks
+
+_READINGS = 5
+"""How often a load begins anew because another save replaced what it reads."""
 
 
 class AsyncStorageReader(StorageReader):
@@ -46,9 +49,12 @@ class AsyncStorageReader(StorageReader):
     Raises:
         ConfigError: An argument is impossible: an unknown protocol, options for a local path.
 
+    A load reads one save, on all ranks. Where another save replaces it meanwhile and deletes its objects, a load by one
+    process begins anew by itself, up to 5 times; a load by several raises `CheckpointReplaced`: load again.
+
     What a load raises reaches the caller of `dcp.load`, on every rank, inside of DCP's `CheckpointException`, whose
-    `failures` hold the typed errors: `CheckpointNotFound`, `ManifestCorrupt`, `UnsupportedFormat`, `BlockCorrupt`,
-    `CoverageError`, `StoreError`.
+    `failures` hold the typed errors: `CheckpointNotFound`, `CheckpointReplaced`, `ManifestCorrupt`,
+    `UnsupportedFormat`, `BlockCorrupt`, `CoverageError`, `StoreError`.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class AsyncStorageReader(StorageReader):
         self._transfer = transfer
         self._observer = choose_observer(observer, progress=progress)
         self._manifest: Manifest | StockManifest | DcpStorageError | None = None
+        self._alone = False
 
     @property
     def checkpoint_id(self) -> Path:
@@ -73,7 +80,7 @@ class AsyncStorageReader(StorageReader):
 
     def reset(self, checkpoint_id: Path | None = None) -> None:
         """Begin another load, from `checkpoint_id` if it is given."""
-        self._manifest = None
+        self._manifest, self._alone = None, False
         if checkpoint_id is not None:
             self._location = replace(self._location, path=checkpoint_id)
 
@@ -109,11 +116,18 @@ class AsyncStorageReader(StorageReader):
         self._manifest = metadata.storage_data
 
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Leave the plan as it is."""
-        return plan
+        """Note in the plan which save this rank is about to read."""
+        return replace(plan, storage_data=getattr(self._manifest, "save_id", None))
 
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Leave the plans as they are."""
+        """Compare what the ranks are about to read: each found its manifest by itself.
+
+        Raises:
+            CheckpointReplaced: They found different saves.
+        """
+        self._alone = len(plans) == 1
+        if len({plan.storage_data for plan in plans}) > 1:
+            raise self._replaced("the ranks found different saves")
         return plans
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
@@ -121,11 +135,23 @@ class AsyncStorageReader(StorageReader):
 
         Raises:
             BlockCorrupt: A block failed its check twice.
+            CheckpointReplaced: Another save deleted what was to be read, and this load cannot begin anew by itself.
             CoverageError: The plan asks for what the checkpoint does not hold.
             StoreError: An object is missing or could not be read.
         """
-        manifest = self._manifest
         check_default_plan(plan, planner)
+        for reading in range(1, _READINGS + 1):
+            try:
+                self._read(plan, planner)
+                break
+            except ObjectNotFound as error:
+                self._follow(error, last=reading == _READINGS)
+        future: Future[None] = Future()
+        future.set_result(None)
+        return future
+
+    def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
+        manifest = self._manifest
         if isinstance(manifest, StockManifest):
             self._location.run(
                 partial(
@@ -142,9 +168,29 @@ class AsyncStorageReader(StorageReader):
             self._location.run(partial(self._load, manifest=manifest, items=items))
         else:
             raise ConfigError("the reader was not set up: pass it to dcp.load")
-        future: Future[None] = Future()
-        future.set_result(None)
-        return future
+
+    def _follow(self, error: ObjectNotFound, *, last: bool) -> None:
+        """Turn to the save that replaced the one whose object is gone, if the plan is as good for it.
+
+        Other ranks may have read theirs of the old save already, and DCP has no way to call them back.
+
+        Raises:
+            ObjectNotFound: `error`: the manifest is the same, and names an object that is not there.
+            CheckpointReplaced: There are other ranks, the new save is laid out otherwise, or this is enough.
+        """
+        old, new = self._manifest, self._location.run(read_manifest)
+        if new == old:
+            raise error
+        assert isinstance(old, Manifest | StockManifest), "its objects were read"
+        if last or not self._alone or _layout(new) != _layout(old):
+            raise self._replaced("its objects were deleted while they were read") from error
+        self._manifest = new
+
+    def _replaced(self, what: str) -> CheckpointReplaced:
+        where = self._location.store().url
+        return CheckpointReplaced(
+            f"{where} was replaced by another save: {what}, and nothing of this load may be used. Load again", url=where
+        )
 
     async def _load(self, store: Store, manifest: Manifest, items: list[LoadItem]) -> None:
         raw_bytes = sum(item.wanted_bytes(manifest.codec.block_bytes) for item in items)
@@ -160,6 +206,11 @@ class AsyncStorageReader(StorageReader):
         except ConfigError:
             return False
         return True
+
+
+def _layout(manifest: Manifest | StockManifest) -> Metadata:
+    """Return all that plans are made of."""
+    return replace(to_metadata(manifest), storage_data=None)
 
 
 def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner) -> list[LoadItem]:

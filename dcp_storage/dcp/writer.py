@@ -3,11 +3,11 @@
 import io
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import chain
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dcp_storage.config import Codec, Transfer
+from dcp_storage.dcp.background import Turn, Turns
 from dcp_storage.dcp.calls import Location, Path, choose_observer, observed, wait_for_device
 from dcp_storage.dcp.metadata import build_manifest
 from dcp_storage.dcp.tensors import BytesSource, TensorSource, dtype_name
@@ -28,6 +29,9 @@ from dcp_storage.transfer.manifests import commit_manifest, is_committed, replac
 from dcp_storage.transfer.save import Source, StoredSegment, save_items
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,20 @@ class _ThreadState(threading.local):
 
     location: Location | None = None
     save: _Save | None = None
+    turn: Turn | None = None
+
+
+def _logged(
+    hook: Callable[Concatenate["AsyncStorageWriter", P], R],
+) -> Callable[Concatenate["AsyncStorageWriter", P], R]:
+    """Have what a hook raises logged where the save runs in the background."""
+
+    @wraps(hook)
+    def call(writer: "AsyncStorageWriter", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        with writer._turn.logging():  # noqa: SLF001
+            return hook(writer, *args, **kwargs)
+
+    return call
 
 
 class AsyncStorageWriter(StorageWriter):
@@ -58,7 +76,8 @@ class AsyncStorageWriter(StorageWriter):
 
     Pass it to `dcp.save` or `dcp.async_save` as `storage_writer=`. It holds no loop, thread, connection or file between
     calls, pickles (for the PROCESS executor), and may be used for any number of saves, also at the same time from
-    several threads: each save's state is its thread's own.
+    several threads: each save's state is its thread's own. Saves of `dcp.async_save` that overlap follow one another in
+    the order of the calls. What fails one is raised by its future's `result()`, and logged.
 
     Args:
         path: A directory (`str` or `os.PathLike`) or a URL that fsspec knows, such as `s3://bucket/run/step-100`.
@@ -97,6 +116,7 @@ class AsyncStorageWriter(StorageWriter):
         self._overwrite = overwrite
         self._observer = choose_observer(observer, progress=progress)
         self._threads = _ThreadState()
+        self._turns = Turns()
 
     @property
     def checkpoint_id(self) -> Path:
@@ -108,6 +128,12 @@ class AsyncStorageWriter(StorageWriter):
         return self._threads.location or self._location
 
     @property
+    def _turn(self) -> Turn:
+        if self._threads.turn is None:
+            self._threads.turn = self._turns.take(self._here.store().url)
+        return self._threads.turn
+
+    @property
     def _save(self) -> _Save:
         if self._threads.save is None:
             raise ConfigError("the writer was not set up in this thread: pass it to dcp.save")
@@ -115,7 +141,7 @@ class AsyncStorageWriter(StorageWriter):
 
     def reset(self, checkpoint_id: Path | None = None) -> None:
         """Begin another save, at `checkpoint_id` if it is given. DCP calls it in the thread that saves."""
-        self._threads.save = None
+        self._threads.save = self._threads.turn = None
         if checkpoint_id is not None:
             self._threads.location = replace(self._location, path=checkpoint_id)
             self._location = self._threads.location
@@ -127,6 +153,7 @@ class AsyncStorageWriter(StorageWriter):
             self._here, new_token(), rank=rank, coordinator=is_coordinator, collectives=collectives
         )
 
+    @_logged
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Refuse early what cannot be saved, before a byte is written.
 
@@ -148,6 +175,7 @@ class AsyncStorageWriter(StorageWriter):
         """Leave the plans as they are: nothing of a save may live in a plan that DCP caches and replays."""
         return plans
 
+    @_logged
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Encode and put this rank's items, and return a future that is done: DCP waits for it at once.
 
@@ -163,6 +191,7 @@ class AsyncStorageWriter(StorageWriter):
             WriteResult(item.index, source.nbytes, stored)
             for item, source, stored in zip(plan.items, sources, segments, strict=True)
         ]
+        self._turn.done = self._save.collectives and not self._save.coordinator
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
         return future
@@ -199,6 +228,7 @@ class AsyncStorageWriter(StorageWriter):
         wait_for_device(data)
         return TensorSource(data, item.index.fqn, byte_planes=self._codec.byte_planes)
 
+    @_logged
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: write the manifest, and only then delete what the one that it replaced had named.
 
@@ -218,9 +248,11 @@ class AsyncStorageWriter(StorageWriter):
             rank=save.own_rank,
         )
         save.location.run(partial(_commit, manifest=manifest))
+        self._turn.done = True
 
     def storage_meta(self) -> StorageMeta | None:
-        """Tell DCP's planners where this save goes."""
+        """Tell DCP's planners where this save goes. It is the first that DCP asks: a save waits here for its turn."""
+        self._threads.turn = self._turns.take(self._here.store().url)
         return StorageMeta(checkpoint_id=self.checkpoint_id)
 
     @classmethod
@@ -233,11 +265,12 @@ class AsyncStorageWriter(StorageWriter):
         return True
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_threads"}
+        return {name: value for name, value in self.__dict__.items() if name not in {"_threads", "_turns"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._threads = _ThreadState()
+        self._turns = Turns()
 
 
 async def _commit(store: Store, manifest: Manifest) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from dcp_storage.errors import StoreError
 from dcp_storage.store.redact import mask, strip_userinfo
@@ -72,8 +73,18 @@ def is_range_beyond_end(error: BaseException) -> bool:
 
 def error_code(error: BaseException) -> str:
     """Return the code in the S3 answer behind an error (`NoSuchBucket`, `SlowDown`), or an empty string."""
-    codes = (getattr(link, "response", None) for link in chain(error))
-    return next((str(r["Error"].get("Code", "")) for r in codes if isinstance(r, dict) and "Error" in r), "")
+    return next((str(answer["Error"].get("Code", "")) for answer in _answers(error) if "Error" in answer), "")
+
+
+def http_status(error: BaseException) -> int:
+    """Return the HTTP status of the S3 answer behind an error, or 0."""
+    metadata = (answer.get("ResponseMetadata", {}) for answer in _answers(error))
+    return next((int(found["HTTPStatusCode"]) for found in metadata if "HTTPStatusCode" in found), 0)
+
+
+def _answers(error: BaseException) -> Iterator[dict[str, Any]]:
+    answers = (getattr(link, "response", None) for link in chain(error))
+    return (answer for answer in answers if isinstance(answer, dict))
 
 
 def _codes(error: BaseException) -> set[int | str]:

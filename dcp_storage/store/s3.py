@@ -9,39 +9,56 @@ from functools import cache
 from typing import Any
 from zlib import crc32
 
-from aiobotocore.response import AioReadTimeoutError
 from aiobotocore.session import AioSession
-from aiohttp import ClientPayloadError
+from aiohttp import ClientConnectionError, ClientPayloadError
 from botocore.config import Config
-from botocore.exceptions import IncompleteReadError, ResponseStreamingError
+from botocore.exceptions import (
+    ConnectionError as NoConnectionError,
+)
+from botocore.exceptions import (
+    ConnectTimeoutError,
+    HTTPClientError,
+    IncompleteReadError,
+    ReadTimeoutError,
+    SSLError,
+)
 from botocore.loaders import create_loader
 
-from dcp_storage.store.failures import error_code
+from dcp_storage.store.failures import error_code, http_status
 from dcp_storage.store.remote import RemoteStore
 
 _CONFIG_DEFAULTS = {
     "connect_timeout": 5,  # seconds
     "read_timeout": 15,  # seconds without a byte
-    "retries": {"mode": "standard", "total_max_attempts": 4},
     "max_pool_connections": 256,  # the most that Transfer.concurrency may ask for
     # Some servers answer a range with the checksum of the whole object, and blocks carry checks of their own.
     "response_checksum_validation": "when_required",
 }
-"""What botocore is told where `config_kwargs` in the storage options says nothing: an endpoint that refuses or drops
-connections fails within half a minute."""
+"""What botocore is told where `config_kwargs` in the storage options says nothing."""
 
-_ATTEMPTS = 4
+_ATTEMPTS = 10
+"""Requests for one operation, where neither the storage options nor the environment or profile say."""
+_TIMEOUTS = 2
+"""... of which so many may end in silence. So an endpoint that refuses or drops connections fails in half a minute."""
 _PAUSE_SECONDS = 0.25
-_BROKEN_BODY = (AioReadTimeoutError, ClientPayloadError, IncompleteReadError, ResponseStreamingError)
-_THROTTLED = {"SlowDown", "ServiceUnavailable", "503"}
+_LONGEST_PAUSE_SECONDS = 4
+
+_TIMED_OUT = (ConnectTimeoutError, ReadTimeoutError)
+_BROKEN = (NoConnectionError, HTTPClientError, IncompleteReadError, ClientConnectionError, ClientPayloadError)
+_BUSY_STATUS = {429, 500, 502, 503, 504}
+_BUSY_CODES = {"SlowDown", "Throttling", "RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch"}
 
 
 class S3Store(RemoteStore):
     """A key prefix in a bucket.
 
     Credentials, profile, region and endpoint come from the storage options, fsspec's configuration, or the usual
-    `AWS_*` variables and files, in this order. `config_kwargs` in the storage options is merged over this store's time
-    limits and retries.
+    `AWS_*` variables and files, in this order, and so does the number of attempts. `config_kwargs` in the storage
+    options is merged over this store's time limits.
+
+    What is throttled, refused, reset, broken off or silent is tried again here and nowhere else: neither botocore,
+    which does not see a body break off, nor s3fs repeats a request. (aiohttp alone sends one again, at once, whose
+    connection turns out to be dead.)
     """
 
     def __init__(self, url: str, fs_class: Any, storage_options: Mapping[str, Any]) -> None:
@@ -50,29 +67,32 @@ class S3Store(RemoteStore):
         self._options["max_concurrency"] = 1
         # Options that this botocore is too old for name behaviour that it is also too old to have.
         defaults = {name: value for name, value in _CONFIG_DEFAULTS.items() if name in Config.OPTION_DEFAULTS}
-        given = dict(self._options.get("config_kwargs") or {})
+        config: dict[str, Any] = defaults | dict(self._options.get("config_kwargs") or {})
         # Bodies carry a CRC; signing them as well, which botocore does over plain HTTP, takes longer than zstd.
-        given["s3"] = {"payload_signing_enabled": False} | dict(given.get("s3") or {})
-        self._options["config_kwargs"] = defaults | given
+        config["s3"] = {"payload_signing_enabled": False} | dict(config.get("s3") or {})
+        self._retries = dict(config.get("retries") or {})
+        rest = {name: value for name, value in self._retries.items() if name == "mode"}
+        self._options["config_kwargs"] = config | {"retries": rest | {"total_max_attempts": 1}}
 
     def _make_fs(self) -> Any:
         fs = super()._make_fs()
-        # botocore retries, within bounds; s3fs's five rounds on top, nested when it reads, would take many minutes.
         fs.retries = 1
         fs.session = AioSession(**fs.kwargs)
         fs.session.register_component("data_loader", _loader(fs.session.get_config_variable("data_path")))
+        self._attempts = _attempts(self._retries, fs.session)
         return fs
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Repeat what botocore gave up on as throttled, or whose body broke off, which it does not look at."""
-        for attempt in range(1, _ATTEMPTS):
+        attempt = timeouts = 0
+        while True:
+            attempt += 1
             try:
                 return await self._try(method, *args, **kwargs)
             except Exception as error:
-                if not _is_transient(error):
+                timeouts += isinstance(error, _TIMED_OUT)
+                if attempt >= self._attempts or timeouts == _TIMEOUTS or not _is_transient(error):
                     raise
-            await asyncio.sleep(random.uniform(0.5, 1) * _PAUSE_SECONDS * 2**attempt)  # noqa: S311 - no secret
-        return await self._try(method, *args, **kwargs)
+            await asyncio.sleep(_pause(attempt))
 
     async def _try(self, method: str, *args: Any, **kwargs: Any) -> Any:
         if "Body" in kwargs:
@@ -103,5 +123,22 @@ def _crc32(body: io.BytesIO) -> int:
         return crc32(memory)
 
 
+def _attempts(retries: Mapping[str, int], session: AioSession) -> int:
+    """Return how many requests an operation may take, by botocore's rules on who says so."""
+    if "total_max_attempts" in retries:
+        return retries["total_max_attempts"]
+    if "max_attempts" in retries:  # those after the first
+        return retries["max_attempts"] + 1
+    return session.get_config_variable("max_attempts") or _ATTEMPTS
+
+
+def _pause(attempt: int) -> float:
+    """Return the seconds to wait after an attempt: twice as long each time, and not as long as others that failed."""
+    longest: float = min(_PAUSE_SECONDS * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS)
+    return random.uniform(0.5, 1) * longest  # noqa: S311 - no secret
+
+
 def _is_transient(error: Exception) -> bool:
-    return isinstance(error, _BROKEN_BODY) or error_code(error) in _THROTTLED
+    if isinstance(error, _BROKEN):
+        return not isinstance(error, SSLError)
+    return http_status(error) in _BUSY_STATUS or error_code(error) in _BUSY_CODES

@@ -2,8 +2,17 @@
 
 import asyncio
 import logging
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
 
-from dcp_storage.errors import CheckpointNotFound, ManifestCorrupt, ObjectNotFound, UnsupportedFormat
+from dcp_storage.errors import (
+    CheckpointNotFound,
+    DcpStorageError,
+    ManifestCorrupt,
+    ObjectNotFound,
+    UnsupportedFormat,
+)
 from dcp_storage.format.legacy import StockManifest, decode_stock_metadata
 from dcp_storage.format.manifest import Manifest, decode, encode, is_manifest
 from dcp_storage.format.merge import merge
@@ -12,6 +21,8 @@ from dcp_storage.format.validate import validate
 from dcp_storage.store.base import Store
 
 logger = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 
 async def read_manifest(store: Store) -> Manifest | StockManifest:
@@ -26,11 +37,34 @@ async def read_manifest(store: Store) -> Manifest | StockManifest:
         StoreError: It could not be read.
     """
     try:
-        data = await store.get(MANIFEST)
+        return await _read_whole(store)
     except ObjectNotFound:
+        pass
+    try:
         return await _read_rank_manifests(store)
+    except DcpStorageError as error:
+        # A commit may have replaced them by one for all while they were listed and read.
+        try:
+            return await _read_whole(store)
+        except ObjectNotFound:
+            raise error from None
+
+
+async def _read_whole(store: Store) -> Manifest | StockManifest:
     where = f"{store.url}/{MANIFEST}"
-    return _decode(data, where) if is_manifest(data) else decode_stock_metadata(data, where=where)
+
+    def decode_either(data: bytes) -> Manifest | StockManifest:
+        return _decode(data, where) if is_manifest(data) else decode_stock_metadata(data, where=where)
+
+    return await _read(store, MANIFEST, decode_either)
+
+
+async def _read(store: Store, name: str, parse: Callable[[bytes], R]) -> R:
+    """Read and parse; what is damaged is read once more, as a block is."""
+    try:
+        return parse(await store.get(name))
+    except ManifestCorrupt:
+        return parse(await store.get(name))
 
 
 async def _read_rank_manifests(store: Store) -> Manifest:
@@ -51,7 +85,7 @@ async def _read_rank_manifests(store: Store) -> Manifest:
 
 async def _read_part(store: Store, rank: int) -> Manifest:
     name = rank_manifest(rank)
-    return _decode(await store.get(name), f"{store.url}/{name}")
+    return await _read(store, name, partial(_decode, where=f"{store.url}/{name}"))
 
 
 def _decode(data: bytes, where: str) -> Manifest:

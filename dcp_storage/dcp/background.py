@@ -1,0 +1,76 @@
+"""Saves that DCP runs in threads of their own, for `dcp.async_save`: one after another, and never failing unheard."""
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+logger = logging.getLogger(__name__)
+
+_THREAD_NAME = "AsyncCheckpointExecutor"
+"""How DCP names its threads. Each runs one save and ends with it; no other thread is ever waited for."""
+
+
+@dataclass
+class Turn:
+    """One save; `done` once this rank has nothing more to do for it."""
+
+    url: str
+    done: bool = False
+    thread: threading.Thread = field(default_factory=threading.current_thread)
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Log what fails the save where nobody may ever ask its future."""
+        try:
+            yield
+        except Exception as error:
+            if _is_background(self.thread):
+                logger.error("the save to %s, in the background, failed: %s", self.url, error)  # noqa: TRY400
+            raise
+
+
+class Turns:
+    """The saves of one writer that may still run in the background."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._turns: list[Turn] = []
+
+    def take(self, url: str) -> Turn:
+        """Begin a save once those before it have ended; warn of those of this writer that failed.
+
+        Overlapping saves would mix their collectives, which meet in the order in which each rank happens to begin them;
+        they might share a planner; and the older might commit last.
+        """
+        earlier, turn = self._earlier(), Turn(url)
+        if _is_background(turn.thread):
+            with self._lock:
+                self._turns.append(turn)
+        for thread in earlier:
+            thread.join()
+        with self._lock:
+            ended = [old for old in self._turns if not old.thread.is_alive()]
+            self._turns = [old for old in self._turns if old not in ended]  # one that ends just now is told next time
+        for old in ended:
+            if not old.done:
+                logger.warning("the save to %s before this one, in the background, failed", old.url)
+        return turn
+
+    def _earlier(self) -> list[threading.Thread]:
+        """Return the threads to wait for. Python lists threads in the order of their start: that of the calls."""
+        running = [thread for thread in threading.enumerate() if _is_background(thread)]
+        here = threading.current_thread()
+        if here in running:
+            return running[: running.index(here)]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            return running
+        with self._lock:
+            return [turn.thread for turn in self._turns]
+
+
+def _is_background(thread: threading.Thread) -> bool:
+    return thread.name.startswith(_THREAD_NAME)

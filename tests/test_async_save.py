@@ -1,0 +1,182 @@
+"""`dcp.async_save` in a thread: what overlaps, fails or is given up, and what is left behind."""
+
+import asyncio
+import gc
+import os
+import threading
+import time
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner, Transfer
+from dcp_storage.errors import StoreError
+from dcp_storage.store.local import LocalStore
+
+SMALL = Transfer(object_bytes=1 << 20, concurrency=4)
+LIMIT_S = 60
+async_save = partial(dcp.async_save, no_dist=True)
+
+
+def state_of(value):
+    return {"large": torch.full((1 << 18,), float(value)), "strided": torch.full((64, 64), value).t(), "step": value}
+
+
+def loaded_value(path):
+    state = state_of(-1)
+    dcp.load(state, storage_reader=AsyncStorageReader(path), planner=ShardedLoadPlanner())
+    values = {*state["large"].unique().tolist(), *state["strided"].unique().tolist(), state["step"]}
+    assert len(values) == 1, f"a mix of saves: {values}"
+    return values.pop()
+
+
+class Gate:
+    """Holds back every commit to a path whose last part is `name`, until it is opened."""
+
+    def __init__(self, monkeypatch, name):
+        self.reached, self._opened = threading.Event(), threading.Event()
+        real = LocalStore.commit
+
+        async def commit(store, *args):
+            if Path(store.url).name == name:
+                self.reached.set()
+                await asyncio.to_thread(self._opened.wait, LIMIT_S)
+            await real(store, *args)
+
+        monkeypatch.setattr(LocalStore, "commit", commit)
+
+    def open(self):
+        self._opened.set()
+
+
+def fail(monkeypatch, method):
+    async def broken(store, *args):
+        raise StoreError(f"{store.url} has no space left")
+
+    monkeypatch.setattr(LocalStore, method, broken)
+
+
+@pytest.mark.parametrize("planner", [ShardedSavePlanner(), None], ids=["one-planner", "a-planner-each"])
+def test_overlapping_saves_of_one_writer_follow_one_another(tmp_path, monkeypatch, planner):
+    gate = Gate(monkeypatch, "1")
+    writer = AsyncStorageWriter(tmp_path / "unused", transfer=SMALL)
+    futures = []
+    for step in (1, 2, 3):
+        state = state_of(step)
+        futures.append(async_save(state, storage_writer=writer, checkpoint_id=tmp_path / str(step), planner=planner))
+        assert gate.reached.wait(LIMIT_S)
+    assert [future.running() for future in futures] == [True] * 3
+    assert not (tmp_path / "2").exists()
+    gate.open()
+    for future in futures:
+        future.result(LIMIT_S)
+    assert [loaded_value(tmp_path / str(step)) for step in (1, 2, 3)] == [1, 2, 3]
+
+
+def test_the_last_of_overlapping_saves_to_one_path_stands(tmp_path, monkeypatch):
+    path = tmp_path / "path"
+    gate = Gate(monkeypatch, "path")
+    writer = AsyncStorageWriter(path, transfer=SMALL)
+    futures = [async_save(state_of(step), storage_writer=writer) for step in (1, 2)]
+    assert gate.reached.wait(LIMIT_S)
+    gate.open()
+    for future in futures:
+        future.result(LIMIT_S)
+    assert loaded_value(path) == 2
+    assert len({file.name.split("-")[0] for file in path.iterdir()}) == 2  # .metadata, and one save's token
+
+
+def test_a_sync_save_by_the_thread_that_saved_before_waits_for_nobody(tmp_path):
+    writer = AsyncStorageWriter(tmp_path)
+    for step in range(3):
+        dcp.save(state_of(step), storage_writer=writer, no_dist=True)
+        async_save(state_of(step), storage_writer=writer).result(LIMIT_S)
+    assert loaded_value(tmp_path) == 2
+
+
+def test_what_training_does_next_does_not_reach_the_checkpoint(tmp_path, monkeypatch):
+    gate = Gate(monkeypatch, tmp_path.name)
+    model = torch.nn.Linear(300, 300)
+    state = {"model": model.state_dict(), "strided": torch.arange(5000.0).view(50, 100).t(), "list": [1, torch.ones(3)]}
+    expected = {name: value.clone() for name, value in state["model"].items()}
+    future = async_save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner())
+    with torch.no_grad():
+        for value in (*model.parameters(), state["strided"], state["list"][1]):
+            value.zero_()
+    state["list"][0] = 9
+    gate.open()
+    future.result(LIMIT_S)
+    found = {
+        "model": torch.nn.Linear(300, 300).state_dict(),
+        "strided": torch.zeros(100, 50),
+        "list": [0, torch.ones(3)],
+    }
+    dcp.load(found, storage_reader=AsyncStorageReader(tmp_path), planner=ShardedLoadPlanner())
+    assert all(torch.equal(found["model"][name], value) for name, value in expected.items())
+    assert torch.equal(found["strided"], torch.arange(5000.0).view(50, 100).t())
+    assert found["list"][0] == 1
+    assert found["list"][1].eq(1).all()
+
+
+@pytest.mark.parametrize("method", ["put", "commit"])
+def test_a_failure_is_raised_by_result_and_logged_though_nobody_asks(tmp_path, monkeypatch, caplog, method):
+    writer = AsyncStorageWriter(tmp_path)
+    with monkeypatch.context() as patch:
+        fail(patch, method)
+        future = async_save(state_of(1), storage_writer=writer)
+        error = future.exception(LIMIT_S)
+    assert isinstance(error, CheckpointException)
+    assert isinstance(error.failures[0][0], StoreError)
+    assert f"the save to {tmp_path}, in the background, failed: {tmp_path} has no space left" in caplog.text
+    caplog.clear()
+    dcp.save(state_of(2), storage_writer=writer, no_dist=True)
+    assert f"the save to {tmp_path} before this one, in the background, failed" in caplog.text
+    caplog.clear()
+    async_save(state_of(3), storage_writer=writer).result(LIMIT_S)
+    assert not [record for record in caplog.records if record.name.startswith("dcp_storage")]
+    assert loaded_value(tmp_path) == 3
+
+
+def test_a_failure_outside_of_the_writer_is_told_at_the_next_save(tmp_path, caplog):
+    class BrokenPlanner(ShardedSavePlanner):
+        def create_local_plan(self):
+            raise RuntimeError("no plan")
+
+    writer = AsyncStorageWriter(tmp_path)
+    async_save(state_of(1), storage_writer=writer, planner=BrokenPlanner()).exception(LIMIT_S)
+    dcp.save(state_of(2), storage_writer=writer, no_dist=True)
+    assert f"the save to {tmp_path} before this one, in the background, failed" in caplog.text
+
+
+def open_files():
+    return {os.readlink(f"/proc/self/fd/{number}") for number in os.listdir("/proc/self/fd") if _is_open(number)}
+
+
+def _is_open(number):
+    return os.path.lexists(f"/proc/self/fd/{number}")
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux to list open files")
+@pytest.mark.parametrize("outcome", ["saved", "failed"])
+@pytest.mark.parametrize("store", ["local", "s3"])
+def test_a_future_that_is_dropped_leaves_nothing_behind(tmp_path, monkeypatch, moto_s3, store, outcome):
+    path, options = (tmp_path, None) if store == "local" else (moto_s3.url, moto_s3.storage_options)
+    if outcome == "failed":
+        monkeypatch.setattr("dcp_storage.dcp.writer.build_manifest", lambda *args, **kwargs: 1 / 0)
+    threads, files = set(threading.enumerate()), open_files()
+    future = async_save(state_of(1), storage_writer=AsyncStorageWriter(path, storage_options=options))
+    future.cancel()  # too late for a save that runs, and nothing is left of one that does not
+    del future
+    deadline = time.monotonic() + LIMIT_S
+    while any("AsyncCheckpoint" in thread.name for thread in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    gc.collect()
+    served = {thread for thread in threading.enumerate() if "process_request" in thread.name}  # moto's own
+    assert set(threading.enumerate()) - served <= threads
+    if store == "local":
+        assert open_files() <= files

@@ -1,0 +1,159 @@
+"""Every order in which the store operations of two saves and a load at one path can happen."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from xxhash import xxh3_64_hexdigest
+
+from dcp_storage.dcp.writer import _commit
+from dcp_storage.errors import CheckpointNotFound, ObjectNotFound
+from dcp_storage.format.manifest import BytesEntry, Manifest, Segment, StoredCodec, StoredObject, decode, encode
+from dcp_storage.format.names import MANIFEST, data_object
+from dcp_storage.store.base import Store
+from dcp_storage.transfer.manifests import read_manifest
+
+
+class Turn:
+    """Awaited before each operation: whoever drives the coroutine decides when it happens."""
+
+    def __await__(self):
+        yield
+
+
+class SteppedStore(Store):
+    """A dictionary; each operation is one atomic step."""
+
+    url = "stepped://"
+    put_bytes = read_bytes = 1 << 20
+
+    def __init__(self, objects: dict[str, bytes]) -> None:
+        self.objects = objects
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *exc_info):
+        pass
+
+    async def put(self, name, batches):
+        raise NotImplementedError
+
+    async def commit(self, name, data):
+        await Turn()
+        self.objects[name] = data
+
+    async def get(self, name):
+        await Turn()
+        if name not in self.objects:
+            raise ObjectNotFound(name)
+        return self.objects[name]
+
+    async def get_range(self, name, start, stop):
+        return (await self.get(name))[start:stop]
+
+    async def size(self, name):
+        return len(await self.get(name))
+
+    async def list(self):
+        await Turn()
+        return {name: len(data) for name, data in self.objects.items()}
+
+    async def delete(self, names):
+        for name in names:
+            await Turn()
+            self.objects.pop(name, None)
+
+
+def manifest_of(token: str, objects: int) -> Manifest:
+    names = [data_object(token, rank, 0, compression="none") for rank in range(objects)]
+    segments = [Segment(number, 0, (1,), xxh3_64_hexdigest(b"x")) for number in range(objects)]
+    return Manifest(
+        save_id=token,
+        created="now",
+        libraries={},
+        world_size=objects,
+        codec=StoredCodec("none", 1 << 20, 1),
+        objects=tuple(StoredObject(name, 1) for name in names),
+        tensors={},
+        bytes={name: BytesEntry(1, (segment,)) for name, segment in zip(names, segments, strict=True)},
+    )
+
+
+async def load(store: Store) -> str:
+    """What a reader does: it reads one whole save, or finds that there is none, or that an object is gone."""
+    try:
+        manifest = await read_manifest(store)
+        assert isinstance(manifest, Manifest)
+        for stored in manifest.objects:
+            await store.get(stored.name)
+    except (CheckpointNotFound, ObjectNotFound) as error:
+        return type(error).__name__
+    return manifest.save_id
+
+
+class Scene:
+    """Some saves, whose objects are put and which are about to commit, and perhaps a load."""
+
+    def __init__(self, old: bool, saves: str, objects: int, loads: bool) -> None:
+        self.store = SteppedStore({})
+        manifests = {token: manifest_of(token, objects) for token in [*saves, "old"]}
+        for token, manifest in manifests.items():
+            if token != "old" or old:
+                self.store.objects |= {stored.name: b"x" for stored in manifest.objects}
+        if old:
+            self.store.objects[MANIFEST] = encode(manifests["old"])
+        self.tasks: dict[int, Any] = dict(enumerate(_commit(self.store, manifests[token]) for token in saves))
+        if loads:
+            self.tasks[len(self.tasks)] = load(self.store)
+        self.loaded: str | None = None
+        for who in list(self.tasks):
+            self.step(who)  # to its first operation
+
+    def step(self, who: int) -> None:
+        try:
+            self.tasks[who].send(None)
+        except StopIteration as end:
+            del self.tasks[who]
+            self.loaded = end.value or self.loaded
+
+    def check(self) -> None:
+        """Whatever is cut off here, by a crash for one, the checkpoint that stands is whole."""
+        if MANIFEST in self.store.objects:
+            assert {stored.name for stored in self.standing().objects} <= self.store.objects.keys()
+
+    def standing(self) -> Manifest:
+        return decode(self.store.objects[MANIFEST], MANIFEST)
+
+
+def every_order(make: Callable[[], Scene]) -> Iterator[Scene]:
+    """Play each order of the tasks' operations, once, to its end."""
+    waiting: list[list[int]] = [[]]
+    while waiting:
+        order = waiting.pop()
+        scene = make()
+        for who in order:
+            scene.step(who)
+        scene.check()
+        while scene.tasks:
+            first, *others = scene.tasks
+            waiting += [[*order, other] for other in others]
+            order = [*order, first]
+            scene.step(first)
+            scene.check()
+        yield scene
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["over-an-old-one", "first"])
+def test_of_two_saves_one_stands_whole_at_every_moment(old):
+    scenes = list(every_order(lambda: Scene(old, "ab", objects=2, loads=False)))
+    assert len(scenes) > 50
+    assert {scene.standing().save_id for scene in scenes} == {"a", "b"}
+    for scene in scenes:
+        assert not any(name.startswith("old") for name in scene.store.objects)
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["over-an-old-one", "first"])
+def test_a_load_beside_two_saves_is_of_one_or_none(old):
+    loaded = {scene.loaded for scene in every_order(lambda: Scene(old, "ab", objects=1, loads=True))}
+    assert loaded == {"a", "b", "ObjectNotFound", "old" if old else "CheckpointNotFound"}
