@@ -132,7 +132,7 @@ class _Loader:
         missing = stored.offset + stored.length - self._sizes[stored.object_name]
         if missing > 0:
             raise item.damaged(f"the object ends {missing} bytes too early")
-        pieces: dict[int, bytes] = {}
+        pieces: dict[int, bytes | memoryview] = {}
 
         async def fetch(start: int) -> None:
             stop = min(start + most, stored.offset + stored.length)
@@ -140,7 +140,7 @@ class _Loader:
 
         starts = range(stored.offset, stored.offset + stored.length, most)
         await for_each(min(len(starts), self._transfer.concurrency), starts, fetch)
-        data = pieces[stored.offset] if len(pieces) == 1 else b"".join(pieces[start] for start in starts)
+        data = b"".join(pieces[start] for start in starts)  # a single one is not copied
         if len(data) != stored.length:
             raise item.damaged(f"only {len(data)} of its {stored.length} bytes could be read")
         return data

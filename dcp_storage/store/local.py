@@ -2,10 +2,10 @@
 
 import asyncio
 import os
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import ParamSpec, Self, TypeVar
 
 from aiofiles.os import wrap
 
@@ -16,7 +16,8 @@ from dcp_storage.store.base import Batch, Store
 from dcp_storage.store.failures import Failures
 from dcp_storage.store.names import check_name
 
-_T = TypeVar("_T")
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 class LocalStore(Store):
@@ -115,11 +116,11 @@ class LocalStore(Store):
             raise
 
 
-async def _in_thread(call: Any, *args: Any, **kwargs: Any) -> Any:
+async def _in_thread(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
     return await _unbroken(wrap(call)(*args, **kwargs))
 
 
-async def _unbroken(work: Awaitable[_T]) -> _T:
+async def _unbroken(work: Awaitable[R]) -> R:
     """Await work in a thread to its end even if cancelled meanwhile: a thread cannot be stopped half-way."""
     task = asyncio.ensure_future(work)
     try:
