@@ -88,8 +88,15 @@ class LocalStore(Store):
 
     async def list(self) -> dict[str, int]:
         """Return the regular files in the directory."""
+        return {name: status.st_size for name, status in (await self._statuses()).items()}
+
+    async def modified(self) -> dict[str, float]:
+        """Return when each regular file in the directory was written."""
+        return {name: status.st_mtime for name, status in (await self._statuses()).items()}
+
+    async def _statuses(self) -> dict[str, os.stat_result]:
         with self._failures.mapped("list"):
-            return await _list_files(self._directory)
+            return await _stat_files(self._directory)
 
     async def delete(self, names: Sequence[str]) -> None:
         """Remove files."""
@@ -211,14 +218,14 @@ def _file_size(path: Path) -> int:
 
 
 @aiofiles.os.wrap
-def _list_files(directory: Path) -> dict[str, int]:
-    """Return name and size of each regular file; one that vanishes while we look was deleted."""
+def _stat_files(directory: Path) -> dict[str, os.stat_result]:
+    """Return name and status of each regular file; one that vanishes while we look was deleted."""
     files = {}
     with suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
                 if entry.is_file():
-                    files[entry.name] = entry.stat().st_size
+                    files[entry.name] = entry.stat()
     return files
 
 
