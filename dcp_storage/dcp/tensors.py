@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
+from dcp_storage.dcp.entries import hand_over
 from dcp_storage.errors import CoverageError, UnsupportedFormat, UnsupportedTensor
 from dcp_storage.format.blocks import Raw, plane_count
 from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
@@ -121,8 +122,16 @@ class BytesTarget:
         self._data = memoryview(b"")
 
     def open(self) -> None:
-        """Allocate; the size was validated against the stored blocks."""
-        self._data = memoryview(bytearray(self._nbytes))
+        """Allocate; the size was validated against the number of stored blocks.
+
+        Raises:
+            UnsupportedFormat: This machine has no memory for it.
+        """
+        try:
+            self._data = memoryview(bytearray(self._nbytes))
+        except MemoryError as error:
+            fqn = self._read.storage_index.fqn
+            raise UnsupportedFormat(f"{fqn} is an entry of {self._nbytes} bytes: no memory for it", fqn=fqn) from error
 
     def direct(self, start: int, stop: int) -> memoryview | None:
         """Return the slice's memory."""
@@ -134,7 +143,7 @@ class BytesTarget:
 
     def close(self) -> None:
         """Let the planner make an object of the bytes."""
-        self._planner.load_bytes(self._read, io.BytesIO(self._data))
+        hand_over(self._planner, self._read, io.BytesIO(self._data))
 
 
 class _Part(NamedTuple):
