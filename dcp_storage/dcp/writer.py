@@ -100,8 +100,8 @@ class AsyncStorageWriter(StorageWriter):
 
     @property
     def checkpoint_id(self) -> Path:
-        """Where the next save goes; DCP's logger reads it."""
-        return self._here.path
+        """Where the next save goes, without credentials; DCP's logger reads it."""
+        return self._here.shown
 
     @property
     def _here(self) -> Location:
