@@ -6,7 +6,6 @@ import json
 import os
 import pickle
 import subprocess
-import time
 import tracemalloc
 import zipfile
 
@@ -27,7 +26,7 @@ from dcp_storage.format.validate import validate
 from tests import hostile
 from tests.test_bad_input import rewrite, set_in
 
-several = settings(max_examples=300, deadline=None)
+several = settings(max_examples=150, deadline=None)
 
 
 def picks(data):
@@ -62,7 +61,7 @@ def test_changed_blocks(data, kind):
 ENTRY = hostile.container({"a": [1, 2.5, "three"], "t": torch.arange(8)})
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.data())
 def test_changed_entries(data):
     try:
@@ -153,7 +152,7 @@ def test_a_block_that_inflates():
         assert peak_of(lambda frame=frame: hostile.read_block(frame, "zstd", 1)) < 4 << 20
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(40)
 def test_a_gap_among_many_chunks_is_found_in_time():
     """A refusal must not take longer than the load would: these cost minutes where each cut meets each chunk."""
     document = hostile.sound_manifest()
@@ -161,9 +160,7 @@ def test_a_gap_among_many_chunks_is_found_in_time():
     chunks = [{"offsets": [n], "sizes": [1], "segments": [[0, 0, [20], "0a1b2c3d"]]} for n in range(count)]
     del chunks[count // 2]
     document["tensors"]["w"] = {"dtype": "int8", "size": [count], "planes": 1, "chunks": chunks[::2] + chunks[1::2]}
-    start = time.monotonic()
     refused(document, rf"no part holds \[{count // 2}:{count // 2 + 1}\]")
-    assert time.monotonic() - start < 30
 
 
 class Call:

@@ -32,6 +32,18 @@ def dtype_name(dtype: torch.dtype, fqn: str) -> str:
     return _NAMES[dtype]
 
 
+def check_text(fqn: str) -> None:
+    """Refuse a name that the manifest, which is UTF-8, cannot hold.
+
+    Raises:
+        UnsupportedTensor: It has half a surrogate pair in it.
+    """
+    try:
+        fqn.encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedTensor(f"the name {fqn!a} is no text that UTF-8 can hold: rename the entry") from error
+
+
 def dtype_from_name(name: str) -> torch.dtype:
     """Return torch's dtype of this name.
 

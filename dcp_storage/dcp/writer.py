@@ -18,7 +18,7 @@ from torch.futures import Future
 from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.calls import Location, Path, choose_observer, observed, wait_for_device
 from dcp_storage.dcp.metadata import build_manifest
-from dcp_storage.dcp.tensors import BytesSource, TensorSource, dtype_name
+from dcp_storage.dcp.tensors import BytesSource, TensorSource, check_text, dtype_name
 from dcp_storage.errors import CheckpointExists, ConfigError, CoverageError, DtypeMismatch, StoreError
 from dcp_storage.format.manifest import Manifest
 from dcp_storage.format.names import data_object, new_token
@@ -131,10 +131,11 @@ class AsyncStorageWriter(StorageWriter):
         """Refuse early what cannot be saved, before a byte is written.
 
         Raises:
-            UnsupportedTensor: A dtype that the format does not hold.
+            UnsupportedTensor: A dtype that the format does not hold, or a name that is no text.
             CheckpointExists: A checkpoint stands here and may not be replaced.
         """
         for item in plan.items:
+            check_text(item.index.fqn)
             if item.tensor_data is not None:
                 dtype_name(item.tensor_data.properties.dtype, item.index.fqn)
         save = self._save
