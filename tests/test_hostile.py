@@ -18,12 +18,14 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
-from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner
 from dcp_storage.dcp.entries import load_entry
 from dcp_storage.errors import BlockCorrupt, DcpStorageError, ManifestCorrupt, UnsupportedFormat
 from dcp_storage.format.manifest import decode
 from dcp_storage.format.validate import validate
+from dcp_storage.verify import verify
 from tests import hostile
+from tests.states import blank_like
 from tests.test_bad_input import rewrite, set_in
 
 several = settings(max_examples=150, deadline=None)
@@ -56,6 +58,36 @@ def test_changed_stock_manifests(data):
 @given(st.data(), st.sampled_from([("zstd", 4), ("zstd", 2), ("zstd", 1), ("none", 1)]))
 def test_changed_blocks(data, kind):
     hostile.read_block(hostile.mutate_bytes(hostile.sound_block(*kind), picks(data)), *kind)
+
+
+@pytest.fixture(scope="module")
+def real(tmp_path_factory):
+    """A checkpoint, its state and its manifest as JSON values."""
+    path = tmp_path_factory.mktemp("real")
+    state = {"w": torch.randn(50, 64), "half": torch.ones(9, dtype=torch.bfloat16), "list": [torch.ones(2), "text", 3]}
+    dcp.save(state, storage_writer=AsyncStorageWriter(path, codec=Codec(block_bytes=4096)))
+    return path, state, json.loads(zstandard.ZstdDecompressor().decompress((path / ".metadata").read_bytes()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_loads_by_changed_manifests(real, data):
+    """What is accepted is read with it: a load ends with a typed error, or with values of the right shapes."""
+    path, state, document = real
+    (path / ".metadata").write_bytes(hostile.pack(hostile.mutate(document, picks(data))))
+    loaded = blank_like(state)
+    try:
+        dcp.load(loaded, storage_reader=AsyncStorageReader(path), planner=ShardedLoadPlanner(dtype_policy="cast"))
+    except CheckpointException as raised:
+        error = raised.failures[0][0]
+        assert isinstance(error, DcpStorageError), repr(error)
+        assert "".join(map(str, error.args))
+    else:
+        assert loaded["w"].shape == (50, 64)
+    try:
+        verify(path)
+    except DcpStorageError as error:
+        assert str(path) in str(error)
 
 
 ENTRY = hostile.container({"a": [1, 2.5, "three"], "t": torch.arange(8)})
