@@ -6,18 +6,25 @@ from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from dcp_storage import demo
-from dcp_storage.errors import DcpStorageError
+from dcp_storage.commands import prune, verify
+from dcp_storage.errors import CheckpointNotFound, ConfigError, DcpStorageError, StoreError
+
+_NOTHING_TO_JUDGE = (CheckpointNotFound, ConfigError, StoreError)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a sub-command and return the exit code: 0 done, 1 failed, 130 interrupted; wrong usage exits with 2."""
+    """Run a sub-command and return the exit code.
+
+    0 done, and what was looked at is sound; 1 failed, or damaged; 2 wrong usage, or nothing there, or it could not be
+    reached; 130 interrupted.
+    """
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
     try:
         return run(args)
     except DcpStorageError as error:
         print(f"dcp-storage: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
-        return 1
+        return 2 if isinstance(error, _NOTHING_TO_JUDGE) else 1
     except KeyboardInterrupt:
         print("dcp-storage: interrupted", file=sys.stderr)  # noqa: T201
         return 130
@@ -27,7 +34,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dcp-storage", description="Checkpoints of torch.distributed.checkpoint.")
     parser.add_argument("--version", action="version", version=f"%(prog)s {version('dcp-storage')}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    command = commands.add_parser("demo", help="watch a real model train, checkpoint, die, resume and be verified")
-    demo.add_arguments(command)
-    command.set_defaults(run=demo.run)
+    for name, module, says in (
+        ("verify", verify, "read and check every block of a checkpoint"),
+        ("prune", prune, "remove what dead saves left beside a checkpoint"),
+        ("demo", demo, "watch a real model train, checkpoint, die, resume and be verified"),
+    ):
+        command = commands.add_parser(name, help=says)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
     return parser

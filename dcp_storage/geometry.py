@@ -150,5 +150,6 @@ def tiling_fault(shape: Shape, boxes: Sequence[Box]) -> str | None:
     if overlap := find_overlap(boxes):
         return f"parts {overlap[0]} and {overlap[1]} overlap"
     if sum(box.numel for box in boxes) < prod(shape):
-        return f"no part holds {subtract(whole(shape), boxes)[0]} of shape {list(shape)}"
+        # In order each cuts the one box after it; in any other each meets all that is left.
+        return f"no part holds {subtract(whole(shape), sorted(boxes))[0]} of shape {list(shape)}"
     return None

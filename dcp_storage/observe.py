@@ -2,7 +2,7 @@
 
 from typing import Literal, Protocol
 
-Operation = Literal["save", "load"]
+Operation = Literal["save", "load", "verify"]
 
 
 class Observer(Protocol):

@@ -2,6 +2,7 @@
 
 import asyncio
 import pickle
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -207,6 +208,21 @@ class StoreSuite:
                 assert await other.list() == {NAMES[0]: 1, NAMES[1]: 2}
                 await store.delete([NAMES[0]])
                 assert await other.list() == {NAMES[1]: 2}
+
+        run(place, use)
+
+    def test_times_of_the_last_write(self, place: Place):
+        async def use(store: Store):
+            assert await store.modified() == {}
+            before = time.time()
+            await put(store, NAME, b"1")
+            await store.commit(".metadata", b"old")
+            first = await store.modified()
+            assert set(first) == {NAME, ".metadata"}
+            # S3 tells whole seconds.
+            assert all(before - 2 <= written <= time.time() + 1 for written in first.values())
+            await store.commit(".metadata", b"new")
+            assert (await store.modified())[".metadata"] >= first[".metadata"]
 
         run(place, use)
 

@@ -17,8 +17,9 @@ FLOORS = [
     {"config"},
     {"format", "store", "progress"},
     {"transfer"},
-    {"dcp"},
-    {"demo"},
+    {"dcp", "leftovers"},
+    {"verify", "prune"},
+    {"demo", "commands"},
     {"cli"},
     {"__main__"},
 ]
@@ -32,7 +33,7 @@ OUTSIDE = {
     "aiobotocore": ("store/",),
     "botocore": ("store/",),
     "zstandard": ("format/", "dcp/stock"),
-    "rich": ("progress.py", "demo/", "cli.py"),
+    "rich": ("progress.py", "demo/", "commands/"),
     "safetensors": ("demo/",),
 }
 

@@ -13,6 +13,7 @@ from dcp_storage.observe import Observer, Operation, Silent
 from dcp_storage.progress import ProgressBar
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
+from dcp_storage.store.redact import strip_userinfo
 from dcp_storage.transfer.workers import run_async
 
 R = TypeVar("R")
@@ -34,6 +35,11 @@ class Location:
 
     def __repr__(self) -> str:
         return f"Location({self.store().url!r})"
+
+    @property
+    def shown(self) -> Path:
+        """The path or URL, without credentials."""
+        return self.path if isinstance(self.path, os.PathLike) else strip_userinfo(self.path)
 
     def store(self) -> Store:
         """Return the store at this place, not yet open."""

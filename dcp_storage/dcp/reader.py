@@ -75,8 +75,8 @@ class AsyncStorageReader(StorageReader):
 
     @property
     def checkpoint_id(self) -> Path:
-        """Where the checkpoint is; DCP's logger reads it."""
-        return self._location.path
+        """Where the checkpoint is; DCP's logger reads it, so without credentials."""
+        return self._location.shown
 
     def reset(self, checkpoint_id: Path | None = None) -> None:
         """Begin another load, from `checkpoint_id` if it is given."""

@@ -10,6 +10,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 
 from dcp_storage.config import Transfer
 from dcp_storage.dcp.calls import observed
+from dcp_storage.dcp.entries import hand_over
 from dcp_storage.dcp.stock_items import (
     Item,
     Kind,
@@ -121,7 +122,7 @@ class _Loader:
             if item.kind is None:
                 raw = await self._threads.run(partial(undo_transforms, item, data))
                 for read in reads:
-                    self._planner.load_bytes(read, io.BytesIO(raw))
+                    hand_over(self._planner, read, io.BytesIO(raw))
             else:
                 await self._fill(item, item.kind, reads, data)
             self._observer.advance(item.raw_bytes, item.stored.length)

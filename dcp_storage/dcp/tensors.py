@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
+from dcp_storage.dcp.entries import hand_over
 from dcp_storage.errors import CoverageError, UnsupportedFormat, UnsupportedTensor
 from dcp_storage.format.blocks import Raw, plane_count
 from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
@@ -29,6 +30,18 @@ def dtype_name(dtype: torch.dtype, fqn: str) -> str:
             fqn=fqn,
         )
     return _NAMES[dtype]
+
+
+def check_text(fqn: str) -> None:
+    """Refuse a name that the manifest, which is UTF-8, cannot hold.
+
+    Raises:
+        UnsupportedTensor: It has half a surrogate pair in it.
+    """
+    try:
+        fqn.encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedTensor(f"the name {fqn!a} is no text that UTF-8 can hold: rename the entry") from error
 
 
 def dtype_from_name(name: str) -> torch.dtype:
@@ -121,8 +134,16 @@ class BytesTarget:
         self._data = memoryview(b"")
 
     def open(self) -> None:
-        """Allocate; the size was validated against the stored blocks."""
-        self._data = memoryview(bytearray(self._nbytes))
+        """Allocate; the size was validated against the number of stored blocks.
+
+        Raises:
+            UnsupportedFormat: This machine has no memory for it.
+        """
+        try:
+            self._data = memoryview(bytearray(self._nbytes))
+        except MemoryError as error:
+            fqn = self._read.storage_index.fqn
+            raise UnsupportedFormat(f"{fqn} is an entry of {self._nbytes} bytes: no memory for it", fqn=fqn) from error
 
     def direct(self, start: int, stop: int) -> memoryview | None:
         """Return the slice's memory."""
@@ -134,7 +155,7 @@ class BytesTarget:
 
     def close(self) -> None:
         """Let the planner make an object of the bytes."""
-        self._planner.load_bytes(self._read, io.BytesIO(self._data))
+        hand_over(self._planner, self._read, io.BytesIO(self._data))
 
 
 class _Part(NamedTuple):

@@ -19,7 +19,7 @@ from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.background import Turn, Turns
 from dcp_storage.dcp.calls import Location, Path, choose_observer, observed, wait_for_device
 from dcp_storage.dcp.metadata import build_manifest
-from dcp_storage.dcp.tensors import BytesSource, TensorSource, dtype_name
+from dcp_storage.dcp.tensors import BytesSource, TensorSource, check_text, dtype_name
 from dcp_storage.errors import CheckpointExists, ConfigError, CoverageError, DtypeMismatch, StoreError
 from dcp_storage.format.manifest import Manifest
 from dcp_storage.format.names import data_object, new_token
@@ -120,8 +120,8 @@ class AsyncStorageWriter(StorageWriter):
 
     @property
     def checkpoint_id(self) -> Path:
-        """Where the next save goes; DCP's logger reads it."""
-        return self._here.path
+        """Where the next save goes, without credentials; DCP's logger reads it."""
+        return self._here.shown
 
     @property
     def _here(self) -> Location:
@@ -158,10 +158,11 @@ class AsyncStorageWriter(StorageWriter):
         """Refuse early what cannot be saved, before a byte is written.
 
         Raises:
-            UnsupportedTensor: A dtype that the format does not hold.
+            UnsupportedTensor: A dtype that the format does not hold, or a name that is no text.
             CheckpointExists: A checkpoint stands here and may not be replaced.
         """
         for item in plan.items:
+            check_text(item.index.fqn)
             if item.tensor_data is not None:
                 dtype_name(item.tensor_data.properties.dtype, item.index.fqn)
         save = self._save

@@ -9,6 +9,7 @@ from msgspec import Struct
 from dcp_storage.errors import ManifestCorrupt, UnsupportedFormat
 from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.names import is_safe
+from dcp_storage.format.paths import list_slots
 from dcp_storage.format.stock_globals import KNOWN
 from dcp_storage.format.unpickle import Record, read_pickle
 from dcp_storage.geometry import Box, Shape, contains
@@ -195,26 +196,12 @@ def _paths(value: object, pickle_bytes: int) -> dict[str, tuple[str | int, ...]]
     for fqn, path in paths.items():
         good = isinstance(path, tuple) and 0 < len(path) <= _MAX_DEPTH and all(map(_is_step, path))
         _require(isinstance(fqn, str) and good, "planner_data has a path that is none")
-    _require(_list_slots(paths.values()) <= pickle_bytes, "planner_data has lists longer than the checkpoint can hold")
+    _require(list_slots(paths.values()) <= pickle_bytes, "planner_data has lists longer than the checkpoint can hold")
     return paths
 
 
 def _is_step(step: object) -> bool:
     return isinstance(step, str) or _is_count(step)
-
-
-def _list_slots(paths: Iterable[tuple[str | int, ...]]) -> int:
-    """Count the elements of the lists that a loader makes for these paths: it fills each up to its highest index."""
-    slots = 0
-    root: dict[Any, Any] = {}
-    for path in paths:
-        node = root
-        for step in path if not all(isinstance(step, str) for step in path) else ():
-            if isinstance(step, int):
-                slots += max(0, step + 1 - node.get(None, 0))
-                node[None] = max(step + 1, node.get(None, 0))
-            node = node.setdefault(step, {})
-    return slots
 
 
 def _keys(manifest: StockManifest) -> Iterator[StorageKey]:

@@ -6,7 +6,7 @@ import msgspec
 import zstandard
 from msgspec import Struct
 
-from dcp_storage.errors import ManifestCorrupt, UnsupportedFormat
+from dcp_storage.errors import ConfigError, ManifestCorrupt, UnsupportedFormat
 from dcp_storage.format.blocks import ZSTD_MAGIC
 from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.geometry import Box, Shape
@@ -15,6 +15,9 @@ FORMAT = "dcp_storage"
 VERSION = 1
 MAX_JSON_BYTES = 1 << 31
 """A manifest that says it is larger is refused: 2 GiB of JSON describes some 20 million chunks."""
+ANY_JSON_BYTES = 64 << 20
+MAX_JSON_RATIO = 256
+"""... and above 64 MiB one that expands to more than this: the check values of blocks do not compress that well."""
 
 
 class Segment(Struct, frozen=True, array_like=True):
@@ -126,9 +129,16 @@ class _Header(Struct, frozen=True):
 
 
 def encode(manifest: Manifest) -> bytes:
-    """Return the manifest as it is stored: one zstd frame, with content size and checksum, of UTF-8 JSON."""
+    """Return the manifest as it is stored: one zstd frame, with content size and checksum, of UTF-8 JSON.
+
+    Raises:
+        ConfigError: It is larger than what `decode` accepts.
+    """
     text = msgspec.json.encode(manifest)
-    return zstandard.ZstdCompressor(level=3, write_content_size=True, write_checksum=True).compress(text)
+    frame: bytes = zstandard.ZstdCompressor(level=3, write_content_size=True, write_checksum=True).compress(text)
+    if len(text) > _most_json(frame):
+        raise ConfigError(f"the manifest would be {len(text)} bytes of JSON, too many: raise Codec.block_bytes")
+    return frame
 
 
 def is_manifest(data: bytes) -> bool:
@@ -162,10 +172,14 @@ def decode(data: bytes, where: str) -> Manifest:
         raise ManifestCorrupt(f"{where} does not follow the manifest's schema: {error}", url=where) from error
 
 
+def _most_json(frame: bytes) -> int:
+    return min(MAX_JSON_BYTES, max(ANY_JSON_BYTES, MAX_JSON_RATIO * len(frame)))
+
+
 def _decompress(data: bytes, where: str) -> bytes:
     try:
         header = zstandard.get_frame_parameters(data)
-        if not 0 < header.content_size <= MAX_JSON_BYTES:
+        if not 0 < header.content_size <= _most_json(data):
             raise ManifestCorrupt(f"{where} says that it holds {header.content_size} bytes of JSON", url=where)
         return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:

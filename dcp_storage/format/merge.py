@@ -1,11 +1,15 @@
 """One manifest out of those that the ranks of a save without collectives each committed by themselves."""
 
 from collections.abc import Sequence
+from itertools import islice
 
 from msgspec.structs import replace
 
 from dcp_storage.errors import ManifestCorrupt
 from dcp_storage.format.manifest import BytesEntry, Chunk, Manifest, Segment, StoredObject, TensorEntry
+
+_MOST_MISSING = 1000
+"""Ranks that an error names: a manifest may claim any number of them."""
 
 
 def merge(parts: Sequence[Manifest], where: str) -> Manifest:
@@ -52,7 +56,8 @@ def merge(parts: Sequence[Manifest], where: str) -> Manifest:
 
 def _check_complete(parts: Sequence[Manifest], where: str) -> None:
     sizes = {part.world_size for part in parts}
-    missing = sorted(set(range(max(sizes))) - {part.rank for part in parts})
+    committed = {part.rank for part in parts}
+    missing = list(islice((rank for rank in range(max(sizes)) if rank not in committed), _MOST_MISSING))
     if len(sizes) > 1:
         raise ManifestCorrupt(
             f"{where} holds the parts of saves by {sorted(sizes)} ranks, mixed: load another checkpoint", url=where

@@ -1,15 +1,21 @@
 """What must hold in a manifest before a byte is read or allocated on its word."""
 
 from collections.abc import Sequence
+from math import prod
 
 from dcp_storage.errors import ManifestCorrupt
 from dcp_storage.format.blocks import CHECK_CHARS, encoded_limit, plane_count
 from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
 from dcp_storage.format.manifest import BytesEntry, Manifest, Segment, TensorEntry
 from dcp_storage.format.names import is_safe
+from dcp_storage.format.paths import list_slots
 from dcp_storage.geometry import contains, tiling_fault
 
 MAX_BLOCK_BYTES = 64 << 20
+MAX_INT = (1 << 63) - 1
+"""What an extent, an offset or a size in bytes may be: more is no memory address and no place in a file."""
+MAX_LIST_SLOTS = 1 << 20
+"""Elements of the lists in `planner_data`, or 64 for each of its entries where that is more."""
 
 
 def validate(manifest: Manifest, where: str) -> Manifest:
@@ -27,6 +33,7 @@ def validate(manifest: Manifest, where: str) -> Manifest:
             _check_tensor(manifest, fqn, tensor)
         for fqn, entry in manifest.bytes.items():
             _check_bytes(manifest, fqn, entry)
+        _check_paths(manifest)
     except _Fault as fault:
         raise ManifestCorrupt(f"{where} cannot be right: {fault}", url=where) from None
     return manifest
@@ -58,20 +65,31 @@ def _check_objects(manifest: Manifest) -> None:
     _require(len(set(names)) == len(names), "two objects of one name")
     for stored in manifest.objects:
         _require(is_safe(stored.name), f"object name {stored.name!r} leaves the checkpoint")
-        _require(stored.size >= 0, f"object {stored.name} of {stored.size} bytes")
+        _require(0 <= stored.size <= MAX_INT, f"object {stored.name} of {stored.size} bytes")
 
 
 def _check_tensor(manifest: Manifest, fqn: str, tensor: TensorEntry) -> None:
     _require(tensor.dtype in ITEM_BYTES, f"{fqn} has the unknown dtype {tensor.dtype!r}")
     most_planes = plane_count(number_bytes(tensor.dtype), byte_planes=True)
     _require(tensor.planes in {1, most_planes}, f"{fqn}, of {tensor.dtype}, has {tensor.planes} byte planes")
-    _require(min(tensor.size, default=0) >= 0, f"{fqn} has shape {list(tensor.size)}")
+    raw_bytes = prod(tensor.size) * ITEM_BYTES[tensor.dtype]
+    right = raw_bytes <= MAX_INT and all(0 <= extent <= MAX_INT for extent in tensor.size)
+    _require(right, f"{fqn} has shape {list(tensor.size)}")
     for chunk in tensor.chunks:
         _require(contains(tensor.size, chunk.box), f"{fqn} has a part outside of its shape {list(tensor.size)}")
         _check_segments(manifest, fqn, tensor.chunk_bytes(chunk), chunk.segments)
     if manifest.rank is None:
         fault = tiling_fault(tensor.size, [chunk.box for chunk in tensor.chunks])
         _require(fault is None, f"{fqn}: {fault}")
+
+
+def _check_paths(manifest: Manifest) -> None:
+    paths = manifest.planner_data or {}
+    for fqn, path in paths.items():
+        right = path and all(isinstance(step, str) or 0 <= step <= MAX_INT for step in path)
+        _require(bool(right), f"{fqn} has a path that is none")
+    most = max(MAX_LIST_SLOTS, 64 * len(paths))
+    _require(list_slots(paths.values()) <= most, "planner_data has lists longer than the checkpoint can hold")
 
 
 def _check_bytes(manifest: Manifest, fqn: str, entry: BytesEntry) -> None:

@@ -1,4 +1,4 @@
-"""What a checkpoint asks of a storage system, and nothing more: six operations below one prefix."""
+"""What a checkpoint asks of a storage system, and nothing more: a few operations below one prefix."""
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Sequence
@@ -69,6 +69,14 @@ class Store(ABC):
     @abstractmethod
     async def list(self) -> dict[str, int]:
         """Return name and size in bytes of every object directly below the prefix; empty where there is none."""
+
+    @abstractmethod
+    async def modified(self) -> dict[str, float]:
+        """Return name and time of the last write, in seconds since the epoch by the store's clock, of what `list` does.
+
+        Raises:
+            StoreError: The storage system does not tell.
+        """
 
     @abstractmethod
     async def delete(self, names: Sequence[str]) -> None:

@@ -163,12 +163,12 @@ def file_size(path: Path) -> int:
     return status.st_size
 
 
-def list_files(directory: Path) -> dict[str, int]:
-    """Return name and size of each regular file; one that vanishes while we look was deleted."""
+def stat_files(directory: Path) -> dict[str, os.stat_result]:
+    """Return name and status of each regular file; one that vanishes while we look was deleted."""
     files = {}
     with suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
             with suppress(FileNotFoundError):
                 if entry.is_file():
-                    files[entry.name] = entry.stat().st_size
+                    files[entry.name] = entry.stat()
     return files

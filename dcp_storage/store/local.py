@@ -86,8 +86,15 @@ class LocalStore(Store):
 
     async def list(self) -> dict[str, int]:
         """Return the regular files in the directory."""
+        return {name: status.st_size for name, status in (await self._statuses()).items()}
+
+    async def modified(self) -> dict[str, float]:
+        """Return when each regular file in the directory was written."""
+        return {name: status.st_mtime for name, status in (await self._statuses()).items()}
+
+    async def _statuses(self) -> dict[str, os.stat_result]:
         with self._failures.mapped("list"):
-            return await wrap(files.list_files)(self._directory)
+            return await wrap(files.stat_files)(self._directory)
 
     async def delete(self, names: Sequence[str]) -> None:
         """Remove files."""

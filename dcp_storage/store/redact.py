@@ -3,34 +3,46 @@
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
-_SECRET_OPTION = re.compile(r"key|secret|token|passw|passphrase|credential|conn.*str|sas|auth|signature", re.IGNORECASE)
+_SECRET_OPTION = re.compile(
+    r"key|secret|token|passw|passphrase|credential|conn.*str|sas|auth|signature|sig$", re.IGNORECASE
+)
 _USERINFO = re.compile(r"(?<=://)([^/\s]*)@")
+_PARAMETER = re.compile(r"(?<=[?&])([^=&#\s]+)=([^&#\s]+)")
 _MASK = "***"
+_LONG = 8  # characters
 
 
 def strip_userinfo(url: str) -> str:
-    """Return the URL (or a text with URLs in it) without `user:password@`."""
-    return _USERINFO.sub("", url)
+    """Return the URL (or a text with URLs in it) without `user:password@` and the values of secret parameters."""
+    return _PARAMETER.sub(_mask_parameter, _USERINFO.sub("", url))
+
+
+def _mask_parameter(match: re.Match[str]) -> str:
+    return f"{match[1]}={_MASK}" if _SECRET_OPTION.search(match[1]) else match[0]
 
 
 def secrets_in(url: str, options: Mapping[str, Any]) -> frozenset[str]:
-    """Return every string in a URL's userinfo or in storage options, at any depth, that must never be shown."""
-    return frozenset(filter(None, (*_userinfo_secrets(url), *_option_secrets(options))))
+    """Return every string in a URL or in storage options, at any depth, that must never be shown."""
+    return frozenset(filter(None, (*_url_secrets(url), *_option_secrets(options))))
 
 
 def mask(text: str, secrets: Iterable[str]) -> str:
-    """Return the text with every secret replaced; the longest first, as one may contain another."""
-    for secret in sorted(secrets, key=len, reverse=True):
-        text = text.replace(secret, _MASK)
+    """Return the text with every secret replaced, also as `repr` or a URL shows it; the longest first."""
+    shown = {form for secret in secrets for form in (secret, repr(secret)[1:-1], quote(secret), quote(secret, safe=""))}
+    for form in sorted(shown, key=len, reverse=True):
+        text = text.replace(form, _MASK)
     return strip_userinfo(text)
 
 
-def _userinfo_secrets(text: str) -> Iterator[str]:
+def _url_secrets(text: str) -> Iterator[str]:
     for userinfo in _USERINFO.findall(text):
         password = userinfo.partition(":")[2]
         yield from (userinfo, password, unquote(password))
+    for name, value in _PARAMETER.findall(text):
+        if _SECRET_OPTION.search(name):
+            yield from (value, unquote(value))
 
 
 def _option_secrets(options: Any, *, secret: bool = False) -> Iterator[str]:
@@ -38,8 +50,15 @@ def _option_secrets(options: Any, *, secret: bool = False) -> Iterator[str]:
     if isinstance(options, Mapping):
         for name, value in options.items():
             yield from _option_secrets(value, secret=secret or bool(_SECRET_OPTION.search(str(name))))
+    elif isinstance(options, bytes):
+        yield from _option_secrets(options.decode(errors="replace"), secret=secret)
     elif isinstance(options, str):
-        yield from (options,) if secret else _userinfo_secrets(options)
-    elif isinstance(options, Sequence) and not isinstance(options, bytes):
+        yield from (options, *filter(_is_long, options.split())) if secret else _url_secrets(options)
+    elif isinstance(options, Sequence):
         for value in options:
             yield from _option_secrets(value, secret=secret)
+
+
+def _is_long(word: str) -> bool:
+    """Say whether a word of a secret (of a header, of a PEM file) is one by itself."""
+    return len(word) >= _LONG

@@ -3,6 +3,7 @@
 import asyncio
 import io
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from typing import Any, Self
 
 from fsspec.config import apply_config
@@ -16,6 +17,8 @@ from dcp_storage.store.names import check_name
 from dcp_storage.store.redact import secrets_in
 
 _DELETES_IN_FLIGHT = 32
+_TIME_KEYS = ("LastModified", "mtime", "last_modified", "updated", "modified", "created")
+"""What fsspec's file systems call the time of the last write, each as it likes."""
 
 
 class RemoteStore(Store):
@@ -104,12 +107,26 @@ class RemoteStore(Store):
 
     async def list(self) -> dict[str, int]:
         """Return the objects directly below the prefix."""
+        return {name: int(entry["size"]) for name, entry in (await self._files()).items()}
+
+    async def modified(self) -> dict[str, float]:
+        """Return when each object directly below the prefix was written."""
+        return {name: self._time(name, entry) for name, entry in (await self._files()).items()}
+
+    async def _files(self) -> dict[str, dict[str, Any]]:
         with self._failures.mapped("list"):
             entries = await self._list_entries()
         files = (entry for entry in entries if entry["type"] == "file" and entry["name"] != self._prefix)
-        sizes = {entry["name"].rpartition("/")[2]: int(entry["size"]) for entry in files}
-        sizes.pop("", None)  # the marker that some tools put for an empty directory
-        return sizes
+        found = {entry["name"].rpartition("/")[2]: entry for entry in files}
+        found.pop("", None)  # the marker that some tools put for an empty directory
+        return found
+
+    def _time(self, name: str, entry: Mapping[str, Any]) -> float:
+        time = next((entry[key] for key in _TIME_KEYS if entry.get(key) is not None), None)
+        if time is None:
+            raise self._failures.error("find the age of", name, "this file system does not tell when it was written")
+        with self._failures.mapped("find the age of", name):
+            return _seconds(time)
 
     async def delete(self, names: Sequence[str]) -> None:
         """Delete every object that can be deleted, then raise the first failure.
@@ -160,3 +177,13 @@ class RemoteStore(Store):
         except FileNotFoundError:
             return []
         return entries
+
+
+def _seconds(time: object) -> float:
+    if isinstance(time, str):
+        time = datetime.fromisoformat(time)
+    if isinstance(time, datetime):
+        return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
+    if isinstance(time, int | float):
+        return float(time)
+    raise TypeError(f"a time that is a {type(time).__name__}")

@@ -1,10 +1,8 @@
 """`ShardedLoadPlanner`: every destination is covered by what is stored, or an error names the box that is not."""
 
 import io
-import pickle
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -13,11 +11,12 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from dcp_storage.dcp.entries import load_entry
 from dcp_storage.dcp.planners.chunks import global_shape, holds_nothing, is_whole, shard_at, wanted_boxes
 from dcp_storage.dcp.planners.coverage import StoredTensor
 from dcp_storage.dcp.planners.flatten import flatten, flatten_as_before_2_4, put
 from dcp_storage.dcp.planners.materialize import materialized
-from dcp_storage.errors import ConfigError, CoverageError, DtypeMismatch, MissingKeys, UnsupportedFormat
+from dcp_storage.errors import ConfigError, CoverageError, DtypeMismatch, MissingKeys
 
 DtypePolicy = Literal["cast", "warn", "error"]
 
@@ -66,7 +65,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         self.skipped: list[str] = []
         self.unexpected: list[str] = []
         self._dtype_policy = dtype_policy
-        self._allowed_types: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = list(allowed_types)
+        self._allowed_types = tuple(allowed_types)
         self._shards: dict[tuple[str, int | None], Tensor] = {}
 
     def set_up_planner(
@@ -165,31 +164,14 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
 
         Raises:
             UnsupportedFormat: It holds a type that is neither torch's nor in `allowed_types`.
+            BlockCorrupt: It is no container that `torch.save` makes.
         """
         fqn = read_item.dest_index.fqn
-        self._put(fqn, self._load_object(fqn, value))
+        self._put(fqn, load_entry(fqn, value, self._allowed_types))
 
     def _put(self, fqn: str, value: object) -> None:
         self.state_dict[fqn] = value
         put(self.original_state_dict, self.mappings.get(fqn, (fqn,)), value)
-
-    def _load_object(self, fqn: str, value: io.BytesIO) -> Any:
-        allowed = torch.serialization.safe_globals(self._allowed_types) if self._allowed_types else nullcontext()
-        try:
-            with allowed:
-                return torch.load(value, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            value.seek(0)
-            refused = ", ".join(_refused(value)) or str(error)
-            raise UnsupportedFormat(
-                f"{fqn} holds what is not loaded from an untrusted checkpoint: {refused}. If you trust it, list its "
-                "types in ShardedLoadPlanner(allowed_types=...)",
-                fqn=fqn,
-            ) from error
-
-
-def _refused(value: io.BytesIO) -> list[str]:
-    return torch.serialization.get_unsafe_globals_in_checkpoint(value)
 
 
 def _bytes_read(fqn: str, value: object) -> ReadItem:

@@ -1,0 +1,63 @@
+"""What the sub-commands share: where the checkpoint is, how to get there, and how to say what was found."""
+
+import argparse
+import json
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+_PIPED_WIDTH = 120
+
+
+def add_place(parser: argparse.ArgumentParser) -> None:
+    """Declare the checkpoint's path, the options of its file system, and `--json`."""
+    parser.add_argument("path", metavar="PATH", help="a directory, or a URL such as s3://bucket/run/step-100")
+    parser.add_argument(
+        "--storage-options", type=_options, default={}, metavar="JSON", help="options of the fsspec file system"
+    )
+    parser.add_argument("--endpoint-url", help="endpoint of an S3-compatible server, for an s3:// URL")
+    parser.add_argument("--json", action="store_true", help="print one JSON document, nothing else")
+
+
+def storage_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Return what the file system is to be opened with."""
+    options: dict[str, Any] = args.storage_options
+    return options | ({"endpoint_url": args.endpoint_url} if args.endpoint_url else {})
+
+
+def print_json(document: dict[str, Any]) -> None:
+    """Print one JSON document on standard output."""
+    json.dump(document, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+
+
+def show(*parts: str | Table) -> None:
+    """Print lines and tables on standard output; names in them are no markup."""
+    console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False, markup=False)
+    for part in parts:
+        console.print(part, soft_wrap=isinstance(part, str))
+
+
+def size_text(count: int) -> str:
+    """Return a number of bytes as people read it."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:,.1f} {unit}"
+    return counted(count, "byte")
+
+
+def counted(count: int, what: str, plural: str = "") -> str:
+    """Return a number and its noun."""
+    return f"{count:,} {what if count == 1 else plural or what + 's'}"
+
+
+def _options(text: str) -> dict[str, Any]:
+    try:
+        options = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"that is no JSON: {error}") from None  # the text itself may hold a secret
+    if not isinstance(options, dict):
+        raise argparse.ArgumentTypeError("the options must be a JSON object")
+    return options

@@ -1,0 +1,46 @@
+"""`dcp-storage prune`: what dead saves left behind is removed."""
+
+import argparse
+import re
+from datetime import timedelta
+
+from dcp_storage.commands.common import add_place, counted, print_json, show, size_text, storage_options
+from dcp_storage.prune import A_DAY, Pruning, prune
+
+_AGE = re.compile(r"(\d{1,9})([smhd])")
+_UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the sub-command."""
+    add_place(parser)
+    parser.add_argument(
+        "--older-than", type=_age, default=A_DAY, metavar="AGE", help="age of a dead save: 90s, 30m, 2h or 1d (1d)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="remove nothing, say what would be")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prune and return the exit code, 0."""
+    options = storage_options(args)
+    done = prune(args.path, older_than=args.older_than, storage_options=options, dry_run=args.dry_run)
+    if args.json:
+        print_json({"url": done.url, "dry_run": args.dry_run, "removed": done.removed, "kept": done.kept})
+    else:
+        show(*_report(done, dry_run=args.dry_run))
+    return 0
+
+
+def _report(done: Pruning, *, dry_run: bool) -> list[str]:
+    lines = [f"{'Would remove' if dry_run else 'Removed'}  {name}" for name in done.removed]
+    verb = "would be removed" if dry_run else "removed"
+    total = f"{counted(len(done.removed), 'object')} ({size_text(sum(done.removed.values()))}) {verb}"
+    kept = f"; {counted(len(done.kept), 'object')} too young, perhaps of a save under way" if done.kept else ""
+    return [*lines, f"{done.url}: {total}{kept}"]
+
+
+def _age(text: str) -> timedelta:
+    match = _AGE.fullmatch(text)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is no age; give a number and s, m, h or d, such as 2h")
+    return timedelta(**{_UNITS[match[2]]: int(match[1])})

@@ -1,0 +1,67 @@
+"""`dcp-storage verify`: every block of a checkpoint, read and checked."""
+
+import argparse
+from dataclasses import asdict
+
+from rich.table import Table
+
+from dcp_storage.commands.common import add_place, counted, print_json, show, size_text, storage_options
+from dcp_storage.observe import Silent
+from dcp_storage.progress import ProgressBar
+from dcp_storage.verify import Verification, verify
+
+_ROWS = 20
+_NAMES = 3
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options of the sub-command."""
+    add_place(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Verify a checkpoint and return the exit code: 0 when it is sound, 1 when it is damaged."""
+    found = verify(args.path, storage_options=storage_options(args), observer=ProgressBar(Silent()))
+    if args.json:
+        print_json({"sound": found.sound} | asdict(found))
+    else:
+        show(*_report(found))
+    return 0 if found.sound else 1
+
+
+def _report(found: Verification) -> list[str | Table]:
+    parts: list[str | Table] = [_verdict(found)]
+    if found.damage:
+        parts.append(_table(found))
+    if len(found.damage) > _ROWS:
+        parts.append(f"and {len(found.damage) - _ROWS:,} more, which --json lists")
+    if found.orphans:
+        orphans = f"{counted(len(found.orphans), 'object')} ({size_text(sum(found.orphans.values()))})"
+        parts.append(f"Beside it: {orphans} of a save that died or is under way; `dcp-storage prune` removes dead ones")
+    return parts
+
+
+def _verdict(found: Verification) -> str:
+    entries = f"{counted(found.tensors, 'tensor')} and {counted(found.others, 'other entry', 'other entries')}"
+    held = f"{entries} in {counted(found.objects, 'object')}, {size_text(found.stored_bytes)}"
+    if not found.sound:
+        return f"DAMAGED  {found.url}: {counted(len(found.damage), 'fault')} in {held}"
+    if found.stock:
+        return f"UNCHECKED  {found.url}: {held}, all there; stock DCP wrote it, without checks for what is in them"
+    return (
+        f"SOUND  {found.url}: {held}; {counted(found.blocks, 'block')}, {size_text(found.raw_bytes)} raw, all checked"
+    )
+
+
+def _table(found: Verification) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("Object", no_wrap=True)
+    table.add_column("Offset", justify="right")
+    table.add_column("Entry")
+    table.add_column("Fault")
+    for fault in found.damage[:_ROWS]:
+        names = ", ".join(fault.fqns[:_NAMES])
+        more = f" and {len(fault.fqns) - _NAMES} more" if len(fault.fqns) > _NAMES else ""
+        offset = "" if fault.offset is None else str(fault.offset)
+        table.add_row(fault.object_name, offset, names + more, fault.what)
+    return table

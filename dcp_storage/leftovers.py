@@ -1,0 +1,46 @@
+"""What lies in a checkpoint's directory beside the checkpoint: left by a save that died, or somebody else's."""
+
+import re
+from collections.abc import Iterable
+
+from dcp_storage.format.legacy import StockManifest
+from dcp_storage.format.manifest import Manifest
+from dcp_storage.format.names import MANIFEST, parse_rank_manifest
+
+_TOKEN = "[0-9a-f]{16}"  # noqa: S105 - no password
+_TEMPORARY = rf"\.tmp-{_TOKEN}"
+_DATA_OBJECT = re.compile(rf"({_TOKEN})-\d+-\d+\.distcp(?:\.zst)?(?:{_TEMPORARY})?")
+_MANIFEST_TEMPORARY = re.compile(rf"(?:__\d+)?\.metadata{_TEMPORARY}")
+
+
+def save_of(name: str) -> str | None:
+    """Return what the objects of one save have in common, where a name is of this package's form; else `None`.
+
+    That is the save's token for a data object. Manifests of single ranks, and temporaries of manifests, do not tell
+    their save and stand for themselves.
+    """
+    if match := _DATA_OBJECT.fullmatch(name):
+        return match[1]
+    return name if _MANIFEST_TEMPORARY.fullmatch(name) or parse_rank_manifest(name) is not None else None
+
+
+def object_names(manifest: Manifest | StockManifest | None) -> set[str]:
+    """Return the data objects that a manifest names; none where nothing was committed."""
+    if manifest is None:
+        return set()
+    if isinstance(manifest, StockManifest):
+        return {item.object_name for item in manifest.storage.values()}
+    return {stored.name for stored in manifest.objects}
+
+
+def split(listed: Iterable[str], manifest: Manifest | StockManifest | None) -> tuple[list[str], list[str]]:
+    """Return what is there and not part of the checkpoint: orphans of this package's saves, and foreign objects.
+
+    The manifests of single ranks are the checkpoint where there is no `.metadata`, and left over where there is one.
+    """
+    listed = set(listed)
+    unnamed = sorted(listed - object_names(manifest) - {MANIFEST})
+    if MANIFEST not in listed:
+        unnamed = [name for name in unnamed if parse_rank_manifest(name) is None]
+    orphans = [name for name in unnamed if save_of(name)]
+    return orphans, [name for name in unnamed if not save_of(name)]
