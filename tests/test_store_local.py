@@ -137,9 +137,26 @@ def test_order_of_syncs(tmp_path: Path, monkeypatch):
         await store.commit(".metadata", b"{}")
 
     run(Place(str(tmp_path / "runs" / "step-1")), use)
-    created = [("sync", "runs"), ("sync", tmp_path.name)]
-    commit = [("sync", "step-1"), ("sync", ".metadata"), ("rename", ".metadata"), ("sync", "step-1")]
-    assert steps == [*created, ("sync", NAME), *commit]
+    outwards = [
+        ("sync", "step-1"),
+        ("sync", "runs"),
+        *(("sync", outer.name) for outer in (tmp_path, *tmp_path.parents)),
+    ]
+    before, after = steps[1:-3], steps[-3:]
+    assert steps[0] == ("sync", NAME)
+    assert before == outwards[: len(before)]
+    assert before[:3] == outwards[:3], "who made these directories, and whether they were synced, is not known"
+    assert after == [("sync", ".metadata"), ("rename", ".metadata"), ("sync", "step-1")]
+
+
+def test_sync_stops_at_what_this_user_cannot_have_made(tmp_path: Path, monkeypatch):
+    synced: list[str] = []
+    monkeypatch.setattr(local, "_sync_directory", lambda directory: synced.append(directory.name))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    local._sync_path(tmp_path / "runs" / "step-1")
+    local._sync_path(tmp_path / "disk" / "step-1")
+    assert synced == ["step-1", "runs", "step-1", "disk"]
 
 
 def test_without_sync(tmp_path: Path, monkeypatch):

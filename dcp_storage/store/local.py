@@ -51,7 +51,7 @@ class LocalStore(Store):
         path = self._path(name)
         size = 0
         with self._failures.mapped("write", name):
-            await _unbroken(_make_directory(self._directory, self._sync_files))
+            await _unbroken(_make_directory(self._directory))
         async with self._new_file(path) as file:
             async for batch in batches:
                 with self._failures.mapped("write", name):
@@ -65,7 +65,7 @@ class LocalStore(Store):
         """Write a temporary file beside the object and rename it over the object."""
         path = self._path(name)
         with self._failures.mapped("commit", name):
-            await _unbroken(_make_directory(self._directory, self._sync_files))
+            await _unbroken(_make_directory(self._directory))
             await _unbroken(_replace(path, data, self._sync_files))
 
     async def get(self, name: str) -> bytes:
@@ -152,22 +152,28 @@ def _sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def _sync_path(directory: Path) -> None:
+    """Sync a directory's entries and those that lead to it: a save that died, or the caller, may just have made them.
+
+    Where this user may not write, or beyond a mount point, nothing was made.
+    """
+    directory = directory.resolve()
+    _sync_directory(directory)
+    for inner, outer in zip((directory, *directory.parents), directory.parents, strict=False):
+        if os.path.ismount(inner) or not os.access(outer, os.R_OK | os.W_OK):
+            return
+        _sync_directory(outer)
+
+
 @aiofiles.os.wrap
-def _make_directory(directory: Path, sync_files: bool) -> None:
-    """Create a directory and its parents; a new one lasts only once the directory around it is synced."""
-    if directory.is_dir():
-        return
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+def _make_directory(directory: Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    if sync_files:
-        for path in missing:
-            _sync_directory(path.parent)
 
 
 @aiofiles.os.wrap
 def _replace(path: Path, data: bytes, sync_files: bool) -> None:
     if sync_files:
-        _sync_directory(path.parent)
+        _sync_path(path.parent)
     temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
     try:
         with temporary.open("xb") as file:
