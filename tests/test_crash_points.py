@@ -30,7 +30,7 @@ def lab(request: pytest.FixtureRequest) -> Iterator[Laboratory]:
 def test_points_of_an_overwrite_by_two_ranks(lab):
     points = list(lab.points(TWO_RANKS, every=23))
     assert len(points) > 3
-    assert [point for point in points if point.faults] == []
+    assert [point for point in points if point.wrong] == []
 
 
 def test_every_operation_that_matters_is_a_point(lab):
@@ -56,7 +56,7 @@ def test_a_library_that_swallows_an_error_is_found_out(lab, monkeypatch):
             await commit_manifest(store, manifest)
 
     monkeypatch.setattr(writer, "_commit", careless)
-    assert "found save 1, not one of {8}" in {fault for point in break_commit(lab) for fault in point.faults}
+    assert "found save 1, not one of {8}" in {fault for point in break_commit(lab) for fault in point.wrong}
 
 
 def break_commit(lab):
@@ -118,7 +118,7 @@ def test_an_overwrite_survives_power_cuts(cut_power):
     recording = cuts.record(overwrite=True)
     found = list(cuts.cuts(recording, samples=2, moments=lambda moment: moment > len(recording.ops) - 9))
     assert {cut.found for cut in found} == {"old", "new"}
-    assert [cut for cut in found if cut.faults] == []
+    assert [cut for cut in found if cut.wrong] == []
 
 
 def test_a_save_that_repairs_a_died_one_lasts(cut_power):
@@ -126,16 +126,16 @@ def test_a_save_that_repairs_a_died_one_lasts(cut_power):
     cuts = cut_power()
     for recording, _ in zip(cuts.record_after_deaths(overwrite=False), range(4), strict=False):
         end = len(recording.ops)
-        assert [cut for cut in cuts.cuts(recording, samples=1, moments=end.__eq__) if cut.faults] == []
+        assert [cut for cut in cuts.cuts(recording, samples=1, moments=end.__eq__) if cut.wrong] == []
 
 
 def test_the_simulation_finds_what_a_missing_sync_does(cut_power):
     cuts = cut_power(NOT_SYNCED)
     recording = cuts.record(overwrite=True)
-    assert any(cut.faults for cut in cuts.cuts(recording, samples=0, moments=len(recording.ops).__eq__))
+    assert any(cut.wrong for cut in cuts.cuts(recording, samples=0, moments=len(recording.ops).__eq__))
     cuts = cut_power()
     recording = without(cuts.record(overwrite=True), lambda op: op.kind == "fsync" and op.path == "run/step-1")
-    assert any(cut.faults for cut in cuts.cuts(recording, samples=0, moments=len(recording.ops).__eq__))
+    assert any(cut.wrong for cut in cuts.cuts(recording, samples=0, moments=len(recording.ops).__eq__))
 
 
 def test_nothing_is_left_running(lab):

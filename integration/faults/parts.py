@@ -51,7 +51,7 @@ def try_points(
                 kind = point.fault.kind.name
                 if case.world > 1 and len(point.fault.victims) == 1 and point.fault.kind.make is None:
                     kind = "one rank dies"
-                tally.add((place.name, contestant.name, kind), point.found, point.faults, where)
+                tally.add((place.name, contestant.name, kind), point.found, point.wrong, where)
 
 
 def try_power(tally: Tally, contestant: Contestant, *, worlds: tuple[int, ...] = (1, 2), samples: int = 20) -> None:
@@ -107,4 +107,4 @@ def _cuts(contestant: Contestant, world: int) -> Iterator[PowerCuts]:
 def _add(tally: Tally, writer: str, kind: str, cuts: Iterator[Cut]) -> None:
     for cut in cuts:
         said = "reported done" if cut.reported else "under way"
-        tally.add(("power cut", writer, f"{kind}, {said}".strip(", ")), cut.found, cut.faults, cut.moment)
+        tally.add(("power cut", writer, f"{kind}, {said}".strip(", ")), cut.found, cut.wrong, cut.moment)

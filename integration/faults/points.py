@@ -40,13 +40,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Point:
-    """One way to break it. `faults` holds what is wrong with the outcome."""
+    """One way to break it. `wrong` holds what is wrong with the outcome."""
 
     case: Case
     fault: Fault
     op: str
     found: str
-    faults: tuple[str, ...]
+    wrong: tuple[str, ...]
 
 
 class Laboratory:

@@ -23,13 +23,13 @@ class Cut:
         moment: How many operations had been done.
         reported: Whether the save had been reported done.
         found: `old`, `new`, `none` or `damaged`.
-        faults: What is wrong with that.
+        wrong: What is wrong with that.
     """
 
     moment: int
     reported: bool
     found: str
-    faults: tuple[str, ...]
+    wrong: tuple[str, ...]
 
 
 @dataclass(frozen=True)

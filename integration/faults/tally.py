@@ -34,13 +34,13 @@ class Tally:
 
     rows: dict[tuple[str, str, str], Row] = field(default_factory=dict)
 
-    def add(self, row_of: tuple[str, str, str], found: str, faults: Sequence[str], where: object = "") -> None:
+    def add(self, row_of: tuple[str, str, str], found: str, wrong: Sequence[str], where: object = "") -> None:
         row = self.rows.setdefault(row_of, Row())
         row.tried += 1
         row.found[found] += 1
-        if faults:
+        if wrong:
             row.wrong += 1
-            row.examples += [f"{where}: {fault}" for fault in faults][: max(0, EXAMPLES - len(row.examples))]
+            row.examples += [f"{where}: {what}" for what in wrong][: max(0, EXAMPLES - len(row.examples))]
 
     def wrong(self, writer: str) -> list[str]:
         """Return what was wrong with one writer."""
