@@ -57,7 +57,7 @@ def test_the_points_have_teeth(tally):
 
 @pytest.mark.skipif(not strace.is_possible(), reason="needs strace, and to be let trace")
 def test_real_system_calls_broken_by_strace(tally):
-    strace.try_system_calls(tally, every=23)
+    strace.try_system_calls(tally, every=7)
     assert tally.wrong(OURS.name) == []
     assert {kind for _, _, kind in tally.rows} == {"SIGKILL", "EIO", "ENOSPC"}
 

@@ -2,17 +2,19 @@
 
 import errno
 import os
+import random
 import threading
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from aiohttp import ClientResponseError, RequestInfo
 from multidict import CIMultiDict, CIMultiDictProxy
 from yarl import URL
 
-CHANGES = frozenset({"create", "write", "fsync", "rename", "unlink", "mkdir"})
+T = TypeVar("T")
 GROWS = frozenset({"create", "write", "fsync", "rename", "mkdir"})
 """Operations that need space on the disk."""
 
@@ -104,6 +106,13 @@ class Fault:
     rank: int
     at: int
     victims: frozenset[int]
+
+
+def pick(points: Iterable[T], every: int, first: int) -> list[T]:
+    """Return each `every`-th point, shuffled first: a stride would meet the same kinds again and again."""
+    shuffled = list(points)
+    random.Random(0).shuffle(shuffled)
+    return shuffled[first % every :: every]
 
 
 class Here(threading.local):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from integration.faults.faults import Injector
+from integration.faults.faults import Injector, pick
 from integration.faults.oracle import Damaged, find, ours, states
 from integration.faults.places import Bucket
 from integration.faults.points import laboratory
@@ -146,7 +146,7 @@ def try_requests(tally: Tally, *, server: S3Server, every: int = 1, first: int =
             trial = _Trial(server, between)
             requests = trial.overwrite(Plan())[2]
             points = [(harm, at, lasting) for at in range(requests) for harm in HARMS for lasting in (False, True)]
-            for harm, at, lasting in points[first::every]:
+            for harm, at, lasting in pick(points, every, first):
                 found, wrong, _ = trial.overwrite(Plan(harm, at, lasting))
                 kind = f"{harm}, from then on" if lasting else f"{harm}, once"
                 tally.add(("S3 request", _WRITER, kind), found, wrong, f"request {at}")

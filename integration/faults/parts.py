@@ -45,8 +45,8 @@ def try_points(
 ) -> None:
     """Break every operation of every case, or each `every`-th, from the one of number `first` on."""
     with scratch() as directory, laboratory(place(directory)) as lab:
-        for number, case in enumerate(cases(contestant, worlds)):
-            for point in lab.points(case, every, first=first + number):
+        for case in cases(contestant, worlds):
+            for point in lab.points(case, every, first=first):
                 where = (case.history, case.world, case.asynchronous, point.fault, point.op)
                 kind = point.fault.kind.name
                 if case.world > 1 and len(point.fault.victims) == 1 and point.fault.kind.make is None:

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage.errors import DcpStorageError
 from dcp_storage.transfer import layout
-from integration.faults.faults import DEATHS, Fault, Injector
+from integration.faults.faults import DEATHS, Fault, Injector, pick
 from integration.faults.oracle import SMALL_OBJECTS, Contestant, Damaged, find, states
 from integration.faults.places import Bucket, Directory
 from integration.faults.ranks import ranks_are_threads, save_on_ranks
@@ -59,7 +59,7 @@ class Laboratory:
     def points(self, case: Case, every: int = 1, first: int = 0) -> Iterator[Point]:
         """Break the case's save at every point, or at every `every`-th of them."""
         self._prepare(case)
-        for fault, op in [*self._faults(case)][first % every :: every]:
+        for fault, op in pick(self._faults(case), every, first):
             yield self.break_at(case, fault, op)
 
     def break_at(self, case: Case, fault: Fault, op: str) -> Point:

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch.distributed.checkpoint as dcp
 
 from integration.faults.child import FAILED, Zygote
+from integration.faults.faults import pick
 from integration.faults.oracle import OURS, Damaged, find, states
 from integration.faults.places import Bucket
 from integration.faults.points import laboratory
@@ -106,7 +107,7 @@ def try_system_calls(tally: Tally, *, every: int = 1, first: int = 0) -> None:
             for harm in _HARMS
             if name in CHANGES or harm == "EIO"
         ]
-        for name, number, harm in points[first::every]:
+        for name, number, harm in pick(points, every, first):
             status = trace.overwrite("-e", f"trace={name}", "-e", f"inject={name}:{_HARMS[harm]}:when={number}")
             found, wrong = trace.judge(harm, status)
             tally.add(("system call", OURS.name, harm), found, wrong, f"{name} {number}")
