@@ -149,12 +149,12 @@ def _server(command: Sequence[str], port: int, directory: Path) -> Iterator[S3Se
             stderr=output,
             preexec_fn=_end_with_parent,  # noqa: PLW1509 - one system call, no lock
         )
+    server = S3Server(f"http://127.0.0.1:{port}", process)
     try:
-        server = S3Server(f"http://127.0.0.1:{port}", process)
         server.wait_until_ready(log)
         yield server
     finally:
-        _stop(process)
+        _stop(server.process)
 
 
 def _end_with_parent() -> None:

@@ -59,6 +59,9 @@ class SteppedStore(Store):
         await Turn()
         return {name: len(data) for name, data in self.objects.items()}
 
+    async def modified(self):
+        raise NotImplementedError
+
     async def delete(self, names):
         for name in names:
             await Turn()

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from dcp_storage.errors import StoreError
+from dcp_storage.store import files
 from dcp_storage.store.base import Batch, Store
 from dcp_storage.store.local import LocalStore
 from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run
@@ -32,7 +33,7 @@ def place(tmp_path: Path) -> Place:
     return Place(str(tmp_path / "step-1"))
 
 
-def files(directory: Path) -> list[Path]:
+def files_in(directory: Path) -> list[Path]:
     return [path for path in directory.rglob("*") if path.is_file()]
 
 
@@ -97,14 +98,14 @@ def test_disk_full_while_writing(tmp_path: Path, monkeypatch):
     for size in (100, 1_000_000, 3_000_000):
         with pytest.raises(StoreError, match=rf"cannot write {tmp_path}/{NAME}.*No space left on device"):
             run(Place(str(tmp_path)), lambda store, size=size: put(store, NAME, b"x" * size))
-        assert files(tmp_path) == []
+        assert files_in(tmp_path) == []
 
 
 def test_put_that_cannot_sync(place: Place, tmp_path: Path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(StoreError, match="No space left on device"):
         run(place, lambda store: put(store, NAME, b"data"))
-    assert files(tmp_path) == []
+    assert files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("step", ["fsync", "replace"])
@@ -114,7 +115,7 @@ def test_commit_that_fails_keeps_the_old_object(place: Place, tmp_path: Path, mo
         patch.setattr(*((os, "fsync", fail) if step == "fsync" else (Path, "replace", fail)))
         with pytest.raises(StoreError, match=r"cannot commit .*/\.metadata.*No space left"):
             run(place, lambda store: store.commit(".metadata", b"new"))
-    assert [path.name for path in files(tmp_path)] == [".metadata"]
+    assert [path.name for path in files_in(tmp_path)] == [".metadata"]
     assert run(place, lambda store: store.get(".metadata")) == b"old"
 
 
@@ -139,9 +140,26 @@ def test_order_of_syncs(tmp_path: Path, monkeypatch):
         await store.commit(".metadata", b"{}")
 
     run(Place(str(tmp_path / "runs" / "step-1")), use)
-    created = [("sync", "runs"), ("sync", tmp_path.name)]
-    commit = [("sync", "step-1"), ("sync", ".metadata"), ("rename", ".metadata"), ("sync", "step-1")]
-    assert steps == [*created, ("sync", NAME), *commit]
+    outwards = [
+        ("sync", "step-1"),
+        ("sync", "runs"),
+        *(("sync", outer.name) for outer in (tmp_path, *tmp_path.parents)),
+    ]
+    before, after = steps[1:-3], steps[-3:]
+    assert steps[0] == ("sync", NAME)
+    assert before == outwards[: len(before)]
+    assert before[:3] == outwards[:3], "who made these directories, and whether they were synced, is not known"
+    assert after == [("sync", ".metadata"), ("rename", ".metadata"), ("sync", "step-1")]
+
+
+def test_sync_stops_at_what_this_user_cannot_have_made(tmp_path: Path, monkeypatch):
+    synced: list[str] = []
+    monkeypatch.setattr(files, "sync_directory", lambda directory: synced.append(directory.name))
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path).name == "disk")
+    files.sync_path(tmp_path / "runs" / "step-1")
+    files.sync_path(tmp_path / "disk" / "step-1")
+    assert synced == ["step-1", "runs", "step-1", "disk"]
 
 
 def test_without_sync(tmp_path: Path, monkeypatch):
@@ -174,7 +192,7 @@ def test_cancelled_at_any_time(tmp_path: Path, delay: float):
         assert await store.list() == {}
 
     run(Place(str(tmp_path)), use)
-    assert files(tmp_path) == []
+    assert files_in(tmp_path) == []
 
 
 @pytest.mark.parametrize("direct", ["taken", "refused at once", "refused later"])

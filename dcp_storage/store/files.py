@@ -100,21 +100,28 @@ def sync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def make_directory(directory: Path, *, sync: bool) -> None:
-    """Create a directory and its parents; a new one lasts only once the directory around it is synced."""
-    if directory.is_dir():
-        return
-    missing = [path for path in (directory, *directory.parents) if not path.exists()]
+def sync_path(directory: Path) -> None:
+    """Sync a directory's entries and those that lead to it: a save that died, or the caller, may just have made them.
+
+    Where this user may not write, or beyond a mount point, nothing was made.
+    """
+    directory = directory.resolve()
+    sync_directory(directory)
+    for inner, outer in zip((directory, *directory.parents), directory.parents, strict=False):
+        if os.path.ismount(inner) or not os.access(outer, os.R_OK | os.W_OK):
+            return
+        sync_directory(outer)
+
+
+def make_directory(directory: Path) -> None:
+    """Create a directory and its parents; a commit makes them last."""
     directory.mkdir(parents=True, exist_ok=True)
-    if sync:
-        for path in missing:
-            sync_directory(path.parent)
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool) -> None:
     """Write a temporary file beside the path, and rename it over the path."""
     if sync:
-        sync_directory(path.parent)
+        sync_path(path.parent)
     temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
     try:
         with temporary.open("xb") as file:

@@ -107,7 +107,7 @@ class LocalStore(Store):
         return self._directory / check_name(name)
 
     async def _make_directory(self) -> None:
-        await _in_thread(files.make_directory, self._directory, sync=self._sync_files)
+        await _in_thread(files.make_directory, self._directory)
 
     @asynccontextmanager
     async def _new_file(self, path: Path) -> AsyncIterator[files.NewFile]:
