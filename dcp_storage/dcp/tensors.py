@@ -87,17 +87,20 @@ class TensorSource:
 
     def __init__(self, tensor: Tensor, fqn: str, *, byte_planes: bool) -> None:
         self._tensor = _plain(tensor, fqn)
+        self._memory = byte_view(self._tensor) if tensor.device.type == "cpu" and _as_it_lies(tensor) else None
         self._item = tensor.element_size()
         self.nbytes = tensor.numel() * self._item
         self.planes = planes_of(dtype_name(tensor.dtype, fqn), byte_planes=byte_planes)
 
     def read(self, start: int, stop: int) -> Raw:
         """Return bytes `start` to `stop`, which are on element boundaries, in host memory."""
-        return byte_view(self._elements(start // self._item, stop // self._item))
+        if self._memory is not None:
+            return self._memory[start:stop]
+        return byte_view(self._copied(start // self._item, stop // self._item))
 
-    def _elements(self, start: int, stop: int) -> Tensor:
+    def _copied(self, start: int, stop: int) -> Tensor:
         tensor = self._tensor
-        if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
+        if _as_it_lies(tensor):
             return tensor.view(-1)[start:stop].cpu()
         out = torch.empty(stop - start, dtype=tensor.dtype)
         filled = 0
@@ -105,6 +108,11 @@ class TensorSource:
             out[filled : filled + box.numel].view(box.sizes).copy_(tensor[box.slices])
             filled += box.numel
         return out
+
+
+def _as_it_lies(tensor: Tensor) -> bool:
+    """Tell whether a tensor's memory holds its elements, in row-major order."""
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _plain(tensor: Tensor, fqn: str) -> Tensor:
@@ -197,8 +205,8 @@ class ChunkTarget:
                 fqn=read.dest_index.fqn,
             )
         run = flat_run(self._shape, box)
-        plain = tensor.device.type == "cpu" and tensor.dtype == self._dtype and tensor.is_contiguous()
-        memory = byte_view(tensor) if run and plain and not tensor.is_conj() and not tensor.is_neg() else None
+        plain = tensor.device.type == "cpu" and tensor.dtype == self._dtype and _as_it_lies(tensor)
+        memory = byte_view(tensor) if run and plain else None
         last = flat_offset(self._shape, tuple(o + s - 1 for o, s in zip(*box, strict=True))) + 1
         start = flat_offset(self._shape, box.offsets)
         return _Part(read, box, tensor, start * self._item, last * self._item, memory)

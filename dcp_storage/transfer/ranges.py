@@ -40,6 +40,8 @@ class Fetch(NamedTuple):
 def needed_blocks(shape: Shape, boxes: Iterable[Box], item_bytes: int, block_bytes: int) -> list[int]:
     """Return the numbers of the blocks of a row-major item that hold an element of any of the boxes, ascending."""
     count = -(-prod(shape) * item_bytes // block_bytes)
+    if count <= 1:
+        return [0] if any(box.numel for box in boxes) else []
     edges = np.zeros(count + 1, np.int64)
     for box in boxes:
         if box.numel:

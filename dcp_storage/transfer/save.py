@@ -41,7 +41,7 @@ class StoredSegment(NamedTuple):
 
 class _EncodedPiece(NamedTuple):
     piece: Piece
-    blocks: list[memoryview]
+    lengths: tuple[int, ...]
     checks: str
 
 
@@ -102,8 +102,7 @@ class _ObjectWriter:
         units = split_units(pieces, self._block_bytes, UNIT_BYTES)
         memory = memoryview(bytearray(max(map(self._room, units))))
         for unit in units:
-            encoded = await self._threads.run(partial(self._encode, unit, memory))
-            batch = [block for piece in encoded for block in piece.blocks]
+            batch, encoded = await self._threads.run(partial(self._encode, unit, memory))
             yield batch
             self._note(encoded)
 
@@ -115,24 +114,27 @@ class _ObjectWriter:
         blocks = sum(-(-size // self._block_bytes) for size in sizes)
         return encoded_limit(sum(sizes), self._compression, blocks)
 
-    def _encode(self, unit: Sequence[Piece], memory: memoryview, encoder: BlockEncoder) -> list[_EncodedPiece]:
-        encoded = []
+    def _encode(
+        self, unit: Sequence[Piece], memory: memoryview, encoder: BlockEncoder
+    ) -> tuple[Batch, list[_EncodedPiece]]:
+        """Return the bytes to write, and what they are: encoded in `memory`, or the sources' own."""
+        encoded, raws, filled = [], [], 0
         for piece in unit:
             source = self._sources[piece.item]
             raw = memoryview(source.read(piece.start, piece.stop))
-            blocks, checks = [], []
+            raws.append(raw)
+            lengths, checks = [], []
             for at in range(0, len(raw), self._block_bytes):
-                block, check = encoder.encode(raw[at : at + self._block_bytes], source.planes, memory)
-                memory = memory[len(block) :]
-                blocks.append(block)
+                block, check = encoder.encode(raw[at : at + self._block_bytes], source.planes, memory[filled:])
+                lengths.append(len(block))
                 checks.append(check)
-            encoded.append(_EncodedPiece(piece, blocks, "".join(checks)))
-        return encoded
+                filled += len(block)
+            encoded.append(_EncodedPiece(piece, tuple(lengths), "".join(checks)))
+        return raws if self._compression == "none" else [memory[:filled]], encoded
 
     def _note(self, encoded: Sequence[_EncodedPiece]) -> None:
         raw_bytes, before = 0, self._offset
-        for piece, blocks, checks in encoded:
-            lengths = tuple(map(len, blocks))
+        for piece, lengths, checks in encoded:
             self.stored[piece] = StoredSegment(self.name, self._offset, lengths, checks)
             self._offset += sum(lengths)
             raw_bytes += piece.stop - piece.start
