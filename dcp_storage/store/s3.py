@@ -27,6 +27,9 @@ _CONFIG_DEFAULTS = {
 """What botocore is told where `config_kwargs` in the storage options says nothing: an endpoint that refuses or drops
 connections fails within half a minute."""
 
+_READ_TIMEOUTS = 20
+"""How many times `read_timeout` an operation may take, with all its retries: 5 minutes, where nothing else is said."""
+
 _ATTEMPTS = 4
 _PAUSE_SECONDS = 0.25
 _BROKEN_BODY = (AioReadTimeoutError, ClientPayloadError, IncompleteReadError, ResponseStreamingError)
@@ -47,17 +50,30 @@ class S3Store(RemoteStore):
         self._options["max_concurrency"] = 1
         # Options that this botocore is too old for name behaviour that it is also too old to have.
         defaults = {name: value for name, value in _CONFIG_DEFAULTS.items() if name in Config.OPTION_DEFAULTS}
-        self._options["config_kwargs"] = defaults | dict(self._options.get("config_kwargs") or {})
+        config = defaults | dict(self._options.get("config_kwargs") or {})
+        self._options["config_kwargs"] = config
+        self._limit_s = _READ_TIMEOUTS * config["read_timeout"]
 
     def _make_fs(self) -> Any:
         fs = super()._make_fs()
         # botocore retries, within bounds; s3fs's five rounds on top, nested when it reads, would take many minutes.
         fs.retries = 1
         fs.session = AioSession(**fs.kwargs)
+        fs.session.register("before-call.s3", _expect_nothing)
         fs.session.register_component("data_loader", _loader(fs.session.get_config_variable("data_path")))
         return fs
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """End in time: `read_timeout` alone would wait for ever for a server that does not take the whole body."""
+        try:
+            async with asyncio.timeout(self._limit_s) as limit:
+                return await self._persist(method, *args, **kwargs)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise TimeoutError(f"not done within {self._limit_s:g} s ({_READ_TIMEOUTS} times read_timeout)") from error
+
+    async def _persist(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Repeat what botocore gave up on as throttled, or whose body broke off, which it does not look at."""
         for attempt in range(1, _ATTEMPTS):
             try:
@@ -82,6 +98,11 @@ class S3Store(RemoteStore):
 def _loader(data_path: str | None) -> Any:
     """Return what holds botocore's descriptions of services: parsing them anew for every client takes 0.1 s."""
     return create_loader(data_path)
+
+
+def _expect_nothing(params: dict[str, Any], **_: Any) -> None:
+    """Send a body without asking first: aiohttp sets no limit to how long it waits for `100 Continue`."""
+    params["headers"].pop("Expect", None)
 
 
 def _is_transient(error: Exception) -> bool:
