@@ -50,7 +50,7 @@ class S3Store(RemoteStore):
         self._options["max_concurrency"] = 1
         # Options that this botocore is too old for name behaviour that it is also too old to have.
         defaults = {name: value for name, value in _CONFIG_DEFAULTS.items() if name in Config.OPTION_DEFAULTS}
-        config = defaults | dict(self._options.get("config_kwargs") or {})
+        config: dict[str, Any] = {**defaults, **(self._options.get("config_kwargs") or {})}
         self._options["config_kwargs"] = config
         self._limit_s = _READ_TIMEOUTS * config["read_timeout"]
 
