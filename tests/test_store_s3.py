@@ -1,6 +1,7 @@
 """Stores on S3, against a server in this process."""
 
 import asyncio
+import gc
 import pickle
 import socket
 import threading
@@ -16,6 +17,7 @@ import pytest
 from fsspec.config import conf
 
 from dcp_storage.errors import ObjectNotFound, StoreError
+from dcp_storage.store import s3
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
 from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run
@@ -124,6 +126,23 @@ def test_silent_endpoint(silent_port: int):
     with pytest.raises(StoreError, match=r"s3://bucket/step-1/\.metadata.*imeout"):
         run(Place("s3://bucket/step-1", options | {"config_kwargs": limits}), lambda store: store.get(".metadata"))
     assert time.monotonic() - start < 10
+
+
+# aiohttp closes a connection once it is flushed, which this one never is.
+@pytest.mark.filterwarnings("ignore:.*unclosed.*:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("size", [100, 30_000_000], ids=["asked before the body", "in the body"])
+def test_endpoint_that_falls_silent_in_a_put(silent_port: int, monkeypatch, size: int):
+    """More than the sockets' buffers hold blocks the client while it writes."""
+    monkeypatch.setattr(s3, "_READ_TIMEOUTS", 10)
+    limits = {"read_timeout": 0.2, "connect_timeout": 0.2, "retries": {"total_max_attempts": 2}}
+    options = {"key": "k-1234", "secret": "s-1234", "endpoint_url": f"http://127.0.0.1:{silent_port}"}
+    place = Place("s3://bucket/step-1", options | {"config_kwargs": limits})
+    start = time.monotonic()
+    with pytest.raises(StoreError, match=r"s3://bucket/step-1/\.metadata.*(not done within 2 s|imeout)") as caught:
+        run(place, lambda store: store.commit(".metadata", bytes(size)))
+    assert time.monotonic() - start < 10
+    del caught
+    gc.collect()
 
 
 class ScriptedServer(BaseHTTPRequestHandler):

@@ -40,6 +40,8 @@ _ATTEMPTS = 10
 """Requests for one operation, where neither the storage options nor the environment or profile say."""
 _TIMEOUTS = 2
 """... of which so many may end in silence. So an endpoint that refuses or drops connections fails in half a minute."""
+_READ_TIMEOUTS = 20
+"""How many times `read_timeout` an operation may take, with all its retries: 5 minutes, where nothing else is said."""
 _PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 4
 
@@ -73,16 +75,28 @@ class S3Store(RemoteStore):
         self._retries = dict(config.get("retries") or {})
         rest = {name: value for name, value in self._retries.items() if name == "mode"}
         self._options["config_kwargs"] = config | {"retries": rest | {"total_max_attempts": 1}}
+        self._limit_s = _READ_TIMEOUTS * config["read_timeout"]
 
     def _make_fs(self) -> Any:
         fs = super()._make_fs()
         fs.retries = 1
         fs.session = AioSession(**fs.kwargs)
+        fs.session.register("before-call.s3", _expect_nothing)
         fs.session.register_component("data_loader", _loader(fs.session.get_config_variable("data_path")))
         self._attempts = _attempts(self._retries, fs.session)
         return fs
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+        """End in time: `read_timeout` alone would wait for ever for a server that does not take the whole body."""
+        try:
+            async with asyncio.timeout(self._limit_s) as limit:
+                return await self._persist(method, *args, **kwargs)
+        except TimeoutError as error:
+            if not limit.expired():
+                raise
+            raise TimeoutError(f"not done within {self._limit_s:g} s ({_READ_TIMEOUTS} times read_timeout)") from error
+
+    async def _persist(self, method: str, *args: Any, **kwargs: Any) -> Any:
         attempt = timeouts = 0
         while True:
             attempt += 1
@@ -116,6 +130,11 @@ class S3Store(RemoteStore):
 def _loader(data_path: str | None) -> Any:
     """Return what holds botocore's descriptions of services: parsing them anew for every client takes 0.1 s."""
     return create_loader(data_path)
+
+
+def _expect_nothing(params: dict[str, Any], **_: Any) -> None:
+    """Send a body without asking first: aiohttp sets no limit to how long it waits for `100 Continue`."""
+    params["headers"].pop("Expect", None)
 
 
 def _crc32(body: io.BytesIO) -> int:

@@ -54,13 +54,18 @@ class Proxy:
         self._server = (url.hostname, url.port)
         self.plan = Plan()
         self.url = ""
+        self.ready = threading.Event()
 
-    async def serve(self, ready: threading.Event, stop: asyncio.Event) -> None:
+    async def serve(self) -> None:
+        self._loop, self._end = asyncio.get_running_loop(), asyncio.Event()
         server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        ready.set()
-        async with server:
-            await stop.wait()
+        self.ready.set()
+        await self._end.wait()
+        server.close()
+
+    def end(self) -> None:
+        self._loop.call_soon_threadsafe(self._end.set)
 
     async def _accept(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         with contextlib.suppress(OSError):
@@ -127,15 +132,14 @@ def _answer(status: str) -> bytes:
 @contextlib.contextmanager
 def proxy(endpoint_url: str) -> Iterator[Proxy]:
     """Run a proxy in a thread."""
-    made, ready = Proxy(endpoint_url), threading.Event()
-    loop, stop = asyncio.new_event_loop(), asyncio.Event()
-    thread = threading.Thread(target=loop.run_until_complete, args=(made.serve(ready, stop),), daemon=True)
+    made = Proxy(endpoint_url)
+    thread = threading.Thread(target=asyncio.run, args=(made.serve(),), daemon=True)
     thread.start()
-    ready.wait(10)
+    made.ready.wait(10)
     try:
         yield made
     finally:
-        loop.call_soon_threadsafe(stop.set)
+        made.end()
         thread.join(10)
 
 
