@@ -19,7 +19,6 @@ from integration.faults.points import Case, laboratory
 from integration.faults.ranks import ranks_are_threads, save_on_ranks
 from integration.faults.soak import try_kills
 from integration.faults.tally import Tally
-from integration.servers import seaweedfs
 
 
 @pytest.fixture
@@ -27,7 +26,7 @@ def tally():
     return Tally()
 
 
-@pytest.mark.parametrize(("place", "every", "least"), [(Directory, 131, 60), (Bucket, 37, 50)])
+@pytest.mark.parametrize(("place", "every", "least"), [(Directory, 197, 40), (Bucket, 37, 50)])
 def test_saves_broken_at_their_operations(tally, place, every, least):
     try_points(tally, place, OURS, every=every)
     assert tally.wrong(OURS.name) == []
@@ -36,14 +35,14 @@ def test_saves_broken_at_their_operations(tally, place, every, least):
 
 
 def test_power_cuts(tally):
-    try_power(tally, OURS, samples=5)
-    try_power_after_deaths(tally, OURS, samples=1, every=40)
+    try_power(tally, OURS, samples=2)
+    try_power_after_deaths(tally, OURS, samples=1, every=60)
     assert tally.wrong(OURS.name) == []
-    assert tally.total(OURS.name) > 300
+    assert tally.total(OURS.name) > 200
 
 
 def test_the_simulation_of_power_cuts_has_teeth(tally):
-    try_mutants(tally, samples=1)
+    try_mutants(tally, samples=0)
     for writer in (NOT_SYNCED.name, *(f"{OURS.name}, {name}" for name in MUTANTS)):
         assert tally.wrong(writer), f"{writer}: nothing was found wrong with it"
 
@@ -57,7 +56,7 @@ def test_the_points_have_teeth(tally):
 
 @pytest.mark.skipif(not strace.is_possible(), reason="needs strace, and to be let trace")
 def test_real_system_calls_broken_by_strace(tally):
-    strace.try_system_calls(tally, every=7)
+    strace.try_system_calls(tally, every=9)
     assert tally.wrong(OURS.name) == []
     assert {kind for _, _, kind in tally.rows} == {"SIGKILL", "EIO", "ENOSPC"}
 
@@ -87,16 +86,16 @@ def test_kills_at_random_moments(tally):
     assert tally.wrong(OURS.name) == []
 
 
-def test_kills_of_clients_and_restarts_of_a_server(tally):
-    with seaweedfs() as server:
-        try_kills(tally, 2, server=server)
+def test_kills_of_clients_of_a_server(tally, seaweedfs_server):
+    """`python -m integration.faults soak-s3` kills and restarts the server, too."""
+    try_kills(tally, 2, server=seaweedfs_server)
     assert tally.wrong(OURS.name) == []
 
 
 def test_requests_broken_on_their_way(tally, seaweedfs_server):
-    try_requests(tally, server=seaweedfs_server, every=23)
+    try_requests(tally, server=seaweedfs_server, every=31)
     assert tally.wrong(OURS.name) == []
-    assert tally.total(OURS.name) > 3
+    assert tally.total(OURS.name) > 1
 
 
 def save_and_die(rank, place):

@@ -62,7 +62,7 @@ class Soak:
         self._wait_for_start()
         # A save takes about a tenth of a second: most rounds end within the first three.
         time.sleep(chance.uniform(0, 0.4))
-        if self._server is not None and number % 3 == 0:
+        if self._server is not None and number % 3 == 2:
             restart(self._server, pause_s=chance.uniform(0, 0.5))
             time.sleep(chance.uniform(0, 0.5))
         os.kill(pid, signal.SIGKILL)
@@ -128,7 +128,7 @@ def try_kills(tally: Tally, kills: int, *, server: S3Server | None = None, seed:
         options = None if server is None else server.storage_options
         soak = Soak(Path(directory), zygote, url, options, server)
         for number in range(kills):
-            kind = "client, and server restarted" if server is not None and number % 3 == 0 else "client"
+            kind = "client, and server restarted" if server is not None and number % 3 == 2 else "client"
             tally.add((part, "dcp_storage", kind), *soak.round(chance, number), where=f"round {number}")
         orphans, wrong = soak.end()
         tally.add((part, "dcp_storage", "orphans removed at the end"), "new", wrong)
