@@ -162,6 +162,16 @@ def test_sync_stops_at_what_this_user_cannot_have_made(tmp_path: Path, monkeypat
     assert synced == ["step-1", "runs", "step-1", "disk"]
 
 
+def test_a_rename_lasts_before_what_it_replaced_is_deleted(tmp_path: Path, monkeypatch):
+    """Another save may have died between its rename and its sync of the directory."""
+    steps = []
+    (tmp_path / NAME).write_bytes(b"old")
+    monkeypatch.setattr(files, "sync_directory", lambda directory: steps.append(directory.name))
+    monkeypatch.setattr(Path, "unlink", lambda path, **_: steps.append(path.name))
+    run(Place(str(tmp_path)), lambda store: store.delete([NAME]))
+    assert steps == [tmp_path.name, NAME]
+
+
 def test_without_sync(tmp_path: Path, monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
 

@@ -3,7 +3,7 @@
 import asyncio
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import ParamSpec, Self, TypeVar
 
@@ -97,8 +97,11 @@ class LocalStore(Store):
             return await wrap(files.stat_files)(self._directory)
 
     async def delete(self, names: Sequence[str]) -> None:
-        """Remove files."""
+        """Remove files; what was renamed before is made to last first, since it may have replaced them."""
         paths = [(name, self._path(name)) for name in names]
+        if paths and self._sync_files:
+            with self._failures.mapped("delete", names[0]), suppress(FileNotFoundError):
+                await _in_thread(files.sync_directory, self._directory)
         for name, path in paths:
             with self._failures.mapped("delete", name):
                 await wrap(path.unlink)(missing_ok=True)

@@ -7,12 +7,14 @@ import subprocess
 import tempfile
 import time
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from dcp_storage.prune import prune
+from dcp_storage.verify import verify
 from integration.faults.child import Zygote, end_with_parent
 from integration.faults.oracle import Contestant, Damaged, find, ours
-from integration.faults.orphans import find_orphans, remove_orphans
 from integration.faults.tally import Tally
 from integration.servers import S3Server
 
@@ -76,10 +78,13 @@ class Soak:
         for name, place in self._places.items():
             if place.done is None and find(self._contestant, f"{self._url}/{name}", 1) is None:
                 continue
-            orphans += len(find_orphans(f"{self._url}/{name}", self._options))
-            remove_orphans(f"{self._url}/{name}", self._options)
-            if left := find_orphans(f"{self._url}/{name}", self._options):
-                wrong.append(f"{name}: {left} are still there")
+            url = f"{self._url}/{name}"
+            found = verify(url, storage_options=self._options)
+            pruned = prune(url, older_than=timedelta(0), storage_options=self._options)
+            left = verify(url, storage_options=self._options)
+            orphans += len(found.orphans)
+            if not left.sound or left.orphans or left.foreign or pruned.removed != found.orphans:
+                wrong.append(f"{name}: {found} was pruned to {left}")
         return orphans, self._look_at(set(self._places), wrong)[1]
 
     def _wait_for_start(self) -> None:
