@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import os
+import sys
 import threading
 import time
 from functools import partial
@@ -15,6 +16,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner, Transfer
 from dcp_storage.errors import StoreError
+from dcp_storage.format.blocks import BlockEncoder
 from dcp_storage.store.local import LocalStore
 
 SMALL = Transfer(object_bytes=1 << 20, concurrency=4)
@@ -180,3 +182,43 @@ def test_a_future_that_is_dropped_leaves_nothing_behind(tmp_path, monkeypatch, m
     assert set(threading.enumerate()) - served <= threads
     if store == "local":
         assert open_files() <= files
+
+
+class Neighbours:
+    """An encoder that notes the niceness of the threads that encode."""
+
+    def __init__(self, monkeypatch):
+        self.nice, self.threads = set(), set()
+        real = BlockEncoder.encode
+
+        def encode(encoder, *args):
+            thread = threading.get_native_id()
+            self.threads.add(thread)
+            self.nice.add(os.getpriority(os.PRIO_PROCESS, thread))
+            return real(encoder, *args)
+
+        monkeypatch.setattr(BlockEncoder, "encode", encode)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere niceness is the whole process's")
+@pytest.mark.parametrize("cores", [1, 2, 4])
+def test_saves_beside_training_step_back(tmp_path, monkeypatch, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    neighbours = Neighbours(monkeypatch)
+    before = os.getpriority(os.PRIO_PROCESS, 0)
+    state = {"large": torch.rand(12 << 20)}
+    async_save(state, storage_writer=AsyncStorageWriter(tmp_path / "a")).result()
+    assert neighbours.nice == {max(before, 10)}
+    assert len(neighbours.threads) <= max(1, cores - 1)
+    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+
+    neighbours.nice.clear()
+    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path / "b"), no_dist=True)
+    assert neighbours.nice == {before}, "a save that training waits for does not step back"
+
+
+def test_threads_that_were_asked_for_encode_beside_training(tmp_path, monkeypatch):
+    neighbours = Neighbours(monkeypatch)
+    writer = AsyncStorageWriter(tmp_path, transfer=Transfer(threads=3, object_bytes=1 << 20))
+    async_save({"large": torch.rand(12 << 20)}, storage_writer=writer).result()
+    assert len(neighbours.threads) == 3

@@ -1,17 +1,25 @@
-"""Saves that DCP runs in threads of their own, for `dcp.async_save`: one after another, and never failing unheard."""
+"""Saves that DCP runs beside training, for `dcp.async_save`: one after another, gently, and never failing unheard."""
 
 import logging
+import multiprocessing
+import os
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch.distributed as dist
+
+from dcp_storage.config import Transfer
 
 logger = logging.getLogger(__name__)
 
 _THREAD_NAME = "AsyncCheckpointExecutor"
 """How DCP names its threads. Each runs one save and ends with it; no other thread is ever waited for."""
+
+_NICE = 10
+"""How far a save steps back: where all cores are busy it has about a tenth of what the training has."""
 
 
 @dataclass
@@ -70,6 +78,25 @@ class Turns:
             return running
         with self._lock:
             return [turn.thread for turn in self._turns]
+
+
+def gentle(transfer: Transfer) -> Transfer:
+    """Return how bytes move beside training: with a core left to it, if nothing else was asked for."""
+    if transfer.threads is not None or not _is_beside_training():
+        return transfer
+    return replace(transfer, threads=max(1, transfer.resolve_threads() - 1))
+
+
+def step_back() -> None:
+    """Let training's threads go first where cores are short: threads inherit this from the one that starts them."""
+    if sys.platform == "linux" and _is_beside_training():  # elsewhere it would be the whole process that steps back
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, max(_NICE, os.getpriority(os.PRIO_PROCESS, thread)))
+
+
+def _is_beside_training() -> bool:
+    """Tell whether this is a thread or the process of `dcp.async_save`."""
+    return _is_background(threading.current_thread()) or multiprocessing.current_process().daemon
 
 
 def _is_background(thread: threading.Thread) -> bool:

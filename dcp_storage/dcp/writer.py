@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dcp_storage.config import Codec, Transfer
-from dcp_storage.dcp.background import Turn, Turns
+from dcp_storage.dcp.background import Turn, Turns, gentle, step_back
 from dcp_storage.dcp.calls import Location, Path, choose_observer, observed, wait_for_device
 from dcp_storage.dcp.metadata import build_manifest
 from dcp_storage.dcp.tensors import BytesSource, TensorSource, check_text, dtype_name
@@ -130,7 +130,8 @@ class AsyncStorageWriter(StorageWriter):
     @property
     def _turn(self) -> Turn:
         if self._threads.turn is None:
-            self._threads.turn = self._turns.take(self._here.store().url)
+            step_back()
+        self._threads.turn = self._turns.take(self._here.store().url)
         return self._threads.turn
 
     @property
@@ -203,7 +204,7 @@ class AsyncStorageWriter(StorageWriter):
         async def put(store: Store) -> list[list[StoredSegment]]:
             with observed(self._observer, "save", store.url, sum(source.nbytes for source in sources)):
                 return await save_items(
-                    store, sources, name, self._codec, transfer=self._transfer, observer=self._observer
+                    store, sources, name, self._codec, transfer=gentle(self._transfer), observer=self._observer
                 )
 
         return save.location.run(put)
@@ -253,6 +254,7 @@ class AsyncStorageWriter(StorageWriter):
 
     def storage_meta(self) -> StorageMeta | None:
         """Tell DCP's planners where this save goes. It is the first that DCP asks: a save waits here for its turn."""
+        step_back()
         self._threads.turn = self._turns.take(self._here.store().url)
         return StorageMeta(checkpoint_id=self.checkpoint_id)
 
