@@ -61,7 +61,7 @@ class Transfer:
     """
 
     object_bytes: int = 64 * MIB
-    concurrency: int = 16
+    concurrency: int = 8
     threads: int | None = None
     max_gap_bytes: int = MIB
 
