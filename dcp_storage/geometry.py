@@ -48,9 +48,12 @@ def intersect(a: Box, b: Box) -> Box | None:
 
 def contains(outer: Shape, box: Box) -> bool:
     """Return whether a box lies within a tensor of shape `outer`."""
-    return len(box.offsets) == len(box.sizes) == len(outer) and all(
-        o >= 0 and s >= 0 and o + s <= extent for o, s, extent in zip(*box, outer, strict=True)
-    )
+    if not len(box.offsets) == len(box.sizes) == len(outer):
+        return False
+    for start, size, extent in zip(*box, outer, strict=True):
+        if start < 0 or size < 0 or start + size > extent:
+            return False
+    return True
 
 
 def flat_offset(shape: Shape, index: Shape) -> int:
@@ -61,13 +64,17 @@ def flat_offset(shape: Shape, index: Shape) -> int:
     return position
 
 
-def flat_run(shape: Shape, box: Box) -> tuple[int, int] | None:
-    """Return `(start, stop)` of a box whose elements lie in one row-major run of `shape`, or `None` if they do not."""
+def flat_extent(shape: Shape, box: Box) -> tuple[int, int]:
+    """Return the row-major positions `start` and `stop` (exclusive) that bound a box's elements.
+
+    They are as far apart as the box has elements where it lies in one run.
+    """
+    if box.sizes == shape:
+        return 0, box.numel
     start = flat_offset(shape, box.offsets)
-    if box.numel <= 1:
-        return start, start + box.numel
-    last = flat_offset(shape, tuple(o + s - 1 for o, s in zip(*box, strict=True)))
-    return (start, last + 1) if last + 1 - start == box.numel else None
+    if not box.numel:
+        return start, start
+    return start, flat_offset(shape, tuple(o + s - 1 for o, s in zip(*box, strict=True))) + 1
 
 
 def boxes_of_run(shape: Shape, start: int, stop: int) -> Iterator[Box]:
@@ -144,6 +151,8 @@ def find_overlap(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
 
 def tiling_fault(shape: Shape, boxes: Sequence[Box]) -> str | None:
     """Say how boxes fail to tile a tensor: one out of bounds, two that overlap, or a gap. `None` if they tile it."""
+    if len(boxes) == 1 and boxes[0] == whole(shape):
+        return None
     for box in boxes:
         if not contains(shape, box):
             return f"part {box} is outside of the tensor, whose shape is {list(shape)}"

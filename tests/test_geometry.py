@@ -8,7 +8,7 @@ from dcp_storage.geometry import (
     boxes_of_run,
     contains,
     find_overlap,
-    flat_run,
+    flat_extent,
     intersect,
     subtract,
     tiling_fault,
@@ -57,13 +57,15 @@ def test_boxes_of_run_are_the_run_in_order(case):
 
 
 @given(shape_and_boxes(1))
-def test_flat_run_is_found_exactly_where_a_box_is_contiguous(case):
+def test_flat_extent_is_as_long_as_the_box_exactly_where_it_is_contiguous(case):
     shape, [box] = case
     if not box.numel:
         return
     numbers = np.arange(np.prod(shape, dtype=int)).reshape(shape)[box.slices].ravel()
     contiguous = bool((np.diff(numbers) == 1).all())
-    assert flat_run(shape, box) == ((numbers[0], numbers[-1] + 1) if contiguous else None)
+    start, stop = flat_extent(shape, box)
+    assert (start, stop) == (numbers[0], numbers[-1] + 1)
+    assert (stop - start == box.numel) is contiguous
 
 
 @given(shape_and_boxes(4))

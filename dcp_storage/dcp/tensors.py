@@ -12,7 +12,7 @@ from dcp_storage.dcp.entries import hand_over
 from dcp_storage.errors import CoverageError, UnsupportedFormat, UnsupportedTensor
 from dcp_storage.format.blocks import Raw, plane_count
 from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
-from dcp_storage.geometry import Box, Shape, boxes_of_run, flat_offset, flat_run, intersect
+from dcp_storage.geometry import Box, Shape, boxes_of_run, flat_extent, intersect
 
 _DTYPES = {name: dtype for name in ITEM_BYTES if isinstance(dtype := getattr(torch, name, None), torch.dtype)}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
@@ -204,12 +204,10 @@ class ChunkTarget:
                 f"{read.dest_index.fqn}: the planner gave a tensor of shape {list(tensor.shape)} to read {box} into",
                 fqn=read.dest_index.fqn,
             )
-        run = flat_run(self._shape, box)
+        start, stop = flat_extent(self._shape, box)
         plain = tensor.device.type == "cpu" and tensor.dtype == self._dtype and _as_it_lies(tensor)
-        memory = byte_view(tensor) if run and plain else None
-        last = flat_offset(self._shape, tuple(o + s - 1 for o, s in zip(*box, strict=True))) + 1
-        start = flat_offset(self._shape, box.offsets)
-        return _Part(read, box, tensor, start * self._item, last * self._item, memory)
+        memory = byte_view(tensor) if plain and stop - start == box.numel else None
+        return _Part(read, box, tensor, start * self._item, stop * self._item, memory)
 
     def direct(self, start: int, stop: int) -> memoryview | None:
         """Return the destination's memory where exactly one read wants all of this slice, as it lies in the chunk."""
