@@ -176,6 +176,8 @@ def test_an_interpreter_that_exits_during_a_save_ends_and_leaves_a_whole_checkpo
 @pytest.mark.parametrize("method", ["put", "commit"])
 def test_ctrl_c_during_a_save_stops_it_and_leaves_the_old_checkpoint(tmp_path, method):
     script = f"""
+        import signal
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without
         dcp.save(state_of(1), storage_writer=AsyncStorageWriter(path), no_dist=True)
         slow("{method}", 3600)
         dcp.save(state_of(2), storage_writer=AsyncStorageWriter(path), no_dist=True)
