@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -144,14 +145,20 @@ def slow(method, seconds):
 """
 
 
+@contextmanager
 def start_script(script, path):
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-c", PRELUDE + textwrap.dedent(script), str(path)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         cwd=Path(__file__).parent.parent,
     )
+    with process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 def run_script(script, path, code=0):
@@ -176,7 +183,6 @@ def test_an_interpreter_that_exits_during_a_save_ends_and_leaves_a_whole_checkpo
 @pytest.mark.parametrize("method", ["put", "commit"])
 def test_ctrl_c_during_a_save_stops_it_and_leaves_the_old_checkpoint(tmp_path, method):
     script = f"""
-        import signal
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without
         dcp.save(state_of(1), storage_writer=AsyncStorageWriter(path), no_dist=True)
         slow("{method}", 3600)
