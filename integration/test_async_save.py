@@ -1,8 +1,10 @@
 """`dcp.async_save` by several ranks, by a process of its own, across a fork, and cut short."""
 
+import os
 import subprocess
 import sys
 import textwrap
+import threading
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.demo.ranks import Ranks
 from dcp_storage.errors import StoreError
+from dcp_storage.observe import Silent
 from dcp_storage.store.local import LocalStore
 from tests.test_async_save import loaded_value
 
@@ -77,8 +80,18 @@ def test_a_failure_in_the_background_of_one_rank_is_raised_on_all(tmp_path, fail
     assert_value(tmp_path, 2)
 
 
+class Niceness(Silent):
+    """Leaves a file that tells how nice the thread is that saves."""
+
+    def __init__(self, path):
+        self._path = path
+
+    def start(self, operation, url, raw_bytes):
+        (self._path / f"nice-{os.getpriority(os.PRIO_PROCESS, threading.get_native_id())}").touch()
+
+
 def save_in_a_process(rank, place):
-    writer = AsyncStorageWriter(place["path"], overwrite=False)
+    writer = AsyncStorageWriter(place["path"], overwrite=False, observer=Niceness(Path(place["path"])))
     kind = AsyncCheckpointerType.PROCESS
     for step in (1, 2, 3):
         state, path = sharded_state(step), Path(place["path"]) / ("1" if step == 2 else str(step))
@@ -89,13 +102,16 @@ def save_in_a_process(rank, place):
             rank.report("saved", step)
         except CheckpointException as error:
             rank.report("failed", [type(cause).__name__ for cause, _ in error.failures.values()])
+    rank.report("nice", os.getpriority(os.PRIO_PROCESS, 0))
 
 
 def test_a_failure_in_a_process_of_its_own_is_raised_and_the_next_save_works(tmp_path):
     with Ranks(2, save_in_a_process, {"path": str(tmp_path)}, limit_s=LIMIT_S) as ranks:
         events = [(event.rank, event.name, event.data) for event in ranks.events()]
+    nice = os.getpriority(os.PRIO_PROCESS, 0)
+    assert [path.name for path in tmp_path.glob("nice-*")] == [f"nice-{max(10, nice)}"], "that process alone steps back"
     for rank in range(2):
-        expected = [("saved", 1), ("failed", ["CheckpointExists"]), ("saved", 3)]
+        expected = [("saved", 1), ("failed", ["CheckpointExists"]), ("saved", 3), ("nice", nice)]
         assert [event[1:] for event in events if event[0] == rank] == expected
     assert_value(tmp_path / "1", 1)
     assert_value(tmp_path / "3", 3)

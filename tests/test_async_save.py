@@ -222,3 +222,10 @@ def test_threads_that_were_asked_for_encode_beside_training(tmp_path, monkeypatc
     writer = AsyncStorageWriter(tmp_path, transfer=Transfer(threads=3, object_bytes=1 << 20))
     async_save({"large": torch.rand(12 << 20)}, storage_writer=writer).result()
     assert len(neighbours.threads) == 3
+
+
+def test_saves_that_succeed_are_not_told(tmp_path, caplog):
+    writer = AsyncStorageWriter(tmp_path, transfer=SMALL)
+    for step in (1, 2, 3):
+        async_save(state_of(step), storage_writer=writer).result()
+    assert not [record for record in caplog.records if record.name.startswith("dcp_storage")]

@@ -18,6 +18,9 @@ logger = logging.getLogger(__name__)
 _THREAD_NAME = "AsyncCheckpointExecutor"
 """How DCP names its threads. Each runs one save and ends with it; no other thread is ever waited for."""
 
+_PROCESS_MODULE = "torch.distributed.checkpoint._async_process_executor"
+"""What DCP's own process runs."""
+
 _NICE = 10
 """How far a save steps back: where all cores are busy it has about a tenth of what the training has."""
 
@@ -95,8 +98,9 @@ def step_back() -> None:
 
 
 def _is_beside_training() -> bool:
-    """Tell whether this is a thread or the process of `dcp.async_save`."""
-    return _is_background(threading.current_thread()) or multiprocessing.current_process().daemon
+    """Tell whether this is a thread or the process of `dcp.async_save`: both do nothing else, and never train."""
+    task = getattr(multiprocessing.current_process(), "_target", None)
+    return _is_background(threading.current_thread()) or getattr(task, "__module__", None) == _PROCESS_MODULE
 
 
 def _is_background(thread: threading.Thread) -> bool:

@@ -131,7 +131,7 @@ class AsyncStorageWriter(StorageWriter):
     def _turn(self) -> Turn:
         if self._threads.turn is None:
             step_back()
-        self._threads.turn = self._turns.take(self._here.store().url)
+            self._threads.turn = self._turns.take(self._here.store().url)
         return self._threads.turn
 
     @property

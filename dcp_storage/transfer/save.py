@@ -118,19 +118,21 @@ class _ObjectWriter:
         self, unit: Sequence[Piece], memory: memoryview, encoder: BlockEncoder
     ) -> tuple[Batch, list[_EncodedPiece]]:
         """Return the bytes to write, and what they are: encoded in `memory`, or the sources' own."""
-        encoded, raws, filled = [], [], 0
+        raws: list[memoryview] = []
+        encoded, filled = [], 0
         for piece in unit:
             source = self._sources[piece.item]
             raw = memoryview(source.read(piece.start, piece.stop))
-            raws.append(raw)
             lengths, checks = [], []
             for at in range(0, len(raw), self._block_bytes):
                 block, check = encoder.encode(raw[at : at + self._block_bytes], source.planes, memory[filled:])
                 lengths.append(len(block))
                 checks.append(check)
                 filled += len(block)
+            if self._compression == "none":
+                raws.append(raw)
             encoded.append(_EncodedPiece(piece, tuple(lengths), "".join(checks)))
-        return raws if self._compression == "none" else [memory[:filled]], encoded
+        return raws or [memory[:filled]], encoded
 
     def _note(self, encoded: Sequence[_EncodedPiece]) -> None:
         raw_bytes, before = 0, self._offset
