@@ -128,6 +128,12 @@ def test_silent_endpoint(silent_port: int):
     assert time.monotonic() - start < 10
 
 
+def test_a_server_may_be_given_all_the_time_it_wants(moto_s3: Place):
+    place = moto_s3.beside(moto_s3.url, config_kwargs={"read_timeout": None})
+    run(place, lambda store: store.commit(NAME, b"data"))
+    assert run(place, lambda store: store.get(NAME)) == b"data"
+
+
 # aiohttp closes a connection once it is flushed, which this one never is.
 @pytest.mark.filterwarnings("ignore:.*unclosed.*:ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("size", [100, 30_000_000], ids=["asked before the body", "in the body"])
@@ -196,7 +202,7 @@ def test_options_override_the_defaults_one_by_one(moto_s3: Place):
             await store.commit(".metadata", b"{}")
             config = store._session.meta.config
             assert (config.read_timeout, config.connect_timeout) == (77, 5)
-            assert config.s3["addressing_style"] == "path"
+            assert config.s3 == {"addressing_style": "path", "payload_signing_enabled": False}
             assert config.max_pool_connections >= 256
 
     asyncio.run(main())

@@ -75,7 +75,8 @@ class S3Store(RemoteStore):
         self._retries = dict(config.get("retries") or {})
         rest = {name: value for name, value in self._retries.items() if name == "mode"}
         self._options["config_kwargs"] = config | {"retries": rest | {"total_max_attempts": 1}}
-        self._limit_s = _READ_TIMEOUTS * config["read_timeout"]
+        patience = config["read_timeout"]
+        self._limit_s = None if patience is None else _READ_TIMEOUTS * patience
 
     def _make_fs(self) -> Any:
         fs = super()._make_fs()
