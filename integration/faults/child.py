@@ -14,7 +14,6 @@ import warnings
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
-from unittest import mock
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -23,8 +22,7 @@ from torch.distributed.checkpoint import CheckpointException
 from dcp_storage import AsyncStorageWriter, Codec, ShardedSavePlanner, Transfer
 from dcp_storage.errors import DcpStorageError
 from dcp_storage.store import s3  # noqa: F401 - so that no fork has to import it
-from dcp_storage.transfer import layout
-from integration.faults.oracle import SMALL_OBJECTS, states
+from integration.faults.oracle import small_pieces, states
 from integration.faults.ranks import ranks_are_threads
 
 FAILED, UNTYPED = 3, 4
@@ -87,7 +85,7 @@ def end_with_parent() -> None:
 
 
 def _run(job: dict[str, Any]) -> int:
-    with mock.patch.object(layout, "MIN_OBJECT_BYTES", SMALL_OBJECTS):
+    with small_pieces():
         if "log" in job:
             _save_for_ever(job)
         with ranks_are_threads():  # in one thread, so that the K-th call is always the same one

@@ -1,8 +1,10 @@
 """Small states of several ranks, and the one question: which save does a fresh reader find, bit for bit?"""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -10,11 +12,22 @@ from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner, Transfer
 from dcp_storage.errors import CheckpointNotFound
+from dcp_storage.store import files
+from dcp_storage.transfer import layout
 from tests.states import assert_same, blank_like
 
-SMALL_OBJECTS = 16 << 10
-"""What `MIN_OBJECT_BYTES` is set to here, so that a small state makes several objects a rank."""
+_OBJECT_BYTES, _WRITE_BYTES = 16 << 10, 4 << 10
 _TRANSFER = Transfer(concurrency=2, threads=1)
+
+
+@contextmanager
+def small_pieces() -> Iterator[None]:
+    """Have a small state make several objects a rank, and a local object several writes."""
+    with (
+        mock.patch.object(layout, "MIN_OBJECT_BYTES", _OBJECT_BYTES),
+        mock.patch.object(files, "_STAGE_BYTES", _WRITE_BYTES),
+    ):
+        yield
 
 
 class Damaged(AssertionError):

@@ -4,14 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage.errors import DcpStorageError
-from dcp_storage.transfer import layout
 from integration.faults.faults import DEATHS, Fault, Injector, pick
-from integration.faults.oracle import SMALL_OBJECTS, Contestant, Damaged, find, states
+from integration.faults.oracle import Contestant, Damaged, find, small_pieces, states
 from integration.faults.places import Bucket, Directory
 from integration.faults.ranks import ranks_are_threads, save_on_ranks
 
@@ -175,5 +173,5 @@ def _is_typed(case: Case, outcome: BaseException | None) -> bool:
 @contextmanager
 def laboratory(place: Place) -> Iterator[Laboratory]:
     """Open a laboratory: several objects a rank, and ranks that are threads."""
-    with mock.patch.object(layout, "MIN_OBJECT_BYTES", SMALL_OBJECTS), ranks_are_threads():
+    with small_pieces(), ranks_are_threads():
         yield Laboratory(place)
