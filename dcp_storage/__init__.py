@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dcp_storage.config import Codec, Transfer
+    from dcp_storage.dcp.loading import load
     from dcp_storage.dcp.planners.load_planner import ShardedLoadPlanner
     from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
     from dcp_storage.dcp.reader import AsyncStorageReader
@@ -20,6 +21,7 @@ __all__ = [
     "ShardedLoadPlanner",
     "ShardedSavePlanner",
     "Transfer",
+    "load",
 ]
 
 _HOMES = {
@@ -29,6 +31,7 @@ _HOMES = {
     "ShardedLoadPlanner": "dcp.planners.load_planner",
     "ShardedSavePlanner": "dcp.planners.save_planner",
     "Transfer": "config",
+    "load": "dcp.loading",
 }
 
 

@@ -9,9 +9,10 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner, load
 from dcp_storage.demo.ranks import Ranks
 from dcp_storage.errors import CheckpointReplaced
+from dcp_storage.store.local import LocalStore
 
 LIMIT_S = 100
 SAVES = 12
@@ -33,9 +34,12 @@ def read(rank, place):
     """Load until a file says stop; after each load the ranks compare what they got."""
     seen, replaced = [], 0
     while not all_agree(Path(place["stop"]).exists()):
-        state = state_of(-1)
+        state, reader = state_of(-1), AsyncStorageReader(place["path"])
         try:
-            dcp.load(state, storage_reader=AsyncStorageReader(place["path"]), planner=ShardedLoadPlanner())
+            if place["patient"]:
+                load(state, reader)
+            else:
+                dcp.load(state, storage_reader=reader, planner=ShardedLoadPlanner())
         except CheckpointException as error:
             assert {type(cause) for cause, _ in error.failures.values()} == {CheckpointReplaced}, error
             replaced += 1
@@ -53,13 +57,13 @@ def all_agree(here):
     return bool(flag)
 
 
-@pytest.mark.parametrize("readers", [1, 2])
-def test_ranks_read_one_save_or_all_raise_while_two_jobs_overwrite_it(tmp_path, readers):
+@pytest.mark.parametrize(("readers", "patient"), [(1, False), (2, False), (2, True)])
+def test_ranks_read_one_save_or_all_raise_while_two_jobs_overwrite_it(tmp_path, readers, patient):
     path, stop = tmp_path / "checkpoint", tmp_path / "stop"
     with Ranks(1, write, {"path": path, "base": 0}, limit_s=LIMIT_S) as first:
         assert [event.name for event in first.events()] == ["done"]
     with (
-        Ranks(readers, read, {"path": path, "stop": stop}, limit_s=LIMIT_S) as reading,
+        Ranks(readers, read, {"path": path, "stop": stop, "patient": patient}, limit_s=LIMIT_S) as reading,
         Ranks(2, write, {"path": path, "base": 100}, limit_s=LIMIT_S) as writing,
         Ranks(1, write, {"path": path, "base": 200}, limit_s=LIMIT_S) as also_writing,
     ):
@@ -77,3 +81,34 @@ def read_last(rank, place):
     state = state_of(-1)
     dcp.load(state, storage_reader=AsyncStorageReader(place["path"]), planner=ShardedLoadPlanner())
     rank.report("value", state["step"])
+
+
+def load_overtaken(rank, place):
+    """Load while rank 1, before it reads, lets so many saves happen, one before each range."""
+    real, saves = LocalStore.get_range, []
+
+    async def get_range(store, *args):
+        if rank.rank == 1 and len(saves) < place["saves"]:
+            saves.append(torch.full((1003, 256), 1.0 + len(saves)))
+            writer = AsyncStorageWriter(place["path"], sync_files=False)
+            dcp.save({"sharded": saves[-1], "step": len(saves)}, storage_writer=writer, no_dist=True)
+        return await real(store, *args)
+
+    LocalStore.get_range = get_range
+    state = state_of(-1)
+    try:
+        load(state, AsyncStorageReader(place["path"]))
+    except CheckpointException as error:
+        rank.report("raised", {type(cause) for cause, _ in error.failures.values()})
+    else:
+        rank.report("loaded", {*state["sharded"].full_tensor().unique().tolist(), state["step"]})
+
+
+@pytest.mark.parametrize(
+    ("saves", "report"), [(0, ("loaded", {0})), (4, ("loaded", {4})), (99, ("raised", {CheckpointReplaced}))]
+)
+def test_ranks_begin_anew_together(tmp_path, saves, report):
+    with Ranks(2, write, {"path": tmp_path / "checkpoint", "base": 1 - SAVES}, limit_s=LIMIT_S) as first:
+        assert {event.name for event in first.events()} == {"done"}
+    with Ranks(2, load_overtaken, {"path": tmp_path / "checkpoint", "saves": saves}, limit_s=LIMIT_S) as loading:
+        assert [(event.name, event.data) for event in loading.events()] == [report] * 2

@@ -50,7 +50,7 @@ class AsyncStorageReader(StorageReader):
         ConfigError: An argument is impossible: an unknown protocol, options for a local path.
 
     A load reads one save, on all ranks. Where another save replaces it meanwhile and deletes its objects, a load by one
-    process begins anew by itself, up to 5 times; a load by several raises `CheckpointReplaced`: load again.
+    process begins anew by itself, up to 5 times; a load by several raises `CheckpointReplaced`: see `load`.
 
     What a load raises reaches the caller of `dcp.load`, on every rank, inside of DCP's `CheckpointException`, whose
     `failures` hold the typed errors: `CheckpointNotFound`, `CheckpointReplaced`, `ManifestCorrupt`,
