@@ -42,8 +42,8 @@ def test_more_objects_than_one_answer_lists(place: Place):
 
 def test_large_object(place: Place):
     block = os.urandom(1 << 20)
-    batches = [[block, memoryview(block)[7:]] for _ in range(55)]
-    expected = b"".join(bytes(part) for batch in batches for part in batch)
+    batches = [block, memoryview(block)[7:]] * 55
+    expected = b"".join(batches)
 
     async def use(store: Store):
         assert await store.put(NAME, batches_of(*batches)) == len(expected)

@@ -214,7 +214,8 @@ def sound_block(compression: str, planes: int) -> bytes:
     codec = Codec(compression, block_bytes=RAW_BYTES)  # type: ignore[arg-type]
     raw = (torch.arange(RAW_BYTES // 4, dtype=torch.int32) * 77).numpy().tobytes()
     room = memoryview(bytearray(encoded_limit(RAW_BYTES, "zstd")))
-    return bytes(BlockEncoder(codec).encode(raw, planes, room)[0])
+    (size,), _ = BlockEncoder(codec).encode(raw, planes, room)
+    return bytes(room[:size])
 
 
 def read_block(data: bytes, compression: str, planes: int) -> None:

@@ -51,7 +51,7 @@ def run(place: Place, use: Callable[[Store], Any]) -> Any:
 
 
 async def put(store: Store, name: str, data: bytes) -> int:
-    return await store.put(name, batches_of([data]))
+    return await store.put(name, batches_of(data))
 
 
 class StoreSuite:
@@ -62,14 +62,14 @@ class StoreSuite:
         raise NotImplementedError
 
     def test_round_trip_in_another_loop(self, place: Place):
-        blocks: Sequence[Batch] = [[b"one", memoryview(b"-two-")[1:4]], [], [b"three"]]
-        assert run(place, lambda store: store.put(NAME, batches_of(*blocks))) == 11
+        batches: Sequence[Batch] = [b"one", memoryview(b"-two-")[1:4], b"", b"three"]
+        assert run(place, lambda store: store.put(NAME, batches_of(*batches))) == 11
         assert run(place, lambda store: store.get(NAME)) == b"onetwothree"
         assert run(place, lambda store: store.size(NAME)) == 11
 
     def test_many_batches(self, place: Place):
-        batches = [[bytes([n]) * 70_001, memoryview(bytearray([255 - n]) * 99_999)] for n in range(40)]
-        expected = b"".join(bytes(block) for batch in batches for block in batch)
+        batches = [memoryview(bytearray([n]) * (70_001 + n)) for n in range(40)]
+        expected = b"".join(batches)
 
         async def use(store: Store):
             assert await store.put(NAME, batches_of(*batches)) == len(expected)
@@ -77,12 +77,7 @@ class StoreSuite:
 
         run(place, use)
 
-    def test_count_is_in_bytes_of_wide_memoryviews(self, place: Place):
-        wide = memoryview(bytearray(64)).cast("d")
-        assert run(place, lambda store: store.put(NAME, batches_of([wide]))) == 64
-        assert run(place, lambda store: store.size(NAME)) == 64
-
-    @pytest.mark.parametrize("batches", [[], [[]], [[b""]]])
+    @pytest.mark.parametrize("batches", [[], [b""], [b"", b""]])
     def test_empty_object(self, place: Place, batches: list[Batch]):
         async def use(store: Store):
             assert await store.put(NAME, batches_of(*batches)) == 0
@@ -169,7 +164,7 @@ class StoreSuite:
         async def slow(n: int) -> AsyncIterator[Batch]:
             for step in range(5):
                 await asyncio.sleep(0.001)
-                yield [bytes([n, step]) * 1000]
+                yield bytes([n, step]) * 1000
 
         async def use(store: Store):
             names = [f"aa-{n}-0.distcp.zst" for n in range(12)]
@@ -257,7 +252,7 @@ class StoreSuite:
 
         run(odd, use)
 
-    @pytest.mark.parametrize("first", [[], [[b"some"]]], ids=["at-once", "midway"])
+    @pytest.mark.parametrize("first", [[], [b"some"]], ids=["at-once", "midway"])
     def test_batches_that_fail_leave_nothing(self, place: Place, first: list[Batch]):
         class BoomError(Exception):
             pass
@@ -278,7 +273,7 @@ class StoreSuite:
 
     def test_cancelled_put_leaves_nothing(self, place: Place):
         async def endless(started: asyncio.Event) -> AsyncIterator[Batch]:
-            yield [b"x" * 100_000]
+            yield b"x" * 100_000
             started.set()
             await asyncio.sleep(3600)
 

@@ -217,6 +217,26 @@ def test_saves_beside_training_step_back(tmp_path, monkeypatch, cores):
     assert neighbours.nice == {before}, "a save that training waits for does not step back"
 
 
+def test_few_local_files_are_in_flight_beside_training(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    real, open_files, most = LocalStore.put, [], []
+
+    async def put(store, name, batches):
+        open_files.append(name)
+        most.append(len(open_files))
+        await real(store, name, batches)
+        open_files.remove(name)
+
+    monkeypatch.setattr(LocalStore, "put", put)
+    async_save(
+        {"large": torch.rand(12 << 20)}, storage_writer=AsyncStorageWriter(tmp_path / "a", transfer=SMALL)
+    ).result()
+    assert max(most) == 3, "one thread encodes, two files are ahead"
+    most.clear()
+    dcp.save({"large": torch.rand(12 << 20)}, storage_writer=AsyncStorageWriter(tmp_path / "b", transfer=SMALL))
+    assert max(most) == SMALL.concurrency
+
+
 def test_threads_that_were_asked_for_encode_beside_training(tmp_path, monkeypatch):
     neighbours = Neighbours(monkeypatch)
     writer = AsyncStorageWriter(tmp_path, transfer=Transfer(threads=3, object_bytes=1 << 20))

@@ -17,8 +17,8 @@ planes = st.sampled_from([1, 2, 4, 8])
 def encode(codec, raw, plane):
     """Encode one block into just enough memory."""
     out = memoryview(bytearray(encoded_limit(len(raw), "zstd")))
-    stored, check = BlockEncoder(codec).encode(raw, plane, out)
-    return bytes(stored), check
+    (size,), check = BlockEncoder(codec).encode(raw, plane, out)
+    return bytes(out[:size]), check
 
 
 def decoded(codec, stored, check, plane, size):
@@ -44,9 +44,22 @@ def test_one_encoder_serves_blocks_of_any_size_and_planes():
     for size, plane in [(8, 8), (BLOCK, 2), (16, 4), (BLOCK, 1), (24, 8), (BLOCK, 4)]:
         raw = np.random.default_rng(size).bytes(size)
         out = bytearray(size)
-        stored, check = encoder.encode(raw, plane, memory)
-        decoder.decode_into(stored, check, plane, memoryview(out))
+        (length,), check = encoder.encode(raw, plane, memory)
+        decoder.decode_into(memory[:length], check, plane, memoryview(out))
         assert out == raw
+
+
+@given(codecs, planes, st.integers(1, 700), st.integers(0, 2**32))
+def test_many_blocks_at_once_are_those_of_one_at_a_time(codec, plane, elements, seed):
+    """4 MiB are laid out in planes at a time: 512 blocks of 8 KiB."""
+    raw = np.random.default_rng(seed).bytes(elements * 8192 - 8 * (seed % 1024))
+    blocks = [raw[start : start + BLOCK] for start in range(0, len(raw), BLOCK)]
+    one_by_one = [encode(codec, block, plane) for block in blocks]
+    out = memoryview(bytearray(encoded_limit(len(raw), codec.compression, len(blocks))))
+    lengths, checks = BlockEncoder(codec).encode(raw, plane, out)
+    assert lengths == [len(stored) for stored, _ in one_by_one]
+    assert checks == "".join(check for _, check in one_by_one)
+    assert out[: sum(lengths)] == b"".join(stored for stored, _ in one_by_one)
 
 
 @pytest.mark.parametrize("plane", [2, 4, 8])

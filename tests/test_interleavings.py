@@ -25,6 +25,7 @@ class SteppedStore(Store):
     """A dictionary; each operation is one atomic step."""
 
     url = "stepped://"
+    remote = True
     put_bytes = read_bytes = 1 << 20
 
     def __init__(self, objects: dict[str, bytes]) -> None:

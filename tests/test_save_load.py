@@ -1,4 +1,6 @@
 import asyncio
+import fcntl
+import os
 import pickle
 
 import pytest
@@ -174,3 +176,24 @@ def test_tensors_that_cannot_be_stored_are_refused_by_name(tmp_path, make, says,
     assert "odd.one" in str(error)
     assert says in str(error)
     assert not (tmp_path / "x" / ".metadata").exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "O_DIRECT"), reason="no such writes here")
+@pytest.mark.parametrize("codec", [Codec(), Codec("none")], ids=["zstd", "none"])
+def test_all_but_the_ends_of_files_go_past_the_page_cache(tmp_path, monkeypatch, codec):
+    real, direct, cached = os.write, [], []
+
+    def write(descriptor, data):
+        size = real(descriptor, data)
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        (direct if flags & os.O_DIRECT else cached).append(size)
+        return size
+
+    monkeypatch.setattr(os, "write", write)
+    state = {"large": torch.rand(9 << 20), "odd": torch.rand(12_345)}
+    round_trip(state, tmp_path, codec=codec)
+    if not direct:
+        pytest.skip("this file system takes no O_DIRECT")
+    files = list(tmp_path.glob("*-*"))
+    assert sum(cached) <= 4096 * len(files) + (tmp_path / ".metadata").stat().st_size
+    assert sum(direct) > sum(file.stat().st_size for file in files) * 0.99

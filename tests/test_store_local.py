@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 from collections.abc import AsyncIterator
+from mmap import mmap
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,7 @@ def test_cancelled_at_any_time(tmp_path: Path, delay: float):
 
     async def chunks() -> AsyncIterator[Batch]:
         while True:
-            yield [b"x" * 200_000]
+            yield b"x" * 200_000
 
     async def use(store: Store):
         for n in range(10):
@@ -207,11 +208,14 @@ def test_cancelled_at_any_time(tmp_path: Path, delay: float):
 
 @pytest.mark.parametrize("direct", ["taken", "refused at once", "refused later"])
 @pytest.mark.parametrize("size", [0, 1, 4096, (1 << 20) - 1, 1 << 20, (3 << 20) + 5])
-def test_bytes_past_the_page_cache(place: Place, monkeypatch, direct: str, size: int):
+@pytest.mark.parametrize("batch", [70_001, 1 << 19])
+def test_bytes_past_the_page_cache(place: Place, monkeypatch, direct: str, size: int, batch: int):
     """The file is the same whether a file system takes O_DIRECT, refuses it, or takes it and no write of our pages."""
     real_write, real_fcntl = os.write, fcntl.fcntl
     data = bytes(range(251)) * (size // 251 + 1)
-    blocks = [memoryview(data)[start : min(start + 70_001, size)] for start in range(0, size, 70_001)]
+    pages = memoryview(mmap(-1, len(data)))
+    pages[:] = data
+    batches = [pages[start : min(start + batch, size)] for start in range(0, size, batch)]
 
     def is_direct(descriptor: int) -> bool:
         return bool(real_fcntl(descriptor, fcntl.F_GETFL) & os.O_DIRECT)
@@ -228,7 +232,7 @@ def test_bytes_past_the_page_cache(place: Place, monkeypatch, direct: str, size:
 
     monkeypatch.setattr(os, "write", write)
     monkeypatch.setattr(fcntl, "fcntl", control)
-    assert run(place, lambda store: store.put(NAME, batches_of(blocks[:7], blocks[7:]))) == size
+    assert run(place, lambda store: store.put(NAME, batches_of(*batches))) == size
     assert run(place, lambda store: store.get(NAME)) == data[:size]
 
 
@@ -241,6 +245,6 @@ def test_short_reads_are_continued(tmp_path: Path, monkeypatch):
 
 def test_relative_path(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(Place("here"), lambda store: store.put(NAME, batches_of([b"x"])))
+    run(Place("here"), lambda store: store.put(NAME, batches_of(b"x")))
     assert (tmp_path / "here" / NAME).read_bytes() == b"x"
     assert LocalStore("here").url == str(tmp_path / "here")

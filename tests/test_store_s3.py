@@ -61,7 +61,7 @@ def s3_client(moto_options: dict[str, str]) -> Iterator[Any]:
 
 def test_large_object_is_one_request(moto_s3: Place, moto_bucket: str, s3_client):
     block = bytes(1 << 20)
-    assert run(moto_s3, lambda store: store.put(NAME, batches_of([block] * 101))) == 101 << 20
+    assert run(moto_s3, lambda store: store.put(NAME, batches_of(*[block] * 101))) == 101 << 20
     # The tag of an object put in parts ends with their number.
     assert "-" not in s3_client.head_object(Bucket=moto_bucket, Key=f"runs/step-1/{NAME}")["ETag"]
 

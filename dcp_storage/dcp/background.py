@@ -24,6 +24,9 @@ _PROCESS_MODULE = "torch.distributed.checkpoint._async_process_executor"
 _NICE = 10
 """How far a save steps back: where all cores are busy it has about a tenth of what the training has."""
 
+_FILES_AHEAD = 2
+"""Files in flight beyond those that threads encode: one is written, one waits."""
+
 
 @dataclass
 class Turn:
@@ -83,11 +86,16 @@ class Turns:
             return [turn.thread for turn in self._turns]
 
 
-def gentle(transfer: Transfer) -> Transfer:
-    """Return how bytes move beside training: with a core left to it, if nothing else was asked for."""
+def gentle(transfer: Transfer, *, remote: bool) -> Transfer:
+    """Return how bytes move beside training, if nothing else was asked for: a core is left to it, and files are few.
+
+    Every file that is being written has a thread that wants the GIL at times; only a network's latency is worth that.
+    """
     if transfer.threads is not None or not _is_beside_training():
         return transfer
-    return replace(transfer, threads=max(1, transfer.resolve_threads() - 1))
+    threads = max(1, transfer.resolve_threads() - 1)
+    concurrency = transfer.concurrency if remote else min(transfer.concurrency, threads + _FILES_AHEAD)
+    return replace(transfer, threads=threads, concurrency=concurrency)
 
 
 def step_back() -> None:

@@ -203,9 +203,8 @@ class AsyncStorageWriter(StorageWriter):
 
         async def put(store: Store) -> list[list[StoredSegment]]:
             with observed(self._observer, "save", store.url, sum(source.nbytes for source in sources)):
-                return await save_items(
-                    store, sources, name, self._codec, transfer=gentle(self._transfer), observer=self._observer
-                )
+                transfer = gentle(self._transfer, remote=store.remote)
+                return await save_items(store, sources, name, self._codec, transfer=transfer, observer=self._observer)
 
         return save.location.run(put)
 

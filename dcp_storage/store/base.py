@@ -4,8 +4,13 @@ from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Sequence
 from typing import ClassVar, Self
 
-Batch = Sequence[bytes | memoryview]
-"""Encoded blocks that follow one another in an object. Their memory is used again once the next batch is asked for."""
+from dcp_storage.config import KIB
+
+Batch = bytes | memoryview
+"""Bytes of an object, in order. Their memory is used again once the next batch is asked for."""
+
+PAGE_BYTES = 4 * KIB
+"""Batches that begin and end at pages, in memory and in the object, reach local disks without a copy."""
 
 
 class Store(ABC):
@@ -22,11 +27,13 @@ class Store(ABC):
         url: Where the prefix is, for messages; never with credentials.
         put_bytes: The size that an object is best put in, or less.
         read_bytes: The most that is best read at once.
+        remote: Whether operations wait for a network, which more of them in flight hide.
     """
 
     url: str
     put_bytes: ClassVar[int]
     read_bytes: ClassVar[int]
+    remote: ClassVar[bool]
 
     @abstractmethod
     async def __aenter__(self) -> Self: ...

@@ -33,14 +33,11 @@ class Bodies:
 
 
 def _append(body: BytesIO, size: int, batch: Batch) -> int:
-    """Copy blocks behind the first `size` bytes, without the GIL, and return the size with them."""
-    stop = size + sum(memoryview(block).nbytes for block in batch)
+    """Copy a batch behind the first `size` bytes, without the GIL, and return the size with it."""
+    stop = size + len(batch)
     if stop > body.seek(0, 2):
         body.seek(stop - 1)
         body.write(b"\0")
     with body.getbuffer() as memory:
-        for block in batch:
-            count = memoryview(block).nbytes
-            copyto(frombuffer(memory[size : size + count], uint8), frombuffer(block, uint8))
-            size += count
-    return size
+        copyto(frombuffer(memory[size:stop], uint8), frombuffer(batch, uint8))
+    return stop

@@ -6,15 +6,10 @@ import os
 import secrets
 import stat
 from contextlib import suppress
-from mmap import mmap
 from pathlib import Path
 
-from numpy import copyto, frombuffer, uint8
+from dcp_storage.store.base import PAGE_BYTES, Batch
 
-from dcp_storage.config import MIB
-from dcp_storage.store.base import Batch
-
-_STAGE_BYTES = MIB
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
@@ -23,12 +18,10 @@ class NewFile:
 
     One that is to be synced goes past the page cache where the file system takes that: the cache would cost a copy,
     memory that the training job has better use for, and on virtual machines page faults that outlast the disk. What
-    is written that way must be whole pages, in memory and in the file, so blocks are gathered in a stage.
+    is written that way must be whole pages, in memory and in the file.
     """
 
     def __init__(self, path: Path, *, sync: bool) -> None:
-        self._stage = mmap(-1, _STAGE_BYTES)
-        self._filled = 0
         self._sync = sync
         self._direct = False
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
@@ -37,13 +30,22 @@ class NewFile:
                 self._set_direct(True)
 
     def append(self, batch: Batch) -> int:
-        """Take blocks, write what fills the stage, and return their size in bytes."""
-        return sum(map(self._append, batch))
+        """Write a batch, and return its size in bytes."""
+        if len(batch) % PAGE_BYTES:
+            self._set_direct(False)
+        rest = memoryview(batch)
+        while rest:
+            try:
+                rest = rest[os.write(self._descriptor, rest) :]
+            except OSError as error:
+                # Memory that begins in a page, a disk of larger pages, or the rest of a write that was cut short.
+                if error.errno != errno.EINVAL or not self._direct:
+                    raise
+                self._set_direct(False)
+        return len(batch)
 
     def finish(self) -> None:
-        """Write the rest and close; with `sync`, the data is on the disk then (the directory's entry may not be)."""
-        self._set_direct(False)  # the rest is no whole number of pages
-        self._write_stage()
+        """Close; with `sync`, the data is on the disk then (the directory's entry may not be)."""
         if self._sync:
             os.fsync(self._descriptor)
         self._close()
@@ -54,31 +56,6 @@ class NewFile:
             self._close()
         with suppress(OSError):
             path.unlink(missing_ok=True)
-
-    def _append(self, block: bytes | memoryview) -> int:
-        data = frombuffer(block, uint8)
-        stage = frombuffer(self._stage, uint8)
-        start = 0
-        while start < len(data):
-            count = min(len(data) - start, _STAGE_BYTES - self._filled)
-            copyto(stage[self._filled : self._filled + count], data[start : start + count])
-            start += count
-            self._filled += count
-            if self._filled == _STAGE_BYTES:
-                self._write_stage()
-        return len(data)
-
-    def _write_stage(self) -> None:
-        rest = memoryview(self._stage)[: self._filled]
-        self._filled = 0
-        while rest:
-            try:
-                rest = rest[os.write(self._descriptor, rest) :]
-            except OSError as error:
-                # A disk of larger pages, or the rest of a write that was cut short.
-                if error.errno != errno.EINVAL or not self._direct:
-                    raise
-                self._set_direct(False)
 
     def _set_direct(self, direct: bool) -> None:
         if direct != self._direct:

@@ -29,6 +29,7 @@ class LocalStore(Store):
             lost or damaged by a crash of the machine, though not by one of the process.
     """
 
+    remote = False
     put_bytes = 64 * MIB  # streamed: the fewer files to sync, the better
     read_bytes = 4 * MIB  # what caches hold, and malloc keeps
 

@@ -30,6 +30,7 @@ class RemoteStore(Store):
         storage_options: What the class is called with, on top of fsspec's own configuration and what the URL says.
     """
 
+    remote = True
     # Large enough for a request's latency not to count, small enough for a server to hold many at once.
     put_bytes = read_bytes = 16 * MIB
 

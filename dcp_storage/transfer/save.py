@@ -1,17 +1,19 @@
 """The save pipeline: objects are encoded in threads and put, `concurrency` at once, in bounded memory."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from mmap import mmap
 from typing import NamedTuple, Protocol
 
 from dcp_storage.config import MIB, Codec, Transfer
 from dcp_storage.format.blocks import BlockEncoder, Raw, encoded_limit
 from dcp_storage.observe import Observer
-from dcp_storage.store.base import Batch, Store
+from dcp_storage.store.base import PAGE_BYTES, Batch, Store
 from dcp_storage.transfer.layout import Piece, lay_out, split_units, target_bytes
 from dcp_storage.transfer.workers import CodecThreads, for_each
 
-UNIT_BYTES = 4 * MIB
+UNIT_BYTES = 8 * MIB
 """Raw bytes that a thread encodes between two looks at the event loop."""
 
 
@@ -63,11 +65,12 @@ async def save_items(
     target = target_bytes(sum(sizes), min(transfer.object_bytes, store.put_bytes), transfer.concurrency)
     objects = list(enumerate(lay_out(sizes, codec.block_bytes, target)))
     stored: dict[Piece, StoredSegment] = {}
+    memories = _Memories()
     with CodecThreads(transfer.resolve_threads(), partial(BlockEncoder, codec)) as threads:
 
         async def put(numbered: tuple[int, list[Piece]]) -> None:
             number, pieces = numbered
-            writer = _ObjectWriter(name(number), sources, codec, threads, observer)
+            writer = _ObjectWriter(name(number), sources, codec, threads=threads, memories=memories, observer=observer)
             await store.put(writer.name, writer.batches(pieces))
             stored.update(writer.stored)
 
@@ -86,7 +89,9 @@ class _ObjectWriter:
         name: str,
         sources: Sequence[Source],
         codec: Codec,
+        *,
         threads: CodecThreads[BlockEncoder],
+        memories: "_Memories",
         observer: Observer,
     ) -> None:
         self.name = name
@@ -95,44 +100,40 @@ class _ObjectWriter:
         self._block_bytes = codec.block_bytes
         self._compression = codec.compression
         self._threads = threads
+        self._memories = memories
         self._observer = observer
         self._offset = 0
 
     async def batches(self, pieces: Sequence[Piece]) -> AsyncIterator[Batch]:
+        """Yield the object's bytes in whole pages, and what is left at the end."""
         units = split_units(pieces, self._block_bytes, UNIT_BYTES)
-        memory = memoryview(bytearray(max(map(self._room, units))))
-        for unit in units:
-            batch, encoded = await self._threads.run(partial(self._encode, unit, memory))
-            yield batch
-            self._note(encoded)
+        with self._memories.take(PAGE_BYTES + max(map(self._room, units))) as memory:
+            kept = 0
+            for unit in units:
+                filled, encoded = await self._threads.run(partial(self._encode, unit, memory, kept))
+                kept = filled % PAGE_BYTES
+                yield memory[: filled - kept]
+                self._note(encoded)
+                memory[:kept] = memory[filled - kept : filled]
+            yield memory[:kept]
 
     def _room(self, unit: Sequence[Piece]) -> int:
-        """Return the most bytes that a unit may be encoded in; uncompressed blocks need none."""
-        if self._compression == "none":
-            return 0
+        """Return the most bytes that a unit may be encoded in."""
         sizes = [stop - start for _, start, stop in unit]
         blocks = sum(-(-size // self._block_bytes) for size in sizes)
         return encoded_limit(sum(sizes), self._compression, blocks)
 
     def _encode(
-        self, unit: Sequence[Piece], memory: memoryview, encoder: BlockEncoder
-    ) -> tuple[Batch, list[_EncodedPiece]]:
-        """Return the bytes to write, and what they are: encoded in `memory`, or the sources' own."""
-        raws: list[memoryview] = []
-        encoded, filled = [], 0
+        self, unit: Sequence[Piece], memory: memoryview, filled: int, encoder: BlockEncoder
+    ) -> tuple[int, list[_EncodedPiece]]:
+        """Encode into `memory`, behind what it is filled with; return how far it is now, and the encoded pieces."""
+        encoded = []
         for piece in unit:
             source = self._sources[piece.item]
-            raw = memoryview(source.read(piece.start, piece.stop))
-            lengths, checks = [], []
-            for at in range(0, len(raw), self._block_bytes):
-                block, check = encoder.encode(raw[at : at + self._block_bytes], source.planes, memory[filled:])
-                lengths.append(len(block))
-                checks.append(check)
-                filled += len(block)
-            if self._compression == "none":
-                raws.append(raw)
-            encoded.append(_EncodedPiece(piece, tuple(lengths), "".join(checks)))
-        return raws or [memory[:filled]], encoded
+            lengths, checks = encoder.encode(source.read(piece.start, piece.stop), source.planes, memory[filled:])
+            encoded.append(_EncodedPiece(piece, tuple(lengths), checks))
+            filled += sum(lengths)
+        return filled, encoded
 
     def _note(self, encoded: Sequence[_EncodedPiece]) -> None:
         raw_bytes, before = 0, self._offset
@@ -141,3 +142,17 @@ class _ObjectWriter:
             self._offset += sum(lengths)
             raw_bytes += piece.stop - piece.start
         self._observer.advance(raw_bytes, self._offset - before)
+
+
+class _Memories:
+    """Pages to encode in, used again: new ones cost their page faults."""
+
+    def __init__(self) -> None:
+        self._free: list[memoryview] = []
+
+    @contextmanager
+    def take(self, size: int) -> Iterator[memoryview]:
+        """Lend at least `size` bytes. After an error they are not used again: a thread may still be writing to them."""
+        memory = self._free.pop() if self._free else memoryview(b"")
+        yield memory if len(memory) >= size else (memory := memoryview(mmap(-1, size)))
+        self._free.append(memory)

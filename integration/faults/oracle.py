@@ -12,11 +12,10 @@ from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner, Transfer
 from dcp_storage.errors import CheckpointNotFound
-from dcp_storage.store import files
-from dcp_storage.transfer import layout
+from dcp_storage.transfer import layout, save
 from tests.states import assert_same, blank_like
 
-_OBJECT_BYTES, _WRITE_BYTES = 16 << 10, 4 << 10
+_OBJECT_BYTES, _UNIT_BYTES = 16 << 10, 4 << 10
 _TRANSFER = Transfer(concurrency=2, threads=1)
 
 
@@ -25,7 +24,7 @@ def small_pieces() -> Iterator[None]:
     """Have a small state make several objects a rank, and a local object several writes."""
     with (
         mock.patch.object(layout, "MIN_OBJECT_BYTES", _OBJECT_BYTES),
-        mock.patch.object(files, "_STAGE_BYTES", _WRITE_BYTES),
+        mock.patch.object(save, "UNIT_BYTES", _UNIT_BYTES),
     ):
         yield
 
