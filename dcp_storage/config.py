@@ -45,8 +45,7 @@ class Transfer:
     """How bytes move between memory and the store.
 
     Memory in flight is at most about `2 * concurrency * object_bytes` on an object store (an object is gathered before
-    it is put; 16 MiB each unless `object_bytes` is less), and a few blocks for each of `concurrency` files on local
-    disk.
+    it is put; 16 MiB each unless `object_bytes` is less), and 8 MiB for each of `concurrency` files on local disk.
 
     Attributes:
         object_bytes: The most raw bytes in a data object and in a single read, 1 MiB to 1 GiB; a store that prefers

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 from torch.distributed.checkpoint.storage import WriteResult
 
+from dcp_storage.collector import uncollected
 from dcp_storage.config import Codec
 from dcp_storage.dcp.tensors import dtype_from_name, dtype_name, planes_of
 from dcp_storage.errors import CoverageError, UnsupportedTensor
@@ -25,6 +26,7 @@ from dcp_storage.geometry import tiling_fault
 from dcp_storage.transfer.save import StoredSegment
 
 
+@uncollected
 def build_manifest(
     metadata: Metadata,
     results: Iterable[WriteResult],
@@ -74,6 +76,7 @@ def build_manifest(
     )
 
 
+@uncollected
 def to_metadata(manifest: Manifest | StockManifest) -> Metadata:
     """Return what DCP's planners read; the manifest itself is its `storage_data`.
 

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from dcp_storage.collector import uncollected
 from dcp_storage.config import Transfer
 from dcp_storage.dcp.calls import Location, Path, choose_observer, observed
 from dcp_storage.dcp.metadata import find_chunk, to_metadata
@@ -213,6 +214,7 @@ def _layout(manifest: Manifest | StockManifest) -> Metadata:
     return replace(to_metadata(manifest), storage_data=None)
 
 
+@uncollected
 def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner) -> list[LoadItem]:
     """Group the reads by the stored chunk that they read: resharding aims many at one."""
     items = []

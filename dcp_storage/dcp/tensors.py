@@ -128,8 +128,8 @@ def _plain(tensor: Tensor, fqn: str) -> Tensor:
 
 def byte_view(elements: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor of any dtype as bytes."""
-    flat = elements.view(-1).view(torch.uint8) if elements.dim() else elements.view(1).view(torch.uint8)
-    return memoryview(flat.numpy().data)
+    rows = elements if elements.dim() else elements.view(1)
+    return memoryview(rows.view(torch.uint8).numpy().reshape(-1).data)
 
 
 class BytesTarget:

@@ -15,6 +15,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
+from dcp_storage.collector import uncollected
 from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.background import Turn, Turns, gentle, step_back
 from dcp_storage.dcp.calls import Location, Path, choose_observer, observed, wait_for_device
@@ -187,7 +188,7 @@ class AsyncStorageWriter(StorageWriter):
             UnsupportedTensor: An item is no plain strided memory.
             StoreError: The store failed.
         """
-        sources = [self._source(item, planner) for item in plan.items]
+        sources = self._sources(plan, planner)
         segments = self._put(self._save, sources) if sources else []
         results = [
             WriteResult(item.index, source.nbytes, stored)
@@ -207,6 +208,10 @@ class AsyncStorageWriter(StorageWriter):
                 return await save_items(store, sources, name, self._codec, transfer=transfer, observer=self._observer)
 
         return save.location.run(put)
+
+    @uncollected
+    def _sources(self, plan: SavePlan, planner: SavePlanner) -> list[Source]:
+        return [self._source(item, planner) for item in plan.items]
 
     def _source(self, item: WriteItem, planner: SavePlanner) -> Source:
         data = planner.resolve_data(item)

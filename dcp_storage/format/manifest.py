@@ -6,6 +6,7 @@ import msgspec
 import zstandard
 from msgspec import Struct
 
+from dcp_storage.collector import uncollected
 from dcp_storage.errors import ConfigError, ManifestCorrupt, UnsupportedFormat
 from dcp_storage.format.blocks import ZSTD_MAGIC
 from dcp_storage.format.dtypes import ITEM_BYTES
@@ -20,7 +21,7 @@ MAX_JSON_RATIO = 256
 """... and above 64 MiB one that expands to more than this: the check values of blocks do not compress that well."""
 
 
-class Segment(Struct, frozen=True, array_like=True):
+class Segment(Struct, frozen=True, array_like=True, gc=False):
     """Consecutive blocks of one item, back to back in one object.
 
     Attributes:
@@ -41,14 +42,14 @@ class Segment(Struct, frozen=True, array_like=True):
         return self.offset + sum(self.lengths)
 
 
-class StoredObject(Struct, frozen=True, array_like=True):
+class StoredObject(Struct, frozen=True, array_like=True, gc=False):
     """A data object: its name below the checkpoint's prefix and its size in bytes."""
 
     name: str
     size: int
 
 
-class Chunk(Struct, frozen=True):
+class Chunk(Struct, frozen=True, gc=False):
     """A box of a tensor, stored row-major as one item."""
 
     offsets: Shape
@@ -61,7 +62,7 @@ class Chunk(Struct, frozen=True):
         return Box(self.offsets, self.sizes)
 
 
-class TensorEntry(Struct, frozen=True):
+class TensorEntry(Struct, frozen=True, gc=False):
     """A tensor: its dtype, its global shape and the chunks that tile it.
 
     `planes` is the number of byte planes that each of its blocks is laid out in; 1 is none.
@@ -77,7 +78,7 @@ class TensorEntry(Struct, frozen=True):
         return prod(chunk.sizes) * ITEM_BYTES[self.dtype]
 
 
-class BytesEntry(Struct, frozen=True):
+class BytesEntry(Struct, frozen=True, gc=False):
     """An object that is no tensor, as the bytes that the planner made of it."""
 
     size: int
@@ -146,6 +147,7 @@ def is_manifest(data: bytes) -> bool:
     return data.startswith(ZSTD_MAGIC)
 
 
+@uncollected
 def decode(data: bytes, where: str) -> Manifest:
     """Decode and type-check a manifest that was read at `where`; `validate` must follow.
 

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from math import prod
 
+from dcp_storage.collector import uncollected
 from dcp_storage.errors import ManifestCorrupt
 from dcp_storage.format.blocks import CHECK_CHARS, encoded_limit, plane_count
 from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
@@ -18,6 +19,7 @@ MAX_LIST_SLOTS = 1 << 20
 """Elements of the lists in `planner_data`, or 64 for each of its entries where that is more."""
 
 
+@uncollected
 def validate(manifest: Manifest, where: str) -> Manifest:
     """Return the manifest, or say what in it cannot be.
 

@@ -31,7 +31,7 @@ class LocalStore(Store):
 
     remote = False
     put_bytes = 64 * MIB  # streamed: the fewer files to sync, the better
-    read_bytes = 4 * MIB  # what caches hold, and malloc keeps
+    read_bytes = 8 * MIB
 
     def __init__(self, path: str | os.PathLike[str], *, sync_files: bool = True) -> None:
         self._directory = Path(path).absolute()

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from dcp_storage.collector import uncollected
 from dcp_storage.config import MIB
 
 MIN_OBJECT_BYTES = 8 * MIB
@@ -24,6 +25,7 @@ def target_bytes(total: int, object_bytes: int, concurrency: int) -> int:
     return min(object_bytes, max(MIN_OBJECT_BYTES, share + share // 8))
 
 
+@uncollected
 def lay_out(sizes: Sequence[int], block_bytes: int, target: int) -> list[list[Piece]]:
     """Fill objects with the items of these sizes, in order, to `target` raw bytes each; large items span several.
 

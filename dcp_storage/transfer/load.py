@@ -16,7 +16,7 @@ from dcp_storage.observe import Observer
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.layout import target_bytes
 from dcp_storage.transfer.ranges import Block, Fetch, coalesce, locate
-from dcp_storage.transfer.workers import CodecThreads, for_each
+from dcp_storage.transfer.workers import CodecThreads, for_each, useful_threads
 
 UNIT_BYTES = 8 * MIB
 """Stored bytes that a thread decodes between two looks at the event loop."""
@@ -86,9 +86,9 @@ async def load_items(
     total = sum(block.length for block in blocks)
     most = target_bytes(total, min(transfer.object_bytes, store.read_bytes), transfer.concurrency)
     fetches = coalesce(blocks, transfer.max_gap_bytes, most)
-    with CodecThreads(
-        transfer.resolve_threads(), partial(BlockDecoder, codec.compression, codec.block_bytes)
-    ) as threads:
+    raw_bytes = sum(block.stop - block.start for block in blocks)
+    decoder = partial(BlockDecoder, codec.compression, codec.block_bytes)
+    with CodecThreads(useful_threads(transfer, len(items), raw_bytes), decoder) as threads:
         scratch = _Scratch(max((fetch.stop - fetch.start for fetch in fetches), default=0))
         raw = codec.compression == "none"
         loader = _Loader(store, items, object_names, threads, observer, scratch=scratch, raw=raw)

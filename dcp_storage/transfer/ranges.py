@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dcp_storage.collector import uncollected
 from dcp_storage.format.blocks import CHECK_CHARS
 from dcp_storage.format.manifest import Segment, StoredCodec
 from dcp_storage.geometry import Box, Shape, flat_offset
@@ -91,6 +92,7 @@ def locate(
         first += len(segment.lengths)
 
 
+@uncollected
 def coalesce(blocks: Iterable[Block], max_gap_bytes: int, max_bytes: int) -> list[Fetch]:
     """Join blocks into few requests.
 

@@ -1,17 +1,18 @@
 """The save pipeline: objects are encoded in threads and put, `concurrency` at once, in bounded memory."""
 
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from mmap import mmap
 from typing import NamedTuple, Protocol
 
+from dcp_storage.collector import uncollected
 from dcp_storage.config import MIB, Codec, Transfer
 from dcp_storage.format.blocks import BlockEncoder, Raw, encoded_limit
 from dcp_storage.observe import Observer
 from dcp_storage.store.base import PAGE_BYTES, Batch, Store
 from dcp_storage.transfer.layout import Piece, lay_out, split_units, target_bytes
-from dcp_storage.transfer.workers import CodecThreads, for_each
+from dcp_storage.transfer.workers import CodecThreads, for_each, useful_threads
 
 UNIT_BYTES = 8 * MIB
 """Raw bytes that a thread encodes between two looks at the event loop."""
@@ -66,7 +67,7 @@ async def save_items(
     objects = list(enumerate(lay_out(sizes, codec.block_bytes, target)))
     stored: dict[Piece, StoredSegment] = {}
     memories = _Memories()
-    with CodecThreads(transfer.resolve_threads(), partial(BlockEncoder, codec)) as threads:
+    with CodecThreads(useful_threads(transfer, len(sizes), sum(sizes)), partial(BlockEncoder, codec)) as threads:
 
         async def put(numbered: tuple[int, list[Piece]]) -> None:
             number, pieces = numbered
@@ -75,7 +76,12 @@ async def save_items(
             stored.update(writer.stored)
 
         await for_each(transfer.concurrency, objects, put)
-    segments: list[list[StoredSegment]] = [[] for _ in sources]
+    return _by_item(stored, len(sources))
+
+
+@uncollected
+def _by_item(stored: Mapping[Piece, StoredSegment], items: int) -> list[list[StoredSegment]]:
+    segments: list[list[StoredSegment]] = [[] for _ in range(items)]
     for piece in sorted(stored):
         segments[piece.item].append(stored[piece])
     return segments

@@ -6,9 +6,23 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, Self, TypeVar
 
+from dcp_storage.config import KIB, Transfer
+
 T = TypeVar("T")
 C = TypeVar("C")
 R = TypeVar("R")
+
+
+_SMALL_BYTES = 32 * KIB
+"""Items smaller than this cost more Python than encoding."""
+
+
+def useful_threads(transfer: Transfer, items: int, nbytes: int) -> int:
+    """Return how many threads gain something for items of so many bytes together.
+
+    Where items are small on average, more than one thread would only hand the GIL to and fro.
+    """
+    return 1 if nbytes < items * _SMALL_BYTES else transfer.resolve_threads()
 
 
 class CodecThreads(Generic[C]):

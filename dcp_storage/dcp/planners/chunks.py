@@ -130,6 +130,8 @@ def shard_at(value: Tensor, index: MetadataIndex) -> Tensor:
         CoverageError: There is none, or the value's own hook returned no tensor.
         UnsupportedTensor: The hook raised something else than `ValueError`.
     """
+    if is_whole(value):
+        return value
     pieces = strided_pieces(index.fqn, value)
     if pieces is None:
         found = _from_hook(index.fqn, value, "__get_tensor_shard__", lambda: find_tensor_shard(value, index))

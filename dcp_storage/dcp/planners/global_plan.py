@@ -10,6 +10,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
+from dcp_storage.collector import uncollected
 from dcp_storage.dcp.planners.chunks import chunk_box
 from dcp_storage.errors import CoverageError, DtypeMismatch
 from dcp_storage.geometry import Box, contains, find_overlap, tiling_fault
@@ -25,6 +26,7 @@ class Offer:
     nbytes: int = 0  # raw, of the chunk itself; 0 for an entry that is no tensor, whose size nobody knows yet
 
 
+@uncollected
 def make_global_plan(all_plans: Sequence[SavePlan], *, is_all: bool) -> tuple[list[SavePlan], Metadata]:
     """Return what each rank writes, and what the whole checkpoint will hold.
 

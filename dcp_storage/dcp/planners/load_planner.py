@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from dcp_storage.collector import uncollected
 from dcp_storage.dcp.entries import load_entry
 from dcp_storage.dcp.planners.chunks import global_shape, holds_nothing, is_whole, shard_at, wanted_boxes
 from dcp_storage.dcp.planners.coverage import StoredTensor
@@ -68,6 +69,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         self._allowed_types = tuple(allowed_types)
         self._shards: dict[tuple[str, int | None], Tensor] = {}
 
+    @uncollected
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
@@ -102,6 +104,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
                 self.unexpected = [fqn for fqn in stored if fqn not in self.state_dict]
         self.skipped = [fqn for fqn, held in self.state_dict.items() if fqn not in stored and not holds_nothing(held)]
 
+    @uncollected
     def create_local_plan(self) -> LoadPlan:
         """Return the reads that fill this rank's destinations, and prove that they do."""
         assert self.metadata is not None
@@ -158,6 +161,13 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         if place not in self._shards:
             self._shards[place] = shard_at(self.state_dict[index.fqn], index)
         return self._shards[place]
+
+    def transform_tensor(self, read_item: ReadItem, tensor: Tensor) -> Tensor:
+        """Return the part of a shard's memory that a read fills; mostly all of it, which need not be cut out."""
+        if tuple(read_item.lengths) == tuple(tensor.shape):
+            return tensor
+        part: Tensor = super().transform_tensor(read_item, tensor)
+        return part
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         """Put an object that is no tensor in its place, without running code that the checkpoint names.

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 
+from dcp_storage.collector import uncollected
 from dcp_storage.dcp.planners import plan_cache
 from dcp_storage.dcp.planners.chunks import item_box, shard_at, write_items
 from dcp_storage.dcp.planners.flatten import flatten
@@ -54,6 +55,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
         self._token = uuid4().hex if enable_plan_caching else None
         self._places: dict[tuple[str, Box], int] = {}
 
+    @uncollected
     def set_up_planner(
         self,
         state_dict: dict[str, Any],
@@ -70,6 +72,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
             state_dict, nested=self.flatten_state_dict, sharded_tensors=self.flatten_sharded_tensors
         )
 
+    @uncollected
     def create_local_plan(self) -> SavePlan:
         """Return what this rank could write: all that it holds."""
         items: list[WriteItem] = []
@@ -125,7 +128,8 @@ class ShardedSavePlanner(DefaultSavePlanner):
         # Hooks take the hint for the shard's place on this rank, and need it where an empty shard has the same offset.
         place = self._places.get((write_item.index.fqn, box), 0)
         index = MetadataIndex(write_item.index.fqn, write_item.index.offset, place)
-        return super().resolve_data(dataclasses.replace(write_item, index=index))
+        found: Tensor = self.transform_object(write_item, self.lookup_object(index))
+        return found
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """Return what an item is of: the memory of a shard, or an object that is no tensor."""

@@ -1,0 +1,29 @@
+"""Python's cyclic garbage collector, paused where plans are made."""
+
+import gc
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def uncollected(function: Callable[P, R]) -> Callable[P, R]:
+    """Pause the collector while a function runs that makes many objects and no cycles.
+
+    Each time that their number has grown by a quarter it would walk over all that the process holds: a third of the
+    time that a save or a load of many small tensors takes.
+    """
+
+    @wraps(function)
+    def paused(*args: P.args, **kwargs: P.kwargs) -> R:
+        if not gc.isenabled():
+            return function(*args, **kwargs)
+        gc.disable()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            gc.enable()
+
+    return paused

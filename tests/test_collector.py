@@ -1,0 +1,44 @@
+import gc
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
+from dcp_storage.collector import uncollected
+
+
+@pytest.fixture(params=[True, False], ids=["collecting", "not collecting"])
+def enabled(request):
+    before = gc.isenabled()
+    (gc.enable if request.param else gc.disable)()
+    yield request.param
+    (gc.enable if before else gc.disable)()
+
+
+def test_is_off_while_the_function_runs_and_then_as_before(enabled):
+    @uncollected
+    def inner():
+        assert not gc.isenabled()
+        return 1
+
+    @uncollected
+    def outer():
+        return inner() + (not gc.isenabled())
+
+    assert outer() == 2
+    assert gc.isenabled() == enabled
+
+
+def test_is_as_before_after_an_error(enabled):
+    with pytest.raises(ZeroDivisionError):
+        uncollected(lambda: 1 / 0)()
+    assert gc.isenabled() == enabled
+
+
+def test_saves_and_loads_leave_it_as_it_was(tmp_path, enabled):
+    state = {"weight": torch.rand(100, 100), "step": 3}
+    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner())
+    assert gc.isenabled() == enabled
+    dcp.load(state, storage_reader=AsyncStorageReader(tmp_path), planner=ShardedLoadPlanner())
+    assert gc.isenabled() == enabled
