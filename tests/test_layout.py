@@ -1,8 +1,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp_storage.config import MIB
+from dcp_storage.config import MIB, Transfer
 from dcp_storage.transfer.layout import MIN_OBJECT_BYTES, Piece, lay_out, split_units, target_bytes
+from dcp_storage.transfer.workers import useful_threads
 
 BLOCK = 16
 sizes = st.lists(st.integers(0, 300), max_size=12)
@@ -54,3 +55,10 @@ def test_every_worker_gets_an_object_unless_objects_would_be_small():
     assert len(lay_out([160 * MIB + 5], MIB, target_bytes(160 * MIB + 5, 64 * MIB, concurrency=8))) == 8
     assert target_bytes(total=MIB, object_bytes=64 * MIB, concurrency=8) == MIN_OBJECT_BYTES
     assert target_bytes(total=800 * MIB, object_bytes=4 * MIB, concurrency=8) == 4 * MIB
+
+
+def test_small_items_are_encoded_in_one_thread():
+    transfer = Transfer(threads=8)
+    assert useful_threads(transfer, items=20_000, nbytes=20_000 * 4096) == 1
+    assert useful_threads(transfer, items=20_000, nbytes=20_000 * MIB) == 8
+    assert useful_threads(transfer, items=0, nbytes=0) == 8

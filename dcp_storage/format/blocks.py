@@ -4,7 +4,8 @@ Encoders and decoders hold scratch memory and a zstd context: one for each threa
 numpy on whole blocks) release the GIL.
 """
 
-from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 import zstandard
 from numpy import array, copyto, empty, frombuffer, left_shift, may_share_memory, right_shift, uint8
@@ -22,9 +23,6 @@ CHECK_CHARS = {"zstd": 8, "none": 16}
 
 _ZSTD_BLOCK_BYTES = 128 << 10
 """What zstd compresses with one set of tables, at most."""
-
-_GROUP_BYTES = 4 << 20
-"""What is laid out in planes at a time: each call takes and gives the GIL, which costs the training beside it."""
 
 
 def plane_count(itemsize: int, *, byte_planes: bool) -> int:
@@ -44,8 +42,7 @@ class BlockEncoder:
     def __init__(self, codec: Codec) -> None:
         self._compression = codec.compression
         self._block_bytes = codec.block_bytes
-        self._group_bytes = max(1, _GROUP_BYTES // codec.block_bytes) * codec.block_bytes
-        self._scratch = _Scratch(self._group_bytes)
+        self._laid = empty(codec.block_bytes, uint8)
         self._searching = _compressor(codec.level)
         # A search for matches in the planes of floating-point numbers finds nothing and takes half of the time.
         self._entropy_only = (
@@ -58,30 +55,24 @@ class BlockEncoder:
         `raw` is whole elements of `planes` bytes, and a block ends every `block_bytes`. The stored bytes are the
         beginning of `out`, which must have room for `encoded_limit` bytes.
         """
+        data = memoryview(raw)
         lengths, checks, filled = [], [], 0
-        for block in self._laid_out(memoryview(raw), planes):
+        for start in range(0, len(data), self._block_bytes):
+            block = data[start : start + self._block_bytes]
             size, check = self._encode_block(block, planes, out[filled:])
             lengths.append(size)
             checks.append(check)
             filled += size
         return lengths, "".join(checks)
 
-    def _laid_out(self, raw: memoryview, planes: int) -> Iterator[memoryview]:
-        """Yield the blocks, in byte planes if there are to be some."""
-        planes = 1 if self._compression == "none" else planes
-        for start in range(0, len(raw), self._group_bytes):
-            group = raw[start : start + self._group_bytes]
-            whole = len(group) - len(group) % self._block_bytes
-            for part in filter(None, (group[:whole], group[whole:])):
-                laid = part if planes == 1 else self._scratch.split(part, planes, self._block_bytes)
-                for at in range(0, len(laid), self._block_bytes):
-                    yield laid[at : at + self._block_bytes]
-
     def _encode_block(self, block: memoryview, planes: int, out: memoryview) -> tuple[int, str]:
         if self._compression == "none":
             _copy(block, out[: len(block)])
             return len(block), _check_value(block)
-        size = _compress(self._searching, block, out) if planes == 1 else self._compress_planes(block, planes, out)
+        if planes == 1:
+            size = _compress(self._searching, block, out)
+        else:
+            size = self._compress_planes(_split(block, planes, self._laid), planes, out)
         return size, out[size - 4 : size].hex()
 
     def _compress_planes(self, laid: memoryview, planes: int, out: memoryview) -> int:
@@ -108,7 +99,7 @@ class BlockDecoder:
 
     def __init__(self, compression: str, block_bytes: int) -> None:
         self._compression = compression
-        self._scratch = _Scratch(block_bytes)
+        self._shifted = empty(block_bytes, uint8)
         self._decompressor = zstandard.ZstdDecompressor()
 
     def decode_into(self, stored: Raw, check: str, planes: int, out: memoryview) -> None:
@@ -126,7 +117,7 @@ class BlockDecoder:
         if planes == 1:
             _copy(raw, out)
         else:
-            self._scratch.merge(raw, planes, out)
+            _merge(raw, planes, self._shifted, out)
 
     def _decompress(self, stored: Raw, check: str, raw_bytes: int) -> bytes:
         frame = memoryview(stored)
@@ -141,45 +132,33 @@ class BlockDecoder:
             raise BlockCorrupt(f"the zstd frame is damaged: {error}") from error
 
 
-class _Scratch:
-    """Byte planes, by whole-block shifts and narrowing copies (several times the speed of strided byte copies)."""
+def _split(raw: Raw, planes: int, out: NDArray[uint8]) -> memoryview:
+    """Return the bytes of `raw` plane by plane, in `out`: shifted and narrowed, several times as fast as byte copies.
 
-    def __init__(self, room: int) -> None:
-        self._least = room
-        self._planes = empty(0, uint8)
-        self._shifted = empty(0, uint8)
-
-    def split(self, raw: Raw, planes: int, block_bytes: int) -> memoryview:
-        """Return the bytes of one block, or of whole ones, each plane by plane, in memory that the next call reuses."""
-        out, shifted = self._room(len(raw))
-        elements = frombuffer(raw, f"<u{planes}").reshape(-1, min(len(raw), block_bytes) // planes)
-        blocks, shifted = out.reshape(len(elements), planes, -1), shifted.view(elements.dtype).reshape(elements.shape)
-        copyto(blocks[:, 0], elements, casting="unsafe")
-        for plane in range(1, planes):
-            right_shift(elements, _shift(plane, planes), out=shifted)
-            copyto(blocks[:, plane], shifted, casting="unsafe")
-        return memoryview(out.data)
-
-    def merge(self, laid: bytes, planes: int, out: memoryview) -> None:
-        """Undo `split` into `out`."""
-        lanes = frombuffer(laid, uint8).reshape(planes, -1)
-        elements = frombuffer(out, f"<u{planes}")
-        shifted = self._room(len(laid))[1].view(elements.dtype)
-        copyto(elements, lanes[0])
-        for plane in range(1, planes):
-            copyto(shifted, lanes[plane])
-            left_shift(shifted, _shift(plane, planes), out=shifted)
-            elements |= shifted
-
-    def _room(self, size: int) -> tuple[NDArray[uint8], NDArray[uint8]]:
-        if len(self._planes) < size:
-            room = max(size, self._least)
-            self._planes, self._shifted = empty(room, uint8), empty(room, uint8)
-        return self._planes[:size], self._shifted[:size]
+    One call, since each takes and gives the GIL, which costs the training beside it.
+    """
+    elements = frombuffer(raw, f"<u{planes}")
+    laid = out[: len(raw)]
+    lanes = laid.reshape(planes, -1)
+    right_shift(elements, _shifts(planes), out=lanes, dtype=elements.dtype, casting="unsafe")
+    return memoryview(laid.data)
 
 
-def _shift(plane: int, planes: int) -> NDArray[uint8]:
-    return array(8 * plane, f"<u{planes}")
+def _merge(laid: bytes, planes: int, scratch: NDArray[uint8], out: memoryview) -> None:
+    """Undo `_split` into `out`."""
+    lanes = frombuffer(laid, uint8).reshape(planes, -1)
+    elements = frombuffer(out, f"<u{planes}")
+    shifted = scratch[: len(laid)].view(elements.dtype)
+    copyto(elements, lanes[0])
+    for lane, shift in zip(lanes[1:], _shifts(planes)[1:], strict=True):
+        copyto(shifted, lane)
+        left_shift(shifted, shift, out=shifted)
+        elements |= shifted
+
+
+@cache
+def _shifts(planes: int) -> NDArray[Any]:
+    return array(range(0, 8 * planes, 8), f"<u{planes}").reshape(-1, 1)
 
 
 def _check_value(raw: Raw) -> str:
