@@ -1,6 +1,7 @@
 """Python's cyclic garbage collector, paused where plans are made."""
 
 import gc
+import threading
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -13,12 +14,13 @@ def uncollected(function: Callable[P, R]) -> Callable[P, R]:
     """Pause the collector while a function runs that makes many objects and no cycles.
 
     Each time that their number has grown by a quarter it would walk over all that the process holds: a third of the
-    time that a save or a load of many small tensors takes.
+    time that a save or a load of many small tensors takes. Only in the main thread: the collector is the process's,
+    and a save beside training must not turn it on while training has it off.
     """
 
     @wraps(function)
     def paused(*args: P.args, **kwargs: P.kwargs) -> R:
-        if not gc.isenabled():
+        if not gc.isenabled() or threading.current_thread() is not threading.main_thread():
             return function(*args, **kwargs)
         gc.disable()
         try:

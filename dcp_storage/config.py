@@ -52,7 +52,7 @@ class Transfer:
             smaller requests makes smaller ones. An item may span several objects and an object may hold many items.
         concurrency: Objects or ranges in flight at once on this rank, 1 to 256.
         threads: Threads that encode and decode on this rank, or `None` for the cores this rank may use divided by
-            `LOCAL_WORLD_SIZE`, at least 1.
+            `LOCAL_WORLD_SIZE`, at least 1. Items of less than 32 KiB on average have one thread: more gain nothing.
         max_gap_bytes: Two wanted ranges of one object that are at most this far apart are read in one request.
 
     Raises:

@@ -38,7 +38,7 @@ def test_power_cuts(tally):
     try_power(tally, OURS, samples=2)
     try_power_after_deaths(tally, OURS, samples=1, every=60)
     assert tally.wrong(OURS.name) == []
-    assert tally.total(OURS.name) > 200
+    assert tally.total(OURS.name) > 600
 
 
 def test_the_simulation_of_power_cuts_has_teeth(tally):

@@ -1,4 +1,5 @@
 import gc
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -28,6 +29,11 @@ def test_is_off_while_the_function_runs_and_then_as_before(enabled):
 
     assert outer() == 2
     assert gc.isenabled() == enabled
+
+
+def test_is_let_be_in_other_threads(enabled):
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(uncollected(gc.isenabled)).result() == enabled
 
 
 def test_is_as_before_after_an_error(enabled):

@@ -11,6 +11,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
@@ -18,6 +19,7 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.dcp.planners import plan_cache
+from dcp_storage.dcp.planners.chunks import shard_at
 from dcp_storage.errors import ConfigError, CoverageError, DtypeMismatch, MissingKeys, UnsupportedTensor
 from dcp_storage.geometry import Box
 from tests import fake_ranks
@@ -516,3 +518,15 @@ def test_a_planner_pickles_without_the_state_that_it_saved():
     planner.set_up_planner({"a": torch.zeros(100_000), "b": io.BytesIO()}, None, is_coordinator=True)
     planner.create_local_plan()
     assert len(pickle.dumps(planner)) < 2000
+
+
+class Halved(torch.Tensor):
+    """A type that knows its shards, and has no list of them."""
+
+    def __get_tensor_shard__(self, index):
+        return self.as_subclass(torch.Tensor) / 2
+
+
+def test_a_hook_for_shards_is_asked_also_without_one_for_chunks():
+    value = torch.tensor([2.0, 4.0]).as_subclass(Halved)
+    assert torch.equal(shard_at(value, MetadataIndex("w", torch.Size([0]))), torch.tensor([1.0, 2.0]))

@@ -1,6 +1,5 @@
 """`AsyncStorageWriter`: DCP's `StorageWriter` on this package's format, pipelines and stores."""
 
-import io
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -11,17 +10,17 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
-from dcp_storage.collector import uncollected
 from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.background import Turn, Turns, gentle, step_back
-from dcp_storage.dcp.calls import Location, Path, choose_observer, observed, wait_for_device
+from dcp_storage.dcp.calls import Location, Path, choose_observer, observed
 from dcp_storage.dcp.metadata import build_manifest
-from dcp_storage.dcp.tensors import BytesSource, TensorSource, check_text, dtype_name
-from dcp_storage.errors import CheckpointExists, ConfigError, CoverageError, DtypeMismatch, StoreError
+from dcp_storage.dcp.sources import plan_sources
+from dcp_storage.dcp.tensors import check_text, dtype_name
+from dcp_storage.errors import CheckpointExists, ConfigError, StoreError
 from dcp_storage.format.manifest import Manifest
 from dcp_storage.format.names import data_object, new_token
 from dcp_storage.observe import Observer
@@ -188,7 +187,7 @@ class AsyncStorageWriter(StorageWriter):
             UnsupportedTensor: An item is no plain strided memory.
             StoreError: The store failed.
         """
-        sources = self._sources(plan, planner)
+        sources = plan_sources(plan, planner, byte_planes=self._codec.byte_planes)
         segments = self._put(self._save, sources) if sources else []
         results = [
             WriteResult(item.index, source.nbytes, stored)
@@ -208,31 +207,6 @@ class AsyncStorageWriter(StorageWriter):
                 return await save_items(store, sources, name, self._codec, transfer=transfer, observer=self._observer)
 
         return save.location.run(put)
-
-    @uncollected
-    def _sources(self, plan: SavePlan, planner: SavePlanner) -> list[Source]:
-        return [self._source(item, planner) for item in plan.items]
-
-    def _source(self, item: WriteItem, planner: SavePlanner) -> Source:
-        data = planner.resolve_data(item)
-        if isinstance(data, io.BytesIO):
-            return BytesSource(data)
-        planned = item.tensor_data
-        assert planned is not None, "DCP's planners resolve tensor items to tensors and others to BytesIO"
-        if tuple(data.shape) != tuple(planned.chunk.sizes):
-            raise CoverageError(
-                f"{item.index.fqn}: a chunk of shape {list(planned.chunk.sizes)} was planned, the state dict holds "
-                f"{list(data.shape)}",
-                fqn=item.index.fqn,
-            )
-        if data.dtype != planned.properties.dtype:
-            raise DtypeMismatch(
-                f"{item.index.fqn}: {planned.properties.dtype} was planned, the state dict holds {data.dtype}: "
-                "was it changed since its plan was cached?",
-                fqn=item.index.fqn,
-            )
-        wait_for_device(data)
-        return TensorSource(data, item.index.fqn, byte_planes=self._codec.byte_planes)
 
     @_logged
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:

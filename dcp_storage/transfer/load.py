@@ -1,12 +1,10 @@
 """The load pipeline: byte ranges are fetched, `concurrency` at once, and decoded in threads into their targets."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
-
-import numpy as np
 
 from dcp_storage.config import MIB, Transfer
 from dcp_storage.errors import BlockCorrupt
@@ -15,6 +13,7 @@ from dcp_storage.format.manifest import Segment, StoredCodec
 from dcp_storage.observe import Observer
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.layout import target_bytes
+from dcp_storage.transfer.memory import Memories
 from dcp_storage.transfer.ranges import Block, Fetch, coalesce, locate
 from dcp_storage.transfer.workers import CodecThreads, for_each, useful_threads
 
@@ -89,25 +88,10 @@ async def load_items(
     raw_bytes = sum(block.stop - block.start for block in blocks)
     decoder = partial(BlockDecoder, codec.compression, codec.block_bytes)
     with CodecThreads(useful_threads(transfer, len(items), raw_bytes), decoder) as threads:
-        scratch = _Scratch(max((fetch.stop - fetch.start for fetch in fetches), default=0))
         raw = codec.compression == "none"
-        loader = _Loader(store, items, object_names, threads, observer, scratch=scratch, raw=raw)
+        loader = _Loader(store, items, object_names, threads, observer, memories=Memories(), raw=raw)
         loader.finish_empty()
         await for_each(transfer.concurrency, fetches, loader.load)
-
-
-class _Scratch:
-    """Memory for fetches that do not go straight to their destination: new memory for each costs its page faults."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-        self._free: list[memoryview] = []
-
-    @contextmanager
-    def hold(self) -> Iterator[memoryview]:
-        memory = self._free.pop() if self._free else memoryview(np.empty(self._size, np.uint8).data)
-        yield memory
-        self._free.append(memory)
 
 
 class _Loader:
@@ -119,7 +103,7 @@ class _Loader:
         threads: CodecThreads[BlockDecoder],
         observer: Observer,
         *,
-        scratch: _Scratch,
+        memories: Memories,
         raw: bool,
     ) -> None:
         self._store = store
@@ -127,7 +111,7 @@ class _Loader:
         self._names = object_names
         self._raw = raw
         self._threads = threads
-        self._scratch = scratch
+        self._memories = memories
         self._observer = observer
         self._waiting = [len(item.wanted) for item in items]  # blocks still to come
         self._opened: set[int] = set()
@@ -144,7 +128,7 @@ class _Loader:
             self._opened.add(number)
             self._items[number].target.open()
         destination = self._destination(fetch)
-        with nullcontext(destination) if destination else self._scratch.hold() as memory:
+        with nullcontext(destination) if destination else self._memories.hold(fetch.stop - fetch.start) as memory:
             data = memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop, memory))
             for unit in _units(fetch.blocks):
                 damaged = await self._threads.run(partial(self._decode, unit, data, fetch.start))

@@ -1,9 +1,7 @@
 """The save pipeline: objects are encoded in threads and put, `concurrency` at once, in bounded memory."""
 
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from functools import partial
-from mmap import mmap
 from typing import NamedTuple, Protocol
 
 from dcp_storage.collector import uncollected
@@ -12,6 +10,7 @@ from dcp_storage.format.blocks import BlockEncoder, Raw, encoded_limit
 from dcp_storage.observe import Observer
 from dcp_storage.store.base import PAGE_BYTES, Batch, Store
 from dcp_storage.transfer.layout import Piece, lay_out, split_units, target_bytes
+from dcp_storage.transfer.memory import Memories
 from dcp_storage.transfer.workers import CodecThreads, for_each, useful_threads
 
 UNIT_BYTES = 8 * MIB
@@ -66,7 +65,7 @@ async def save_items(
     target = target_bytes(sum(sizes), min(transfer.object_bytes, store.put_bytes), transfer.concurrency)
     objects = list(enumerate(lay_out(sizes, codec.block_bytes, target)))
     stored: dict[Piece, StoredSegment] = {}
-    memories = _Memories()
+    memories = Memories()
     with CodecThreads(useful_threads(transfer, len(sizes), sum(sizes)), partial(BlockEncoder, codec)) as threads:
 
         async def put(numbered: tuple[int, list[Piece]]) -> None:
@@ -97,7 +96,7 @@ class _ObjectWriter:
         codec: Codec,
         *,
         threads: CodecThreads[BlockEncoder],
-        memories: "_Memories",
+        memories: Memories,
         observer: Observer,
     ) -> None:
         self.name = name
@@ -113,7 +112,7 @@ class _ObjectWriter:
     async def batches(self, pieces: Sequence[Piece]) -> AsyncIterator[Batch]:
         """Yield the object's bytes in whole pages, and what is left at the end."""
         units = split_units(pieces, self._block_bytes, UNIT_BYTES)
-        with self._memories.take(PAGE_BYTES + max(map(self._room, units))) as memory:
+        with self._memories.hold(PAGE_BYTES + max(map(self._room, units))) as memory:
             kept = 0
             for unit in units:
                 filled, encoded = await self._threads.run(partial(self._encode, unit, memory, kept))
@@ -148,17 +147,3 @@ class _ObjectWriter:
             self._offset += sum(lengths)
             raw_bytes += piece.stop - piece.start
         self._observer.advance(raw_bytes, self._offset - before)
-
-
-class _Memories:
-    """Pages to encode in, used again: new ones cost their page faults."""
-
-    def __init__(self) -> None:
-        self._free: list[memoryview] = []
-
-    @contextmanager
-    def take(self, size: int) -> Iterator[memoryview]:
-        """Lend at least `size` bytes. After an error they are not used again: a thread may still be writing to them."""
-        memory = self._free.pop() if self._free else memoryview(b"")
-        yield memory if len(memory) >= size else (memory := memoryview(mmap(-1, size)))
-        self._free.append(memory)

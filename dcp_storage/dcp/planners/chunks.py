@@ -130,7 +130,7 @@ def shard_at(value: Tensor, index: MetadataIndex) -> Tensor:
         CoverageError: There is none, or the value's own hook returned no tensor.
         UnsupportedTensor: The hook raised something else than `ValueError`.
     """
-    if is_whole(value):
+    if not hasattr(value, "__get_tensor_shard__") and not isinstance(value, ShardedTensor):
         return value
     pieces = strided_pieces(index.fqn, value)
     if pieces is None:

@@ -1,0 +1,45 @@
+"""What a save plan's items are read from."""
+
+import io
+
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+
+from dcp_storage.collector import uncollected
+from dcp_storage.dcp.calls import wait_for_device
+from dcp_storage.dcp.tensors import BytesSource, TensorSource
+from dcp_storage.errors import CoverageError, DtypeMismatch
+from dcp_storage.transfer.save import Source
+
+
+@uncollected
+def plan_sources(plan: SavePlan, planner: SavePlanner, *, byte_planes: bool) -> list[Source]:
+    """Return the source of each of a plan's items.
+
+    Raises:
+        CoverageError: The planner resolved an item to another shape than it planned.
+        DtypeMismatch: ... or to another dtype.
+        UnsupportedTensor: An item is no plain strided memory.
+    """
+    return [_source(item, planner, byte_planes=byte_planes) for item in plan.items]
+
+
+def _source(item: WriteItem, planner: SavePlanner, *, byte_planes: bool) -> Source:
+    data = planner.resolve_data(item)
+    if isinstance(data, io.BytesIO):
+        return BytesSource(data)
+    planned = item.tensor_data
+    assert planned is not None, "DCP's planners resolve tensor items to tensors and others to BytesIO"
+    if tuple(data.shape) != tuple(planned.chunk.sizes):
+        raise CoverageError(
+            f"{item.index.fqn}: a chunk of shape {list(planned.chunk.sizes)} was planned, the state dict holds "
+            f"{list(data.shape)}",
+            fqn=item.index.fqn,
+        )
+    if data.dtype != planned.properties.dtype:
+        raise DtypeMismatch(
+            f"{item.index.fqn}: {planned.properties.dtype} was planned, the state dict holds {data.dtype}: "
+            "was it changed since its plan was cached?",
+            fqn=item.index.fqn,
+        )
+    wait_for_device(data)
+    return TensorSource(data, item.index.fqn, byte_planes=byte_planes)

@@ -1,0 +1,26 @@
+"""Memory that the pipelines encode in and fetch into, used again: new pages cost their page faults."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from mmap import mmap
+
+
+class Memories:
+    """The memory of one call: as many pieces as are held at once, each as large as the largest that was asked for."""
+
+    def __init__(self) -> None:
+        self._size = 0
+        self._free: list[memoryview] = []
+
+    @contextmanager
+    def hold(self, size: int) -> Iterator[memoryview]:
+        """Lend at least `size` bytes (1 or more), which begin at a page.
+
+        After an error they are not lent again: a thread may still be writing to them.
+        """
+        self._size = max(self._size, size)
+        memory = self._free.pop() if self._free else memoryview(b"")
+        if len(memory) < size:
+            memory = memoryview(mmap(-1, self._size))
+        yield memory
+        self._free.append(memory)
