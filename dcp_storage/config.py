@@ -46,13 +46,15 @@ class Transfer:
 
     Memory in flight is at most about `2 * concurrency * object_bytes` on an object store (an object is gathered before
     it is put; 16 MiB each unless `object_bytes` is less), and 8 MiB for each of `concurrency` files on local disk.
+    Beside training it is 16 MiB for a file, and about 80 MiB for each process that encodes.
 
     Attributes:
         object_bytes: The most raw bytes in a data object and in a single read, 1 MiB to 1 GiB; a store that prefers
             smaller requests makes smaller ones. An item may span several objects and an object may hold many items.
         concurrency: Objects or ranges in flight at once on this rank, 1 to 256.
-        threads: Threads that encode and decode on this rank, or `None` for the cores this rank may use divided by
-            `LOCAL_WORLD_SIZE`, at least 1. Items of less than 32 KiB on average have one thread: more gain nothing.
+        threads: Threads (beside training: processes) that encode and decode on this rank, or `None` for the cores this
+            rank may use divided by `LOCAL_WORLD_SIZE`, at least 1. Items of less than 32 KiB on average have one: more
+            gain nothing.
         max_gap_bytes: Two wanted ranges of one object that are at most this far apart are read in one request.
 
     Raises:

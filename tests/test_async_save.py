@@ -18,6 +18,7 @@ from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlann
 from dcp_storage.errors import StoreError
 from dcp_storage.format.blocks import BlockEncoder
 from dcp_storage.store.local import LocalStore
+from dcp_storage.transfer import encoder_process
 
 SMALL = Transfer(object_bytes=1 << 20, concurrency=4)
 LIMIT_S = 60
@@ -184,37 +185,80 @@ def test_a_future_that_is_dropped_leaves_nothing_behind(tmp_path, monkeypatch, m
         assert open_files() <= files
 
 
-class Neighbours:
-    """An encoder that notes the niceness of the threads that encode."""
+class Encoders:
+    """What encodes: threads of this process, and processes."""
 
     def __init__(self, monkeypatch):
-        self.nice, self.threads = set(), set()
+        self.threads, self.processes = set(), []
         real = BlockEncoder.encode
 
         def encode(encoder, *args):
-            thread = threading.get_native_id()
-            self.threads.add(thread)
-            self.nice.add(os.getpriority(os.PRIO_PROCESS, thread))
+            self.threads.add(threading.get_native_id())
             return real(encoder, *args)
 
         monkeypatch.setattr(BlockEncoder, "encode", encode)
+        start = encoder_process._start
+
+        def noted(*args):
+            self.processes.append(start(*args))
+            return self.processes[-1]
+
+        monkeypatch.setattr(encoder_process, "_start", noted)
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere niceness is the whole process's")
+@pytest.fixture
+def encoders(monkeypatch):
+    """Apart from training, from the first byte."""
+    monkeypatch.setattr("dcp_storage.transfer.encoders._APART_BYTES", 0)
+    return Encoders(monkeypatch)
+
+
 @pytest.mark.parametrize("cores", [1, 2, 4])
-def test_saves_beside_training_step_back(tmp_path, monkeypatch, cores):
+def test_saves_beside_training_leave_a_core_to_it(tmp_path, monkeypatch, cores):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
-    neighbours = Neighbours(monkeypatch)
-    before = os.getpriority(os.PRIO_PROCESS, 0)
+    encoders = Encoders(monkeypatch)
     state = {"large": torch.rand(12 << 20)}
-    async_save(state, storage_writer=AsyncStorageWriter(tmp_path / "a")).result()
-    assert neighbours.nice == {max(before, 10)}
-    assert len(neighbours.threads) <= max(1, cores - 1)
-    assert os.getpriority(os.PRIO_PROCESS, 0) == before
+    async_save(state, storage_writer=AsyncStorageWriter(tmp_path)).result()
+    assert 1 <= len(encoders.threads) <= max(1, cores - 1)
+    assert not encoders.processes, "so little is encoded before a process has started"
 
-    neighbours.nice.clear()
-    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path / "b"), no_dist=True)
-    assert neighbours.nice == {before}, "a save that training waits for does not step back"
+
+LINUX = pytest.mark.skipif(sys.platform != "linux", reason="processes share memory there only")
+
+
+@LINUX
+@pytest.mark.parametrize("cores", [1, 2, 4])
+def test_saves_beside_training_leave_it_the_lock(tmp_path, monkeypatch, encoders, cores):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    state = {"large": torch.rand(12 << 20), "odd": torch.rand(7, 5).t(), "step": 3}
+    async_save(state, storage_writer=AsyncStorageWriter(tmp_path)).result()
+    assert 1 <= len(encoders.processes) <= max(1, cores - 1)
+    assert all(process.returncode is not None for process in encoders.processes), "none outlives the save"
+    assert not encoders.threads
+    loaded = {"large": torch.zeros(12 << 20), "odd": torch.zeros(5, 7), "step": 0}
+    dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path), planner=ShardedLoadPlanner())
+    assert all(torch.equal(loaded[name], state[name]) for name in ("large", "odd"))
+    assert loaded["step"] == 3
+
+
+def test_a_save_that_training_waits_for_encodes_in_its_threads(tmp_path, encoders):
+    dcp.save({"large": torch.rand(1 << 20)}, storage_writer=AsyncStorageWriter(tmp_path), no_dist=True)
+    assert encoders.threads
+    assert not encoders.processes
+
+
+@LINUX
+def test_a_save_that_fails_leaves_no_process(tmp_path, monkeypatch, encoders):
+    async def broken(store, name, batches):
+        async for _ in batches:
+            raise StoreError("the disk is full")
+
+    monkeypatch.setattr(LocalStore, "put", broken)
+    future = async_save({"large": torch.rand(12 << 20)}, storage_writer=AsyncStorageWriter(tmp_path))
+    with pytest.raises(CheckpointException, match="the disk is full"):
+        future.result(LIMIT_S)
+    assert encoders.processes
+    assert all(process.returncode is not None for process in encoders.processes)
 
 
 def test_few_local_files_are_in_flight_beside_training(tmp_path, monkeypatch):
@@ -237,11 +281,11 @@ def test_few_local_files_are_in_flight_beside_training(tmp_path, monkeypatch):
     assert max(most) == SMALL.concurrency
 
 
-def test_threads_that_were_asked_for_encode_beside_training(tmp_path, monkeypatch):
-    neighbours = Neighbours(monkeypatch)
+@LINUX
+def test_processes_that_were_asked_for_encode_beside_training(tmp_path, encoders):
     writer = AsyncStorageWriter(tmp_path, transfer=Transfer(threads=3, object_bytes=1 << 20))
     async_save({"large": torch.rand(12 << 20)}, storage_writer=writer).result()
-    assert len(neighbours.threads) == 3
+    assert len(encoders.processes) == 3
 
 
 def test_saves_that_succeed_are_not_told(tmp_path, caplog):

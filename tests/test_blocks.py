@@ -56,7 +56,7 @@ def test_many_blocks_at_once_are_those_of_one_at_a_time(codec, plane, count, see
     one_by_one = [encode(codec, block, plane) for block in blocks]
     out = memoryview(bytearray(encoded_limit(len(raw), codec.compression, len(blocks))))
     lengths, checks = BlockEncoder(codec).encode(raw, plane, out)
-    assert lengths == [len(stored) for stored, _ in one_by_one]
+    assert lengths == tuple(len(stored) for stored, _ in one_by_one)
     assert checks == "".join(check for _, check in one_by_one)
     assert out[: sum(lengths)] == b"".join(stored for stored, _ in one_by_one)
 

@@ -3,7 +3,6 @@
 import logging
 import multiprocessing
 import os
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch.distributed as dist
 
 from dcp_storage.config import Transfer
+from dcp_storage.transfer.encoder_process import NICE
 
 logger = logging.getLogger(__name__)
 
@@ -20,9 +20,6 @@ _THREAD_NAME = "AsyncCheckpointExecutor"
 
 _PROCESS_MODULE = "torch.distributed.checkpoint._async_process_executor"
 """What DCP's own process runs."""
-
-_NICE = 10
-"""How far a save steps back: where all cores are busy it has about a tenth of what the training has."""
 
 _FILES_AHEAD = 2
 """Files in flight beyond those that threads encode: one is written, one waits."""
@@ -91,7 +88,7 @@ def gentle(transfer: Transfer, *, remote: bool) -> Transfer:
 
     Every file that is being written has a thread that wants the GIL at times; only a network's latency is worth that.
     """
-    if transfer.threads is not None or not _is_beside_training():
+    if transfer.threads is not None or not (training_runs_here() or _is_own_process()):
         return transfer
     threads = max(1, transfer.resolve_threads() - 1)
     concurrency = transfer.concurrency if remote else min(transfer.concurrency, threads + _FILES_AHEAD)
@@ -99,16 +96,23 @@ def gentle(transfer: Transfer, *, remote: bool) -> Transfer:
 
 
 def step_back() -> None:
-    """Let training's threads go first where cores are short: threads inherit this from the one that starts them."""
-    if sys.platform == "linux" and _is_beside_training():  # elsewhere it would be the whole process that steps back
-        thread = threading.get_native_id()
-        os.setpriority(os.PRIO_PROCESS, thread, max(_NICE, os.getpriority(os.PRIO_PROCESS, thread)))
+    """Let training go first where cores are short, from DCP's own process; its threads inherit that.
+
+    A thread beside training must not: while it waited for a core it might hold Python's lock, and training wait too.
+    """
+    if _is_own_process():
+        os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
-def _is_beside_training() -> bool:
-    """Tell whether this is a thread or the process of `dcp.async_save`: both do nothing else, and never train."""
+def training_runs_here() -> bool:
+    """Tell whether this is a thread of `dcp.async_save`: training goes on in the same process."""
+    return _is_background(threading.current_thread())
+
+
+def _is_own_process() -> bool:
+    """Tell whether this is the process of `dcp.async_save`, which does nothing else."""
     task = getattr(multiprocessing.current_process(), "_target", None)
-    return _is_background(threading.current_thread()) or getattr(task, "__module__", None) == _PROCESS_MODULE
+    return getattr(task, "__module__", None) == _PROCESS_MODULE
 
 
 def _is_background(thread: threading.Thread) -> bool:

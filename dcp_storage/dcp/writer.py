@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dcp_storage.config import Codec, Transfer
-from dcp_storage.dcp.background import Turn, Turns, gentle, step_back
+from dcp_storage.dcp.background import Turn, Turns, gentle, step_back, training_runs_here
 from dcp_storage.dcp.calls import Location, Path, choose_observer, observed
 from dcp_storage.dcp.metadata import build_manifest
 from dcp_storage.dcp.sources import plan_sources
@@ -203,8 +203,15 @@ class AsyncStorageWriter(StorageWriter):
 
         async def put(store: Store) -> list[list[StoredSegment]]:
             with observed(self._observer, "save", store.url, sum(source.nbytes for source in sources)):
-                transfer = gentle(self._transfer, remote=store.remote)
-                return await save_items(store, sources, name, self._codec, transfer=transfer, observer=self._observer)
+                return await save_items(
+                    store,
+                    sources,
+                    name,
+                    self._codec,
+                    transfer=gentle(self._transfer, remote=store.remote),
+                    apart=training_runs_here(),
+                    observer=self._observer,
+                )
 
         return save.location.run(put)
 

@@ -4,8 +4,9 @@ Encoders and decoders hold scratch memory and a zstd context: one for each threa
 numpy on whole blocks) release the GIL.
 """
 
+from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import zstandard
 from numpy import array, copyto, empty, frombuffer, left_shift, may_share_memory, right_shift, uint8
@@ -36,6 +37,13 @@ def encoded_limit(raw_bytes: int, compression: str, blocks: int = 1) -> int:
     return raw_bytes + (raw_bytes >> 7) + 256 * blocks if compression == "zstd" else raw_bytes
 
 
+class Encoded(NamedTuple):
+    """Consecutive blocks of one item: their stored sizes and, in hexadecimal, their check values."""
+
+    lengths: tuple[int, ...]
+    checks: str
+
+
 class BlockEncoder:
     """Encodes blocks for one thread."""
 
@@ -49,8 +57,17 @@ class BlockEncoder:
             _compressor(1, hash_log=6, chain_log=6, min_match=7) if codec.level == 1 else self._searching
         )
 
-    def encode(self, raw: Raw, planes: int, out: memoryview) -> tuple[list[int], str]:
-        """Encode consecutive blocks of one item; return their stored sizes and their check values in hexadecimal.
+    def encode_items(self, items: Sequence[tuple[Raw, int]], out: memoryview) -> list[Encoded]:
+        """Encode slices of items, each with its number of byte planes, one behind the other into `out`."""
+        encoded, filled = [], 0
+        for raw, planes in items:
+            blocks = self.encode(raw, planes, out[filled:])
+            filled += sum(blocks.lengths)
+            encoded.append(blocks)
+        return encoded
+
+    def encode(self, raw: Raw, planes: int, out: memoryview) -> Encoded:
+        """Encode consecutive blocks of one item.
 
         `raw` is whole elements of `planes` bytes, and a block ends every `block_bytes`. The stored bytes are the
         beginning of `out`, which must have room for `encoded_limit` bytes.
@@ -63,11 +80,11 @@ class BlockEncoder:
             lengths.append(size)
             checks.append(check)
             filled += size
-        return lengths, "".join(checks)
+        return Encoded(tuple(lengths), "".join(checks))
 
     def _encode_block(self, block: memoryview, planes: int, out: memoryview) -> tuple[int, str]:
         if self._compression == "none":
-            _copy(block, out[: len(block)])
+            copy_bytes(block, out[: len(block)])
             return len(block), _check_value(block)
         if planes == 1:
             size = _compress(self._searching, block, out)
@@ -111,11 +128,11 @@ class BlockDecoder:
         if self._compression == "none":
             if len(stored) != len(out) or _check_value(stored) != check:
                 raise BlockCorrupt("the bytes do not match their check value")
-            _copy(stored, out)
+            copy_bytes(stored, out)
             return
         raw = self._decompress(stored, check, len(out))
         if planes == 1:
-            _copy(raw, out)
+            copy_bytes(raw, out)
         else:
             _merge(raw, planes, self._shifted, out)
 
@@ -166,7 +183,7 @@ def _check_value(raw: Raw) -> str:
     return xxh3_64(raw).hexdigest()
 
 
-def _copy(raw: Raw, out: memoryview) -> None:
+def copy_bytes(raw: Raw, out: memoryview) -> None:
     """Copy without the GIL, unless the bytes were read to where they belong."""
     source, target = frombuffer(raw, uint8), frombuffer(out, uint8)
     if not may_share_memory(source, target):
@@ -183,5 +200,5 @@ def _compressor(level: int, **parameters: int) -> zstandard.ZstdCompressor:
 def _compress(compressor: zstandard.ZstdCompressor, raw: Raw, out: memoryview) -> int:
     """Compress in one call, and copy: a quarter quicker than zstd's streams, which copy what goes in."""
     frame = compressor.compress(raw)
-    _copy(frame, out[: len(frame)])
+    copy_bytes(frame, out[: len(frame)])
     return len(frame)

@@ -1,14 +1,16 @@
 """The save pipeline: objects are encoded in threads and put, `concurrency` at once, in bounded memory."""
 
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import NamedTuple, Protocol
 
 from dcp_storage.collector import uncollected
 from dcp_storage.config import MIB, Codec, Transfer
-from dcp_storage.format.blocks import BlockEncoder, Raw, encoded_limit
+from dcp_storage.format.blocks import Encoded, Raw, encoded_limit
 from dcp_storage.observe import Observer
 from dcp_storage.store.base import PAGE_BYTES, Batch, Store
+from dcp_storage.transfer.encoders import APART_UNIT_BYTES, Encoder, encoder_apart, encoder_here, pays_apart
 from dcp_storage.transfer.layout import Piece, lay_out, split_units, target_bytes
 from dcp_storage.transfer.memory import Memories
 from dcp_storage.transfer.workers import CodecThreads, for_each, useful_threads
@@ -41,12 +43,6 @@ class StoredSegment(NamedTuple):
     checks: str
 
 
-class _EncodedPiece(NamedTuple):
-    piece: Piece
-    lengths: tuple[int, ...]
-    checks: str
-
-
 async def save_items(
     store: Store,
     sources: Sequence[Source],
@@ -54,10 +50,12 @@ async def save_items(
     codec: Codec,
     *,
     transfer: Transfer,
+    apart: bool,
     observer: Observer,
 ) -> list[list[StoredSegment]]:
     """Encode and put all items; return each one's segments, in the order of their blocks.
 
+    Encoding goes on in threads, or `apart` from this process where that pays.
     Objects are named `name(0)`, `name(1)`, ... When one put fails the others are cancelled and the error is raised;
     objects that were put by then stay: nothing names them.
     """
@@ -66,12 +64,15 @@ async def save_items(
     objects = list(enumerate(lay_out(sizes, codec.block_bytes, target)))
     stored: dict[Piece, StoredSegment] = {}
     memories = Memories()
-    with CodecThreads(useful_threads(transfer, len(sizes), sum(sizes)), partial(BlockEncoder, codec)) as threads:
+    apart = apart and pays_apart(sum(sizes))
+    encoder, unit_bytes = (encoder_apart, APART_UNIT_BYTES) if apart else (encoder_here, UNIT_BYTES)
+    count = useful_threads(transfer, len(sizes), sum(sizes))
+    with ExitStack() as encoders, CodecThreads(count, lambda: encoders.enter_context(encoder(codec))) as threads:
 
         async def put(numbered: tuple[int, list[Piece]]) -> None:
             number, pieces = numbered
             writer = _ObjectWriter(name(number), sources, codec, threads=threads, memories=memories, observer=observer)
-            await store.put(writer.name, writer.batches(pieces))
+            await store.put(writer.name, writer.batches(split_units(pieces, codec.block_bytes, unit_bytes)))
             stored.update(writer.stored)
 
         await for_each(transfer.concurrency, objects, put)
@@ -95,7 +96,7 @@ class _ObjectWriter:
         sources: Sequence[Source],
         codec: Codec,
         *,
-        threads: CodecThreads[BlockEncoder],
+        threads: CodecThreads[Encoder],
         memories: Memories,
         observer: Observer,
     ) -> None:
@@ -109,16 +110,16 @@ class _ObjectWriter:
         self._observer = observer
         self._offset = 0
 
-    async def batches(self, pieces: Sequence[Piece]) -> AsyncIterator[Batch]:
+    async def batches(self, units: Sequence[Sequence[Piece]]) -> AsyncIterator[Batch]:
         """Yield the object's bytes in whole pages, and what is left at the end."""
-        units = split_units(pieces, self._block_bytes, UNIT_BYTES)
         with self._memories.hold(PAGE_BYTES + max(map(self._room, units))) as memory:
             kept = 0
             for unit in units:
-                filled, encoded = await self._threads.run(partial(self._encode, unit, memory, kept))
+                encoded = await self._threads.run(partial(self._encode, unit, memory[kept:]))
+                filled = kept + sum(sum(piece.lengths) for piece in encoded)
                 kept = filled % PAGE_BYTES
                 yield memory[: filled - kept]
-                self._note(encoded)
+                self._note(unit, encoded)
                 memory[:kept] = memory[filled - kept : filled]
             yield memory[:kept]
 
@@ -128,21 +129,13 @@ class _ObjectWriter:
         blocks = sum(-(-size // self._block_bytes) for size in sizes)
         return encoded_limit(sum(sizes), self._compression, blocks)
 
-    def _encode(
-        self, unit: Sequence[Piece], memory: memoryview, filled: int, encoder: BlockEncoder
-    ) -> tuple[int, list[_EncodedPiece]]:
-        """Encode into `memory`, behind what it is filled with; return how far it is now, and the encoded pieces."""
-        encoded = []
-        for piece in unit:
-            source = self._sources[piece.item]
-            lengths, checks = encoder.encode(source.read(piece.start, piece.stop), source.planes, memory[filled:])
-            encoded.append(_EncodedPiece(piece, tuple(lengths), checks))
-            filled += sum(lengths)
-        return filled, encoded
+    def _encode(self, unit: Sequence[Piece], out: memoryview, encoder: Encoder) -> list[Encoded]:
+        items = [(self._sources[item].read(start, stop), self._sources[item].planes) for item, start, stop in unit]
+        return encoder.encode_items(items, out)
 
-    def _note(self, encoded: Sequence[_EncodedPiece]) -> None:
+    def _note(self, unit: Sequence[Piece], encoded: Sequence[Encoded]) -> None:
         raw_bytes, before = 0, self._offset
-        for piece, lengths, checks in encoded:
+        for piece, (lengths, checks) in zip(unit, encoded, strict=True):
             self.stored[piece] = StoredSegment(self.name, self._offset, lengths, checks)
             self._offset += sum(lengths)
             raw_bytes += piece.stop - piece.start

@@ -1,0 +1,72 @@
+"""Where a save encodes: in the threads that ask or, beside training, apart from it: in processes."""
+
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from typing import Protocol
+
+from dcp_storage.config import MIB, Codec
+from dcp_storage.format.blocks import BlockEncoder, Encoded, Raw
+from dcp_storage.transfer.encoder_process import EncoderProcess
+
+logger = logging.getLogger(__name__)
+
+_APART_BYTES = 64 * MIB
+"""Less is encoded before a process has started."""
+
+APART_UNIT_BYTES = 16 * MIB
+"""Raw bytes that a process encodes at a time. Each time takes Python's lock from training more than once."""
+
+
+class Encoder(Protocol):
+    """What encodes for one thread."""
+
+    def encode_items(self, items: Sequence[tuple[Raw, int]], out: memoryview) -> list[Encoded]:
+        """Encode slices of items, each with its number of byte planes, one behind the other into `out`."""
+
+
+def pays_apart(nbytes: int) -> bool:
+    """Tell whether so many bytes are worth a process. The memory that it shares is Linux's."""
+    return nbytes >= _APART_BYTES and sys.platform == "linux"
+
+
+@contextmanager
+def encoder_here(codec: Codec) -> Iterator[Encoder]:
+    """Lend an encoder that works in the calling thread."""
+    yield BlockEncoder(codec)
+
+
+@contextmanager
+def encoder_apart(codec: Codec) -> Iterator[Encoder]:
+    """Lend an encoder that works in a process, which ends with the `with` block, and leaves Python's lock to training.
+
+    Where no process can be had, or it dies, the calling thread encodes, and a warning says so: the bytes are the same.
+    """
+    try:
+        process = EncoderProcess(codec)
+    except OSError as error:
+        _warn(error)
+        yield BlockEncoder(codec)
+        return
+    with closing(process):
+        yield _Apart(process, codec)
+
+
+class _Apart:
+    def __init__(self, process: EncoderProcess, codec: Codec) -> None:
+        self._codec = codec
+        self._encoder: Encoder = process
+
+    def encode_items(self, items: Sequence[tuple[Raw, int]], out: memoryview) -> list[Encoded]:
+        try:
+            return self._encoder.encode_items(items, out)
+        except (EOFError, OSError) as error:  # the process died
+            _warn(error)
+            self._encoder = BlockEncoder(self._codec)
+            return self._encoder.encode_items(items, out)
+
+
+def _warn(error: Exception) -> None:
+    reason = str(error) or "it died"
+    logger.warning("no process to encode in (%s): a thread does it, which slows training down", reason)
