@@ -6,8 +6,6 @@ from collections.abc import Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from torch import Tensor, get_device_module
-
 from dcp_storage.errors import ConfigError
 from dcp_storage.observe import Observer, Operation, Silent
 from dcp_storage.progress import ProgressBar
@@ -71,9 +69,3 @@ def choose_observer(observer: Observer | None, *, progress: bool) -> Observer:
     """Return the observer that a writer or reader is to tell."""
     chosen = observer or Silent()
     return ProgressBar(chosen) if progress else chosen
-
-
-def wait_for_device(tensor: Tensor) -> None:
-    """Wait until this thread's stream has computed a tensor: codec threads copy it on streams of their own."""
-    if tensor.device.type not in {"cpu", "meta"}:
-        get_device_module(tensor.device).current_stream(tensor.device).synchronize()

@@ -5,7 +5,7 @@ import io
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
 
 from dcp_storage.collector import uncollected
-from dcp_storage.dcp.calls import wait_for_device
+from dcp_storage.dcp.device import wait_for_device
 from dcp_storage.dcp.tensors import BytesSource, TensorSource
 from dcp_storage.errors import CoverageError, DtypeMismatch
 from dcp_storage.transfer.save import Source

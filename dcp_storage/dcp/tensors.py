@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
+from dcp_storage.dcp.device import copying_from, host_memory
 from dcp_storage.dcp.entries import hand_over
 from dcp_storage.errors import CoverageError, UnsupportedFormat, UnsupportedTensor
 from dcp_storage.format.blocks import Raw, plane_count
@@ -100,13 +101,14 @@ class TensorSource:
 
     def _copied(self, start: int, stop: int) -> Tensor:
         tensor = self._tensor
-        if _as_it_lies(tensor):
-            return tensor.view(-1)[start:stop].cpu()
-        out = torch.empty(stop - start, dtype=tensor.dtype)
-        filled = 0
-        for box in boxes_of_run(tuple(tensor.shape), start, stop):
-            out[filled : filled + box.numel].view(box.sizes).copy_(tensor[box.slices])
-            filled += box.numel
+        out = host_memory(stop - start, tensor.dtype, tensor.device)
+        with copying_from(tensor.device) as non_blocking:
+            if _as_it_lies(tensor):
+                return out.copy_(tensor.view(-1)[start:stop], non_blocking=non_blocking)
+            filled = 0
+            for box in boxes_of_run(tuple(tensor.shape), start, stop):
+                out[filled : filled + box.numel].view(box.sizes).copy_(tensor[box.slices], non_blocking=non_blocking)
+                filled += box.numel
         return out
 
 
@@ -157,8 +159,12 @@ class BytesTarget:
         """Return the slice's memory."""
         return self._data[start:stop]
 
-    def scatter(self, start: int, raw: memoryview) -> None:
+    def window(self, size: int) -> memoryview:
         """Never needed: every slice is direct."""
+        raise NotImplementedError
+
+    def scatter(self, start: int, raw: memoryview) -> None:
+        """Never needed either."""
         raise NotImplementedError
 
     def close(self) -> None:
@@ -218,6 +224,10 @@ class ChunkTarget:
         if part.memory is None or start < part.start or stop > part.stop:
             return None
         return part.memory[start - part.start : stop - part.start]
+
+    def window(self, size: int) -> memoryview:
+        """Return memory to scatter from: near the first destination, as most have one only."""
+        return byte_view(host_memory(size, torch.uint8, self._parts[0].tensor.device))
 
     def scatter(self, start: int, raw: memoryview) -> None:
         """Copy the slice's elements to every destination that wants them, converting dtype and device."""

@@ -30,8 +30,11 @@ class Target(Protocol):
     def direct(self, start: int, stop: int) -> memoryview | None:
         """Return the final memory of raw bytes `start` to `stop` where they lie there as they are stored, or `None`."""
 
+    def window(self, size: int) -> memoryview:
+        """Return so many bytes of memory to `scatter` from."""
+
     def scatter(self, start: int, raw: memoryview) -> None:
-        """Copy what is wanted of the raw bytes that begin at `start`; `raw` is used again afterwards."""
+        """Copy what is wanted of the raw bytes that begin at `start`; `raw` may be used again afterwards."""
 
     def close(self) -> None:
         """Hand the memory over; called once, after the last byte."""
@@ -164,7 +167,7 @@ class _Loader:
         if out is not None:
             decoder.decode_into(stored, block.check, item.planes, out)
             return
-        window = memoryview(bytearray(block.stop - block.start))
+        window = item.target.window(block.stop - block.start)
         decoder.decode_into(stored, block.check, item.planes, window)
         item.target.scatter(block.start, window)
 

@@ -1,0 +1,40 @@
+"""Tensors on accelerators: copies from CUDA go through pinned memory, on streams of their own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, get_device_module
+
+_PINNED = "cuda"
+"""The type of device whose copies pinned memory speeds up (ROCm's has the same name)."""
+
+
+def wait_for_device(tensor: Tensor) -> None:
+    """Wait until this thread's stream has computed a tensor: codec threads copy it on streams of their own."""
+    if tensor.device.type not in {"cpu", "meta"}:
+        get_device_module(tensor.device).current_stream(tensor.device).synchronize()
+
+
+def host_memory(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return memory of the host, not yet written, for elements that come from a device or go there.
+
+    Where it is pinned, torch keeps it when it is dropped, and lends it again.
+    """
+    return torch.empty(elements, dtype=dtype, pin_memory=device.type == _PINNED)
+
+
+@contextmanager
+def copying_from(device: torch.device) -> Iterator[bool]:
+    """Give copies to `host_memory` a stream that waits for no other; at the end they are done.
+
+    Yields whether they may go on behind the caller's back until then (`non_blocking`).
+    """
+    if device.type != _PINNED:
+        yield False
+        return
+    module = get_device_module(device)
+    stream = module.Stream(device)
+    with module.stream(stream):
+        yield True
+    stream.synchronize()
