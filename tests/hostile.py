@@ -214,7 +214,7 @@ def sound_block(compression: str, planes: int) -> bytes:
     codec = Codec(compression, block_bytes=RAW_BYTES)  # type: ignore[arg-type]
     raw = (torch.arange(RAW_BYTES // 4, dtype=torch.int32) * 77).numpy().tobytes()
     room = memoryview(bytearray(encoded_limit(RAW_BYTES, "zstd")))
-    (size,), _ = BlockEncoder(codec).encode(raw, planes, room)
+    (size,) = BlockEncoder(codec).encode(raw, planes, room).lengths
     return bytes(room[:size])
 
 

@@ -17,8 +17,9 @@ planes = st.sampled_from([1, 2, 4, 8])
 def encode(codec, raw, plane):
     """Encode one block into just enough memory."""
     out = memoryview(bytearray(encoded_limit(len(raw), "zstd")))
-    (size,), check = BlockEncoder(codec).encode(raw, plane, out)
-    return bytes(out[:size]), check
+    blocks = BlockEncoder(codec).encode(raw, plane, out)
+    (size,) = blocks.lengths
+    return bytes(out[:size]), blocks.checks
 
 
 def decoded(codec, stored, check, plane, size):
@@ -44,21 +45,21 @@ def test_one_encoder_serves_blocks_of_any_size_and_planes():
     for size, plane in [(8, 8), (BLOCK, 2), (16, 4), (BLOCK, 1), (24, 8), (BLOCK, 4)]:
         raw = np.random.default_rng(size).bytes(size)
         out = bytearray(size)
-        (length,), check = encoder.encode(raw, plane, memory)
-        decoder.decode_into(memory[:length], check, plane, memoryview(out))
+        blocks = encoder.encode(raw, plane, memory)
+        decoder.decode_into(memory[: blocks.lengths[0]], blocks.checks, plane, memoryview(out))
         assert out == raw
 
 
 @given(codecs, planes, st.integers(1, 9), st.integers(0, 2**32))
 def test_many_blocks_at_once_are_those_of_one_at_a_time(codec, plane, count, seed):
     raw = np.random.default_rng(seed).bytes(count * BLOCK - 8 * (seed % 1024))
-    blocks = [raw[start : start + BLOCK] for start in range(0, len(raw), BLOCK)]
-    one_by_one = [encode(codec, block, plane) for block in blocks]
-    out = memoryview(bytearray(encoded_limit(len(raw), codec.compression, len(blocks))))
-    lengths, checks = BlockEncoder(codec).encode(raw, plane, out)
-    assert lengths == tuple(len(stored) for stored, _ in one_by_one)
-    assert checks == "".join(check for _, check in one_by_one)
-    assert out[: sum(lengths)] == b"".join(stored for stored, _ in one_by_one)
+    cut = [raw[start : start + BLOCK] for start in range(0, len(raw), BLOCK)]
+    one_by_one = [encode(codec, block, plane) for block in cut]
+    out = memoryview(bytearray(encoded_limit(len(raw), codec.compression, len(cut))))
+    blocks = BlockEncoder(codec).encode(raw, plane, out)
+    assert blocks.lengths == tuple(len(stored) for stored, _ in one_by_one)
+    assert blocks.checks == "".join(check for _, check in one_by_one)
+    assert out[: sum(blocks.lengths)] == b"".join(stored for stored, _ in one_by_one)
 
 
 @pytest.mark.parametrize("plane", [2, 4, 8])
@@ -79,11 +80,12 @@ def test_a_frame_is_standard_and_complete():
 
 @pytest.mark.parametrize("count", [1 << 12, 1 << 16, 73_728, 1 << 18])
 def test_planes_make_weights_smaller_than_plain_zstd_does(count):
-    weights = np.random.default_rng(0).standard_normal(count).astype("<f4")
+    doubles = np.random.default_rng(0).standard_normal(count)
+    weights = doubles.astype("<f4")
     bfloat16 = (weights.view("<u4") >> 16).astype("<u2")
-    for values, bound in ((weights, 0.84), (bfloat16, 0.68)):
+    for values, bound in ((doubles, 0.89), (weights, 0.84), (bfloat16, 0.68)):
         raw = values.tobytes()
-        codec = Codec(block_bytes=1 << 20)
+        codec = Codec(block_bytes=1 << 21)
         ours = len(encode(codec, raw, values.itemsize)[0])
         plain = len(zstandard.ZstdCompressor().compress(raw))
         assert ours < bound * len(raw)

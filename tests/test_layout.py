@@ -36,13 +36,13 @@ def test_units_are_the_pieces_cut_smaller(sizes, target, unit_bytes):
     for pieces in lay_out(sizes, BLOCK, target):
         units = split_units(pieces, BLOCK, unit_bytes)
         joined: list[Piece] = []
-        for item, start, stop in (piece for unit in units for piece in unit):
-            if joined and joined[-1].item == item and joined[-1].stop == start:
-                joined[-1] = joined[-1]._replace(stop=stop)
+        for piece in (piece for unit in units for piece in unit):
+            if joined and joined[-1].item == piece.item and joined[-1].stop == piece.start:
+                joined[-1] = Piece(piece.item, joined[-1].start, piece.stop)
             else:
-                joined.append(Piece(item, start, stop))
+                joined.append(piece)
         assert joined == pieces
-        held = [sum(stop - start for _, start, stop in unit) for unit in units]
+        held = [sum(piece.stop - piece.start for piece in unit) for unit in units]
         assert all(0 < size <= max(unit_bytes, BLOCK) for size in held)
 
 

@@ -6,9 +6,10 @@ numpy on whole blocks) release the GIL.
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import zstandard
+from msgspec import Struct
 from numpy import array, copyto, empty, frombuffer, left_shift, may_share_memory, right_shift, uint8
 from numpy.typing import NDArray
 from xxhash import xxh3_64
@@ -37,7 +38,7 @@ def encoded_limit(raw_bytes: int, compression: str, blocks: int = 1) -> int:
     return raw_bytes + (raw_bytes >> 7) + 256 * blocks if compression == "zstd" else raw_bytes
 
 
-class Encoded(NamedTuple):
+class Encoded(Struct, frozen=True, gc=False):
     """Consecutive blocks of one item: their stored sizes and, in hexadecimal, their check values."""
 
     lengths: tuple[int, ...]
@@ -93,21 +94,23 @@ class BlockEncoder:
         return size, out[size - 4 : size].hex()
 
     def _compress_planes(self, laid: memoryview, planes: int, out: memoryview) -> int:
-        """Compress into one frame whose zstd blocks end where planes do.
+        """Compress into one frame, whose zstd blocks end where the planes of exponents do.
 
-        Exponents and mantissas would otherwise share the tables of the zstd blocks that hold some of both.
+        Exponents and mantissas would otherwise share the tables of the zstd blocks that hold some of both. The planes
+        before hold mantissas only, and an end costs as much as the encoding of a small plane.
         """
         stride = len(laid) // planes
         if stride % _ZSTD_BLOCK_BYTES == 0:
             return _compress(self._entropy_only, laid, out)
         frame = self._entropy_only.compressobj(size=len(laid))
-        size = 0
-        for start in range(0, len(laid), stride):
-            last = start + stride == len(laid)
+        start = size = 0
+        for stop in range(stride * (planes - max(1, planes // 4)), len(laid) + 1, stride):
+            last = stop == len(laid)
             end = zstandard.COMPRESSOBJ_FLUSH_FINISH if last else zstandard.COMPRESSOBJ_FLUSH_BLOCK
-            for part in (frame.compress(laid[start : start + stride]), frame.flush(end)):
+            for part in (frame.compress(laid[start:stop]), frame.flush(end)):
                 out[size : size + len(part)] = part
                 size += len(part)
+            start = stop
         return size
 
 

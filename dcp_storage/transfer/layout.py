@@ -1,7 +1,8 @@
 """Which bytes of which item go into which object: pure planning of a save."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+
+from msgspec import Struct
 
 from dcp_storage.collector import uncollected
 from dcp_storage.config import MIB
@@ -10,7 +11,7 @@ MIN_OBJECT_BYTES = 8 * MIB
 """Smaller objects cost a request (or a file and its fsync) more than they gain in parallelism."""
 
 
-class Piece(NamedTuple):
+class Piece(Struct, frozen=True, order=True, gc=False):
     """Bytes `start` to `stop` of an item: whole blocks, and the start of a block."""
 
     item: int
@@ -47,17 +48,18 @@ def lay_out(sizes: Sequence[int], block_bytes: int, target: int) -> list[list[Pi
     return objects
 
 
+@uncollected
 def split_units(pieces: Sequence[Piece], block_bytes: int, unit_bytes: int) -> list[list[Piece]]:
     """Cut an object's pieces, in order, into units of about `unit_bytes`: what one thread encodes at a time."""
     units: list[list[Piece]] = [[]]
     room = unit_bytes
     stride = max(block_bytes, unit_bytes // block_bytes * block_bytes)
-    for item, first, last in pieces:
-        for start in range(first, last, stride):
-            stop = min(start + stride, last)
+    for piece in pieces:
+        for start in range(piece.start, piece.stop, stride):
+            stop = min(start + stride, piece.stop)
             if units[-1] and stop - start > room:
                 units.append([])
                 room = unit_bytes
-            units[-1].append(Piece(item, start, stop))
+            units[-1].append(Piece(piece.item, start, stop))
             room -= stop - start
     return units

@@ -3,7 +3,9 @@
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+from msgspec import Struct
 
 from dcp_storage.collector import uncollected
 from dcp_storage.config import MIB, Codec, Transfer
@@ -34,7 +36,7 @@ class Source(Protocol):
         """Return bytes `start` to `stop` in host memory. Called on codec threads, for several slices at once."""
 
 
-class StoredSegment(NamedTuple):
+class StoredSegment(Struct, frozen=True, gc=False):
     """Consecutive blocks of one item as they were put: the manifest's `Segment`, with the object's name."""
 
     object_name: str
@@ -125,18 +127,21 @@ class _ObjectWriter:
 
     def _room(self, unit: Sequence[Piece]) -> int:
         """Return the most bytes that a unit may be encoded in."""
-        sizes = [stop - start for _, start, stop in unit]
+        sizes = [piece.stop - piece.start for piece in unit]
         blocks = sum(-(-size // self._block_bytes) for size in sizes)
         return encoded_limit(sum(sizes), self._compression, blocks)
 
     def _encode(self, unit: Sequence[Piece], out: memoryview, encoder: Encoder) -> list[Encoded]:
-        items = [(self._sources[item].read(start, stop), self._sources[item].planes) for item, start, stop in unit]
+        items = []
+        for piece in unit:
+            source = self._sources[piece.item]
+            items.append((source.read(piece.start, piece.stop), source.planes))
         return encoder.encode_items(items, out)
 
     def _note(self, unit: Sequence[Piece], encoded: Sequence[Encoded]) -> None:
         raw_bytes, before = 0, self._offset
-        for piece, (lengths, checks) in zip(unit, encoded, strict=True):
-            self.stored[piece] = StoredSegment(self.name, self._offset, lengths, checks)
-            self._offset += sum(lengths)
+        for piece, blocks in zip(unit, encoded, strict=True):
+            self.stored[piece] = StoredSegment(self.name, self._offset, blocks.lengths, blocks.checks)
+            self._offset += sum(blocks.lengths)
             raw_bytes += piece.stop - piece.start
         self._observer.advance(raw_bytes, self._offset - before)
