@@ -1,8 +1,8 @@
 """Memory that the pipelines encode in and fetch into, used again: new pages cost their page faults."""
 
+import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
-from mmap import mmap
+from contextlib import contextmanager, suppress
 
 
 class Memories:
@@ -21,6 +21,15 @@ class Memories:
         self._size = max(self._size, size)
         memory = self._free.pop() if self._free else memoryview(b"")
         if len(memory) < size:
-            memory = memoryview(mmap(-1, self._size))
+            memory = memoryview(_map(self._size))
         yield memory
         self._free.append(memory)
+
+
+def _map(size: int) -> mmap.mmap:
+    """Map memory of this process alone, in huge pages where Linux has them: one fault stands for 512."""
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with suppress(OSError):  # this kernel has none
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
