@@ -321,7 +321,9 @@ def test_what_is_missing_stays_as_it_is_and_is_listed():
     marker, meta = object(), torch.empty(3, device="meta")
     state = {"t": torch.empty(8, 2), "mine": marker, "new": {"head": meta}}
     entries = {"t": stored(rows(0, 8)[0]), "old": stored(rows(0, 8)[0])}
-    with pytest.raises(MissingKeys, match=r"2 of the entries: mine, new.head; it holds 1 .*: old"):
+    with pytest.raises(
+        MissingKeys, match=r"Missing key in checkpoint .*: mine, new.head \(2 in all\); it holds 1 .*: old"
+    ):
         load_plan(state, entries)
     planner, _ = load_plan(state, entries, allow_partial_load=True)
     assert (planner.skipped, planner.unexpected) == (["mine", "new.head"], ["old"])

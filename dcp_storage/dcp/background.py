@@ -1,7 +1,6 @@
 """Saves that DCP runs beside training, for `dcp.async_save`: one after another, gently, and never failing unheard."""
 
 import logging
-import multiprocessing
 import os
 import threading
 from collections.abc import Iterator
@@ -11,15 +10,11 @@ from dataclasses import dataclass, field, replace
 import torch.distributed as dist
 
 from dcp_storage.config import Transfer
+from dcp_storage.dcp.undocumented import in_async_process, in_async_thread
+from dcp_storage.format.names import new_token
 from dcp_storage.transfer.encoder_process import NICE
 
 logger = logging.getLogger(__name__)
-
-_THREAD_NAME = "AsyncCheckpointExecutor"
-"""How DCP names its threads. Each runs one save and ends with it; no other thread is ever waited for."""
-
-_PROCESS_MODULE = "torch.distributed.checkpoint._async_process_executor"
-"""What DCP's own process runs."""
 
 _FILES_AHEAD = 2
 """Files in flight beyond those that threads encode: one is written, one waits."""
@@ -27,9 +22,10 @@ _FILES_AHEAD = 2
 
 @dataclass
 class Turn:
-    """One save; `done` once this rank has nothing more to do for it."""
+    """One save: `token` names its objects; `done` once this rank has nothing more to do for it."""
 
     url: str
+    token: str = field(default_factory=new_token)
     done: bool = False
     thread: threading.Thread = field(default_factory=threading.current_thread)
 
@@ -39,7 +35,7 @@ class Turn:
         try:
             yield
         except Exception as error:
-            if _is_background(self.thread):
+            if in_async_thread(self.thread):
                 logger.error("the save to %s, in the background, failed: %s", self.url, error)  # noqa: TRY400
             raise
 
@@ -58,7 +54,7 @@ class Turns:
         they might share a planner; and the older might commit last.
         """
         earlier, turn = self._earlier(), Turn(url)
-        if _is_background(turn.thread):
+        if in_async_thread(turn.thread):
             with self._lock:
                 self._turns.append(turn)
         for thread in earlier:
@@ -73,7 +69,7 @@ class Turns:
 
     def _earlier(self) -> list[threading.Thread]:
         """Return the threads to wait for. Python lists threads in the order of their start: that of the calls."""
-        running = [thread for thread in threading.enumerate() if _is_background(thread)]
+        running = [thread for thread in threading.enumerate() if in_async_thread(thread)]
         here = threading.current_thread()
         if here in running:
             return running[: running.index(here)]
@@ -88,7 +84,7 @@ def gentle(transfer: Transfer, *, remote: bool) -> Transfer:
 
     Every file that is being written has a thread that wants the GIL at times; only a network's latency is worth that.
     """
-    if transfer.threads is not None or not (training_runs_here() or _is_own_process()):
+    if transfer.threads is not None or not (training_runs_here() or in_async_process()):
         return transfer
     threads = max(1, transfer.resolve_threads() - 1)
     concurrency = transfer.concurrency if remote else min(transfer.concurrency, threads + _FILES_AHEAD)
@@ -100,20 +96,10 @@ def step_back() -> None:
 
     A thread beside training must not: while it waited for a core it might hold Python's lock, and training wait too.
     """
-    if _is_own_process():
+    if in_async_process():
         os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def training_runs_here() -> bool:
     """Tell whether this is a thread of `dcp.async_save`: training goes on in the same process."""
-    return _is_background(threading.current_thread())
-
-
-def _is_own_process() -> bool:
-    """Tell whether this is the process of `dcp.async_save`, which does nothing else."""
-    task = getattr(multiprocessing.current_process(), "_target", None)
-    return getattr(task, "__module__", None) == _PROCESS_MODULE
-
-
-def _is_background(thread: threading.Thread) -> bool:
-    return thread.name.startswith(_THREAD_NAME)
+    return in_async_thread(threading.current_thread())

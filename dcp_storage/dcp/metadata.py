@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from dcp_storage.collector import uncollected
 from dcp_storage.config import Codec
 from dcp_storage.dcp.tensors import dtype_from_name, dtype_name, planes_of
+from dcp_storage.dcp.undocumented import METADATA_VERSION
 from dcp_storage.errors import CoverageError, UnsupportedTensor
 from dcp_storage.format.legacy import StockManifest
 from dcp_storage.format.manifest import BytesEntry, Chunk, Manifest, Segment, StoredCodec, StoredObject, TensorEntry
@@ -88,7 +89,8 @@ def to_metadata(manifest: Manifest | StockManifest) -> Metadata:
         chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in tensor.chunks]
         properties = TensorProperties(dtype=dtype_from_name(tensor.dtype))
         entries[fqn] = TensorStorageMetadata(properties, torch.Size(tensor.size), chunks)
-    return Metadata(entries, planner_data=manifest.planner_data, storage_data=manifest)
+    version = manifest.version if isinstance(manifest, StockManifest) else METADATA_VERSION
+    return Metadata(entries, planner_data=manifest.planner_data, storage_data=manifest, version=version)
 
 
 class _ObjectTable:

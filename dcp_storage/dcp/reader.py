@@ -7,7 +7,7 @@ from functools import partial
 from math import prod
 from typing import Any
 
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
@@ -23,6 +23,7 @@ from dcp_storage.errors import CheckpointReplaced, ConfigError, CoverageError, D
 from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.legacy import StockManifest
 from dcp_storage.format.manifest import Manifest
+from dcp_storage.format.names import new_token
 from dcp_storage.geometry import contains
 from dcp_storage.observe import Observer
 from dcp_storage.store.base import Store
@@ -104,7 +105,8 @@ class AsyncStorageReader(StorageReader):
         except DcpStorageError as error:
             self._manifest = error
             raise
-        return to_metadata(manifest)
+        origin = StorageMeta(checkpoint_id=self.checkpoint_id, save_id=manifest.save_id, load_id=new_token())
+        return replace(to_metadata(manifest), storage_meta=origin)
 
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take the manifest out of the metadata that `read_metadata` returned.

@@ -20,9 +20,10 @@ from dcp_storage.dcp.calls import Location, Path, choose_observer, observed
 from dcp_storage.dcp.metadata import build_manifest
 from dcp_storage.dcp.sources import plan_sources
 from dcp_storage.dcp.tensors import check_text, dtype_name
+from dcp_storage.dcp.undocumented import METADATA_VERSION
 from dcp_storage.errors import CheckpointExists, ConfigError, StoreError
 from dcp_storage.format.manifest import Manifest
-from dcp_storage.format.names import data_object, new_token
+from dcp_storage.format.names import data_object
 from dcp_storage.observe import Observer
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.manifests import commit_manifest, is_committed, replaced_objects
@@ -151,7 +152,7 @@ class AsyncStorageWriter(StorageWriter):
         """Take this rank's part: DCP passes `rank` and `use_collectives` to a parameter that is named `kwargs`."""
         rank, collectives = kwargs.get("rank") or 0, kwargs.get("use_collectives", True)
         self._threads.save = _Save(
-            self._here, new_token(), rank=rank, coordinator=is_coordinator, collectives=collectives
+            self._here, self._turn.token, rank=rank, coordinator=is_coordinator, collectives=collectives
         )
 
     @_logged
@@ -234,6 +235,9 @@ class AsyncStorageWriter(StorageWriter):
             world_size=len(results) if save.collectives else _world_size(),
             rank=save.own_rank,
         )
+        # DCP sends the metadata to all ranks, and `dcp.save` returns it.
+        metadata.version = METADATA_VERSION
+        metadata.storage_meta = StorageMeta(checkpoint_id=save.location.shown, save_id=save.token)
         save.location.run(partial(_commit, manifest=manifest))
         self._turn.done = True
 
@@ -241,7 +245,7 @@ class AsyncStorageWriter(StorageWriter):
         """Tell DCP's planners where this save goes. It is the first that DCP asks: a save waits here for its turn."""
         step_back()
         self._threads.turn = self._turns.take(self._here.store().url)
-        return StorageMeta(checkpoint_id=self.checkpoint_id)
+        return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._threads.turn.token)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
@@ -277,6 +281,5 @@ def _world_size() -> int:
 
 def _exists_message(save: _Save) -> str:
     where = save.location.store().url
-    if save.collectives:
-        return f"a checkpoint exists at {where} and overwrite=False: choose another path, or delete it first"
-    return f"a checkpoint exists at {where}: without collectives it cannot be replaced atomically; choose another path"
+    why = "overwrite=False" if save.collectives else "without collectives it cannot be replaced atomically"
+    return f"Checkpoint already exists at {where} and {why}: choose another path, or delete it first"

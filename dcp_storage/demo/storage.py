@@ -8,8 +8,6 @@ from math import prod
 from typing import Any, cast
 
 from torch.distributed import ProcessGroup
-from torch.distributed.checkpoint._extension import ZStandard
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlanner
@@ -19,6 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
+from dcp_storage.dcp.undocumented import stock_url_reader, stock_url_writer, stock_zstandard
 from dcp_storage.demo.figures import OURS, STOCK_ZSTD, Part, Place
 from dcp_storage.format.manifest import Manifest
 from dcp_storage.store.open import open_store
@@ -89,18 +88,17 @@ def _writer(contestant: str, place: Place) -> StorageWriter:
     path = place.below(contestant)
     if contestant == OURS:
         return AsyncStorageWriter(path, storage_options=place.storage_options)
-    extensions = [ZStandard()] if contestant == STOCK_ZSTD else None
+    extensions = [stock_zstandard()] if contestant == STOCK_ZSTD else None
     if place.is_local:
         return FileSystemWriter(path, _extensions=extensions)
-    # Without sync_files: on anything but a local file it calls os.sync(), which would cost the stock writer time.
-    return FsspecWriter(path, sync_files=False, _extensions=extensions, **place.storage_options)
+    return stock_url_writer(path, _extensions=extensions, **place.storage_options)
 
 
 def _reader(contestant: str, place: Place) -> StorageReader:
     path = place.below(contestant)
     if contestant == OURS:
         return AsyncStorageReader(path, storage_options=place.storage_options)
-    return FileSystemReader(path) if place.is_local else FsspecReader(path, **place.storage_options)
+    return FileSystemReader(path) if place.is_local else stock_url_reader(path, **place.storage_options)
 
 
 def _save_planner(contestant: str) -> SavePlanner | None:

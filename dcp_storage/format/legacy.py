@@ -20,7 +20,6 @@ StorageKey = tuple[str, Shape | None]
 _MAX_INT = (1 << 63) - 1
 _MAX_DIMS = 64
 _MAX_TRANSFORMS = 8
-_MAX_DEPTH = 64
 _MIN_CHUNK_BYTES = 16
 """Less than a pickle needs to hold a chunk: more chunks than that are one chunk named over and over."""
 
@@ -50,12 +49,16 @@ class StockManifest(Struct, frozen=True):
         bytes: The fqns of everything else, as bytes that `torch.save` made.
         planner_data: The path of each fqn in the nested state dict, or `None` where it was not flattened.
         storage: Where each chunk and each bytes entry lies.
+        version: The version of DCP's metadata, or `None` before torch had one.
+        save_id: What tells this save from others, or `None` before torch had that.
     """
 
     tensors: dict[str, StockTensor]
     bytes: tuple[str, ...]
     planner_data: dict[str, tuple[str | int, ...]] | None
     storage: dict[StorageKey, StockItem]
+    version: str | None = None
+    save_id: str | None = None
 
 
 def decode_stock_metadata(data: bytes, *, where: str) -> StockManifest:
@@ -117,9 +120,26 @@ def _manifest(fields: dict[str, Any], pickle_bytes: int) -> StockManifest:
         _require(chunks_left >= 0, f"{fqn} has more chunks than the manifest has room for")
         tensors[fqn] = _tensor(fqn, state)
     storage = dict(map(_stored, *_columns(_dict(fields.get("storage_data"), "storage_data"))))
-    manifest = StockManifest(tensors, tuple(others), _paths(fields.get("planner_data"), pickle_bytes), storage)
+    manifest = StockManifest(
+        tensors,
+        tuple(others),
+        _paths(fields.get("planner_data"), pickle_bytes),
+        storage,
+        _text(fields.get("version"), "version"),
+        _save_id(fields.get("storage_meta")),
+    )
     _check_complete(manifest)
     return manifest
+
+
+def _text(value: object, what: str) -> str | None:
+    if value is not None and not isinstance(value, str):
+        raise _Fault(f"its {what} is no text")
+    return value
+
+
+def _save_id(meta: object) -> str | None:
+    return None if meta is None else _text(_fields(meta, "StorageMeta").get("save_id"), "save_id")
 
 
 def _columns(items: dict[Any, Any]) -> tuple[Iterable[Any], Iterable[Any]]:
@@ -141,7 +161,7 @@ def _tensor(fqn: str, state: dict[str, Any]) -> StockTensor:
 
 def _dtype(fqn: str, properties: object) -> str:
     state = properties.state if isinstance(properties, Record) and properties.name == "TensorProperties" else None
-    if not isinstance(state, tuple) or len(state) != 5:  # noqa: PLR2004 - dtype, layout and three that are not used
+    if not isinstance(state, tuple) or len(state) < 2:  # noqa: PLR2004 - later ones differ by torch, and are not used
         raise _Fault(f"{fqn} has no properties")
     dtype, layout = state[:2]
     if layout != "torch.strided":
@@ -193,9 +213,14 @@ def _paths(value: object, pickle_bytes: int) -> dict[str, tuple[str | int, ...]]
     if value is None:
         return None
     paths = _dict(value, "planner_data")
+    steps_left = pickle_bytes
     for fqn, path in paths.items():
-        good = isinstance(path, tuple) and 0 < len(path) <= _MAX_DEPTH and all(map(_is_step, path))
-        _require(isinstance(fqn, str) and good, "planner_data has a path that is none")
+        _require(
+            isinstance(fqn, str) and isinstance(path, tuple) and bool(path), "planner_data has a path that is none"
+        )
+        steps_left -= len(path)
+        _require(steps_left >= 0, "planner_data has more steps than the manifest has room for")
+        _require(all(map(_is_step, path)), "planner_data has a path that is none")
     _require(list_slots(paths.values()) <= pickle_bytes, "planner_data has lists longer than the checkpoint can hold")
     return paths
 

@@ -4,6 +4,8 @@ from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.unpickle import Class, Function, Refused
 
 _METADATA = "torch.distributed.checkpoint.metadata"
+_METADATA_TO_2_2 = "torch.distributed._shard.sharded_tensor.metadata"
+"""Where torch kept the properties of tensors up to 2.2."""
 _MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
 
 
@@ -68,7 +70,9 @@ _PATHS = ("PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath")
 KNOWN: dict[tuple[str, str], object] = {
     **{(_METADATA, name): Class(name) for name in _CLASSES},
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): Class("_StorageInfo"),
+    (_METADATA_TO_2_2, "TensorProperties"): Class("TensorProperties"),
     (_METADATA, "_MEM_FORMAT_ENCODING"): _MEMORY_FORMAT,
+    (_METADATA_TO_2_2, "MEM_FORMAT_ENCODING"): _MEMORY_FORMAT,
     ("torch", "Size"): Function("torch.Size", _size),
     ("torch.serialization", "_get_layout"): Function("torch.serialization._get_layout", _layout),
     ("builtins", "getattr"): Function("builtins.getattr", _getattr),

@@ -121,7 +121,8 @@ class _Machine:
         self.stack.append(int.from_bytes(self.take(width), "little", signed=True))
 
     def text(self, width: int) -> None:
-        self.stack.append(self.take(self.number(width)).decode())
+        # Half a surrogate pair is no damage: pickle writes any str.
+        self.stack.append(self.take(self.number(width)).decode(errors="surrogatepass"))
 
     def mark(self) -> None:
         self.marks.append(len(self.stack))

@@ -8,13 +8,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.checkpoint._extension import ZStandard
-from torch.distributed.checkpoint._fsspec_filesystem import FsspecReader, FsspecWriter
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner
+from dcp_storage.dcp.undocumented import stock_url_reader, stock_url_writer, stock_zstandard
 from integration.bench.states import State
 
 OURS = "dcp_storage"
@@ -60,7 +60,7 @@ def missing() -> list[str]:
 
 
 def _local_peers() -> list[Contestant]:
-    zstandard = partial(_stock_writer, thread_count=2, extensions=(ZStandard,))
+    zstandard = partial(_stock_writer, thread_count=2, extensions=(stock_zstandard,))
     found = [
         _dcp(STOCK, _stock_writer, _stock_reader),
         _dcp(STOCK_T2, partial(_stock_writer, thread_count=2), _stock_reader),
@@ -107,13 +107,12 @@ def _stock_reader(place: Place) -> FileSystemReader:
     return FileSystemReader(place.url)
 
 
-def _fsspec_writer(place: Place) -> FsspecWriter:
-    # With sync_files it calls os.sync() for every file that is not local, which would only cost it time.
-    return FsspecWriter(place.url, sync_files=False, **place.storage_options)
+def _fsspec_writer(place: Place) -> StorageWriter:
+    return stock_url_writer(place.url, **place.storage_options)
 
 
-def _fsspec_reader(place: Place) -> FsspecReader:
-    return FsspecReader(place.url, **place.storage_options)
+def _fsspec_reader(place: Place) -> StorageReader:
+    return stock_url_reader(place.url, **place.storage_options)
 
 
 def _connector_writer(place: Place) -> Any:

@@ -1,19 +1,17 @@
 """Which boxes of which tensor an object of a state dict holds: the one place that looks at kinds of tensors."""
 
+import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
-from torch.distributed.checkpoint.planner_helpers import _create_write_items
-from torch.distributed.checkpoint.utils import find_tensor_shard
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from dcp_storage.dcp.planners.strided import strided_pieces
+from dcp_storage.dcp.undocumented import LocalShardsWrapper, ShardedTensor, local_tensor
 from dcp_storage.errors import CoverageError, DcpStorageError, UnsupportedTensor
 from dcp_storage.geometry import Box, Shape
 
@@ -38,8 +36,12 @@ def write_items(fqn: str, value: object) -> list[WriteItem]:
     if pieces := strided_pieces(fqn, value):
         assert isinstance(value, DTensor)
         return [_item(fqn, value, piece.box) for piece in pieces]
-    items: list[WriteItem] = _from_hook(fqn, value, "__create_write_items__", lambda: _create_write_items(fqn, value))
-    if hasattr(value, "__create_write_items__") and not isinstance(_held(value), Tensor):
+    if not hasattr(value, "__create_write_items__"):
+        return _own_items(fqn, value)
+    items: list[WriteItem] = _from_hook(
+        fqn, value, "__create_write_items__", lambda: value.__create_write_items__(fqn, value)
+    )
+    if not isinstance(_held(value), Tensor):
         _check_items(fqn, value, items)
     if isinstance(value, LocalShardsWrapper) and items:
         reach = _reach([item_box(item) for item in items])
@@ -49,9 +51,19 @@ def write_items(fqn: str, value: object) -> list[WriteItem]:
     return items
 
 
+def _own_items(fqn: str, value: object) -> list[WriteItem]:
+    """Return the items of a value without hooks."""
+    if not isinstance(value, Tensor):
+        return [WriteItem(MetadataIndex(fqn), WriteItemType.BYTE_IO)]
+    if isinstance(value, ShardedTensor):
+        return [_item(fqn, value, chunk_box(_shard_chunk(shard.metadata))) for shard in value.local_shards()]
+    [whole] = wanted_boxes(fqn, value)
+    return [dataclasses.replace(_item(fqn, value, whole), type=WriteItemType.TENSOR)]
+
+
 def _held(value: object) -> Tensor | None:
     """Return the plain tensor behind a DTensor, whose hooks are torch's own and need no check."""
-    local = value._local_tensor if isinstance(value, DTensor) else None  # noqa: SLF001
+    local = local_tensor(value) if isinstance(value, DTensor) else None
     return None if hasattr(local, "__create_write_items__") else local
 
 
@@ -134,14 +146,23 @@ def shard_at(value: Tensor, index: MetadataIndex) -> Tensor:
         return value
     pieces = strided_pieces(index.fqn, value)
     if pieces is None:
-        found = _from_hook(index.fqn, value, "__get_tensor_shard__", lambda: find_tensor_shard(value, index))
+        found = _from_hook(index.fqn, value, "__get_tensor_shard__", lambda: _looked_up(value, index))
     else:
         assert isinstance(value, DTensor)
-        found = value._local_tensor[_piece_at(pieces, index).slices]  # noqa: SLF001
+        found = local_tensor(value)[_piece_at(pieces, index).slices]
     if not isinstance(found, Tensor):
         kind = type(value).__name__
         raise CoverageError(f"{index.fqn}: {kind}.__get_tensor_shard__ returned {found!r}, no tensor", fqn=index.fqn)
     return found
+
+
+def _looked_up(value: Any, index: MetadataIndex) -> object:
+    if not isinstance(value, ShardedTensor):
+        return value.__get_tensor_shard__(index)
+    shards, place = value.local_shards(), index.index or 0
+    if place < len(shards) and tuple(shards[place].metadata.shard_offsets) == tuple(index.offset or ()):
+        return shards[place].tensor
+    return next(s.tensor for s in shards if tuple(s.metadata.shard_offsets) == tuple(index.offset or ()))
 
 
 def _piece_at(pieces: Iterable[tuple[Box, Box]], index: MetadataIndex) -> Box:

@@ -1,13 +1,12 @@
 """A state dict as DCP's planners see it, and the way back: values set where they came from, in place."""
 
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Iterable, Mapping, MutableMapping
 from typing import Any
 
-from torch.distributed._shard.sharded_tensor.api import ShardedTensor
-from torch.distributed.checkpoint._nested_dict import flatten_state_dict
-from torch.distributed.checkpoint._sharded_tensor_utils import _flatten_sharded_tensors
-from torch.distributed.checkpoint._traverse import traverse_state_dict_v_2_3
+from torch import Tensor
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
+from dcp_storage.dcp.undocumented import ShardedTensor
 from dcp_storage.errors import ConfigError
 
 State = dict[str, Any]
@@ -21,30 +20,44 @@ def flatten(state: State, *, nested: bool, sharded_tensors: bool) -> tuple[State
     Raises:
         ConfigError: Two paths make the same name.
     """
-    flat, mappings = _by_name(state) if nested else (dict(state), {})
-    if sharded_tensors and any(isinstance(value, ShardedTensor) for value in flat.values()):
-        flat = _flatten_sharded_tensors(flat)
-    return flat, mappings
-
-
-def _by_name(state: State) -> tuple[State, Mappings]:
+    planner = DefaultSavePlanner(flatten_state_dict=nested, flatten_sharded_tensors=False)
     try:
-        return flatten_state_dict(state)
+        planner.set_up_planner(state)
     except ValueError as error:
         raise ConfigError(f"the state dict has two entries of one name: {error}. Rename one of them") from error
+    if sharded_tensors and any(isinstance(value, ShardedTensor) for value in planner.state_dict.values()):
+        unwrapping = DefaultSavePlanner(flatten_state_dict=False)
+        unwrapping.set_up_planner(planner.state_dict)
+        return unwrapping.state_dict, planner.mappings if nested else {}
+    return dict(planner.state_dict), planner.mappings if nested else {}
 
 
 def flatten_as_before_2_4(state: State) -> tuple[State, Mappings]:
-    """Return a state dict by the names that torch gave before 2.4, when dicts without tensors were stored whole."""
+    """Return a state dict by the names of torch before 2.4, which stored containers without tensors whole."""
     flat: State = {}
     mappings: Mappings = {}
 
-    def keep(path: ObjectPath, value: Any) -> None:
-        name = ".".join(map(str, path))
-        flat[name], mappings[name] = value, path
+    def visit(path: ObjectPath, value: Any) -> None:
+        if _holds_tensors(value):
+            for step, inner in _steps(value):
+                visit((*path, step), inner)
+        else:
+            name = ".".join(map(str, path))
+            flat[name], mappings[name] = value, path
 
-    traverse_state_dict_v_2_3(state, keep)
+    for key, value in state.items():
+        visit((str(key),), value)
     return flat, mappings
+
+
+def _holds_tensors(container: Any) -> bool:
+    return any(isinstance(inner, Tensor) or _holds_tensors(inner) for _, inner in _steps(container))
+
+
+def _steps(container: Any) -> Iterable[tuple[str | int, Any]]:
+    if isinstance(container, Mapping):
+        return ((str(key), inner) for key, inner in container.items())
+    return enumerate(container) if isinstance(container, list) else ()
 
 
 def put(state: State, path: ObjectPath, value: Any) -> None:

@@ -127,8 +127,8 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
             raise CoverageError(f"{fqn} is a {kind} here and a tensor in the checkpoint", fqn=fqn)
         stored, here = StoredTensor(fqn, entry), global_shape(value)
         if here not in {None, stored.shape}:
-            says = f"has shape {list(here or ())} here and {list(stored.shape)} in the checkpoint"
-            raise CoverageError(f"{fqn} {says}", fqn=fqn)
+            says = f"Size mismatch between saved {list(stored.shape)} and current {list(here or ())}"
+            raise CoverageError(f"{says} for {fqn}", fqn=fqn)
         reads: list[ReadItem] = []
         for place, wanted in enumerate(wanted_boxes(fqn, value)):
             if not wanted.numel:
@@ -192,9 +192,10 @@ def _bytes_read(fqn: str, value: object) -> ReadItem:
 
 
 def _missing_message(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    total = f" ({len(missing)} in all)" if len(missing) > 1 else ""
     there = f"; it holds {len(unexpected)} that were not asked for: {_some(unexpected)}" if unexpected else ""
     return (
-        f"the checkpoint does not hold {len(missing)} of the entries: {_some(missing)}{there}. "
+        f"Missing key in checkpoint state_dict: {_some(missing)}{total}{there}. "
         "Load without them, or pass allow_partial_load=True"
     )
 

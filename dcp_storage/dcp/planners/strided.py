@@ -7,8 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
 
+from dcp_storage.dcp.undocumented import StridedShard, local_tensor, split_as
 from dcp_storage.errors import CoverageError
 from dcp_storage.geometry import Box
 
@@ -31,7 +31,7 @@ def strided_pieces(fqn: str, value: object) -> list[Piece] | None:
     Raises:
         CoverageError: The local tensor's shape does not tell, or contradicts, which elements it holds.
     """
-    if not isinstance(value, DTensor) or not any(isinstance(at, _StridedShard) for at in value.placements):
+    if not isinstance(value, DTensor) or not any(isinstance(at, StridedShard) for at in value.placements):
         return None
     runs = [_runs(fqn, value, dim) for dim in range(value.ndim)]
     return [_piece(along) for along in product(*runs)]
@@ -53,7 +53,7 @@ def _held_indices(fqn: str, value: DTensor, dim: int) -> Tensor:
     FSDP shards what TP left, which is the placements from right to left; `distribute_tensor` goes from left to right.
     The two differ where rows do not divide evenly, and then the local tensor's extent must tell which it was.
     """
-    extent = value._local_tensor.shape[dim]  # noqa: SLF001
+    extent = local_tensor(value).shape[dim]
     readings = [reading(value, dim) for reading in (_right_to_left, _left_to_right)]
     fitting = [index for index in readings if index is not None and len(index) == extent]
     if not fitting or any(not torch.equal(index, fitting[0]) for index in fitting):
@@ -78,7 +78,7 @@ def _right_to_left(value: DTensor, dim: int) -> Tensor | None:
     index, sizes = _all_indices(value, dim), list[int]()
     for mesh_dim, placement in reversed(_shards(value, dim)):
         if getattr(placement, "split_factor", prod(sizes)) != prod(sizes) or (
-            sizes and not isinstance(placement, _StridedShard)
+            sizes and not isinstance(placement, StridedShard)
         ):
             return None
         index = _cut(value, index, mesh_dim, Shard(dim))
@@ -86,11 +86,11 @@ def _right_to_left(value: DTensor, dim: int) -> Tensor | None:
     return index.flatten()
 
 
-def _shards(value: DTensor, dim: int) -> list[tuple[int, Shard | _StridedShard]]:
+def _shards(value: DTensor, dim: int) -> list[tuple[int, Shard | StridedShard]]:
     return [
         (mesh_dim, placement)
         for mesh_dim, placement in enumerate(value.placements)
-        if isinstance(placement, Shard | _StridedShard) and placement.dim == dim
+        if isinstance(placement, Shard | StridedShard) and placement.dim == dim
     ]
 
 
@@ -100,14 +100,12 @@ def _all_indices(value: DTensor, dim: int) -> Tensor:
     return torch.arange(value.shape[dim]).view(shape)
 
 
-def _cut(value: DTensor, index: Tensor, mesh_dim: int, placement: Shard | _StridedShard) -> Tensor:
+def _cut(value: DTensor, index: Tensor, mesh_dim: int, placement: Shard | StridedShard) -> Tensor:
     """Return this rank's part of a row of indices, cut by the placement itself."""
     coordinate = value.device_mesh.get_coordinate()
     assert coordinate is not None, "ranks outside of the mesh hold nothing and are not asked"
     count = value.device_mesh.size(mesh_dim)
-    parts, _ = placement._split_tensor(index, count, with_padding=False, contiguous=False)  # noqa: SLF001
-    part: Tensor = parts[coordinate[mesh_dim]]
-    return part
+    return split_as(placement, index, count)[coordinate[mesh_dim]]
 
 
 def _piece(along: tuple[_Run, ...]) -> Piece:

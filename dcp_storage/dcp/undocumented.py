@@ -1,0 +1,122 @@
+"""Every name of torch that its documentation does not promise, and what rests on each; no other module uses one.
+
+`tests/test_undocumented.py` checks on each torch that they exist and mean this. A kind of tensor that this torch does
+not have stands here as a class without instances.
+"""
+
+import multiprocessing
+import threading
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+from torch.distributed.tensor import DTensor, Shard
+
+__all__ = [
+    "METADATA_VERSION",
+    "LocalShardsWrapper",
+    "ShardedTensor",
+    "StridedShard",
+    "group_device",
+    "in_async_process",
+    "in_async_thread",
+    "local_tensor",
+    "split_as",
+    "stock_url_reader",
+    "stock_url_writer",
+    "stock_zstandard",
+    "with_local_tensor",
+]
+
+if TYPE_CHECKING:
+    from torch.distributed._shard.sharded_tensor.api import ShardedTensor
+    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+    from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
+else:
+
+    def _kind(module: str, name: str) -> type:
+        """Return a class, or one without instances where this torch lacks it: then no value can be of that kind."""
+        try:
+            return getattr(import_module(module), name)
+        except (ImportError, AttributeError):
+            return type(name, (), {})
+
+    ShardedTensor = _kind("torch.distributed._shard.sharded_tensor.api", "ShardedTensor")
+    LocalShardsWrapper = _kind("torch.distributed.tensor._shards_wrapper", "LocalShardsWrapper")
+    StridedShard = _kind("torch.distributed.tensor.placement_types", "_StridedShard")
+
+
+THREAD_NAME = "AsyncCheckpointExecutor"
+"""How the names begin of the threads in which `dcp.async_save` saves; each runs one save and ends with it."""
+
+PROCESS_MODULE = "torch.distributed.checkpoint._async_process_executor"
+"""What the process runs in which `dcp.async_save` saves."""
+
+METADATA_VERSION = "1.0.0"
+"""What DCP's own writers call this version of `Metadata` (`CURRENT_DCP_VERSION`)."""
+
+
+def stock_url_reader(url: str, **storage_options: Any) -> StorageReader:
+    """Return DCP's own reader of fsspec URLs."""
+    reader: StorageReader = _fsspec_module().FsspecReader(url, **storage_options)
+    return reader
+
+
+def stock_url_writer(url: str, **options: Any) -> StorageWriter:
+    """Return DCP's own writer to fsspec URLs; it does not sync, which on anything but a local file is `os.sync()`."""
+    writer: StorageWriter = _fsspec_module().FsspecWriter(url, sync_files=False, **options)
+    return writer
+
+
+def _fsspec_module() -> ModuleType:
+    try:
+        return import_module("torch.distributed.checkpoint.fsspec_filesystem")
+    except ModuleNotFoundError:  # before torch 2.15
+        return import_module("torch.distributed.checkpoint._fsspec_filesystem")
+
+
+def stock_zstandard() -> Any:
+    """Return DCP's extension that compresses with zstd: an element of a writer's `_extensions`."""
+    return import_module("torch.distributed.checkpoint._extension").ZStandard()
+
+
+def in_async_thread(thread: threading.Thread) -> bool:
+    """Tell whether a thread runs a save of `dcp.async_save`."""
+    return thread.name.startswith(THREAD_NAME)
+
+
+def in_async_process() -> bool:
+    """Tell whether this is the process of `dcp.async_save`, which does nothing else."""
+    task = getattr(multiprocessing.current_process(), "_target", None)
+    return getattr(task, "__module__", None) == PROCESS_MODULE
+
+
+def local_tensor(value: DTensor) -> Tensor:
+    """Return this rank's part itself; `to_local` would give a view, which autograd may forbid to write."""
+    return value._local_tensor  # noqa: SLF001
+
+
+def with_local_tensor(value: DTensor, local: Tensor) -> DTensor:
+    """Return a DTensor like this one over another local tensor.
+
+    Not `from_local`: it views the local tensor, which wrappers of several shards refuse in three dimensions.
+    """
+    return DTensor(local, value._spec, requires_grad=False)  # type: ignore[no-untyped-call]  # noqa: SLF001
+
+
+def split_as(placement: Shard | StridedShard, tensor: Tensor, count: int) -> list[Tensor]:
+    """Return the parts, unpadded, that a placement cuts a tensor into over `count` ranks."""
+    parts, _ = placement._split_tensor(tensor, count, with_padding=False, contiguous=False)  # noqa: SLF001
+    return parts
+
+
+def group_device() -> torch.device:
+    """Return the current device of the type that the default process group is of: the CPU where it is of several."""
+    if not dist.is_initialized():
+        return torch.device("cpu")
+    kind = dist.distributed_c10d._get_object_coll_device()  # noqa: SLF001
+    return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())

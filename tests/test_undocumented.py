@@ -1,0 +1,143 @@
+"""The names of torch that no documentation promises: each exists on this torch, and means what is built on it."""
+
+import ast
+import multiprocessing
+import threading
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+
+import dcp_storage
+from dcp_storage.dcp import undocumented
+
+ROOT = Path(dcp_storage.__file__).parent
+MODULES = sorted(
+    path.relative_to(ROOT).as_posix() for floor in ("dcp", "demo") for path in (ROOT / floor).rglob("*.py")
+)
+
+
+@pytest.fixture
+def one_rank():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
+    yield
+    dist.destroy_process_group()
+
+
+def private_names(source):
+    """Names with a leading underscore that do not belong to the class or module that uses them."""
+    tree = ast.parse(source)
+    own = {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch"):
+            yield from (part for part in node.module.split(".") if part.startswith("_"))
+            yield from (alias.name for alias in node.names if alias.name.startswith("_"))
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if "torch" in alias.name and "._" in alias.name)
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and not node.attr.startswith("__"):
+            of_own = isinstance(node.value, ast.Name) and node.value.id in {"self", "cls", "other", "os"}
+            assigned = f"self.{node.attr}" in source
+            if not (of_own or assigned or node.attr in own):
+                yield node.attr
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("torch."):
+            yield from (part for part in node.value.split(".") if part.startswith("_"))
+
+
+def test_the_search_finds_every_way_to_use_a_private_name():
+    ways = [
+        "from torch.distributed._shard import x",
+        "from torch.distributed.tensor import _x",
+        "import torch.distributed._shard",
+        "value._local_tensor",
+        "import_module('torch._x')",
+    ]
+    assert all(list(private_names(way)) for way in ways)
+
+
+@pytest.mark.parametrize("module", [name for name in MODULES if name != "dcp/undocumented.py"])
+def test_no_other_module_uses_private_names_of_torch(module):
+    assert not list(private_names((ROOT / module).read_text()))
+
+
+def test_kinds_of_tensors_are_torch_s():
+    from torch.distributed._shard.sharded_tensor import ShardedTensor
+    from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    assert undocumented.ShardedTensor is ShardedTensor
+    assert undocumented.LocalShardsWrapper is LocalShardsWrapper
+    assert undocumented.StridedShard is _StridedShard
+
+
+def test_a_kind_that_is_missing_has_no_instances():
+    missing = undocumented._kind("torch.distributed.tensor", "NeverThere")
+    assert not isinstance(torch.ones(1), missing)
+    assert undocumented._kind("torch.never_there", "X").__name__ == "X"
+
+
+def test_hooks_have_the_names_that_dcp_calls(one_rank):
+    value = distribute_tensor(torch.ones(2, 2), DeviceMesh("cpu", [0]), [Replicate()])
+    for hook in ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard__"):
+        assert callable(getattr(value, hook))
+        assert callable(getattr(undocumented.LocalShardsWrapper, hook))
+
+
+def test_local_tensors(one_rank):
+    value = distribute_tensor(torch.ones(2, 2), DeviceMesh("cpu", [0]), [Shard(0)]).requires_grad_()
+    held = undocumented.local_tensor(value)
+    assert held.equal(torch.ones(2, 2))
+    undocumented.local_tensor(value).detach().zero_()
+    assert not value.to_local().any()
+    other = undocumented.with_local_tensor(value, torch.full((2, 2), 3.0))
+    assert isinstance(other, DTensor)
+    assert (other.shape, other.placements) == (value.shape, value.placements)
+    assert other.to_local().equal(torch.full((2, 2), 3.0))
+
+
+def test_placements_split():
+    index = torch.arange(10)
+    assert [part.tolist() for part in undocumented.split_as(Shard(0), index, 4)] == [
+        [0, 1, 2],
+        [3, 4, 5],
+        [6, 7, 8],
+        [9],
+    ]
+    strided = undocumented.StridedShard(0, split_factor=2)
+    assert undocumented.split_as(strided, torch.arange(8), 2)[1].tolist() == [2, 3, 6, 7]
+
+
+def test_device_of_the_process_group(one_rank):
+    assert undocumented.group_device() == torch.device("cpu")
+
+
+def test_version_is_dcp_s_own():
+    assert undocumented.METADATA_VERSION == CURRENT_DCP_VERSION
+
+
+class Where(dcp.FileSystemWriter):
+    """Notes where DCP saves."""
+
+    def write_data(self, plan, planner):
+        thread = threading.current_thread()
+        here = undocumented.in_async_thread(thread), undocumented.in_async_process()
+        (self.path / "where").write_text(repr(here))
+        (self.path / "parent").write_text(repr(multiprocessing.parent_process() is not None))
+        return super().write_data(plan, planner)
+
+
+@pytest.mark.parametrize("kind", [None, *AsyncCheckpointerType], ids=str)
+def test_saves_know_where_they_run(tmp_path, one_rank, kind):
+    state, writer = {"x": torch.ones(1)}, Where(tmp_path)
+    if kind is None:
+        dcp.save(state, storage_writer=writer)
+    else:
+        dcp.async_save(state, storage_writer=writer, async_checkpointer_type=kind).result(100)
+    expected = (kind is AsyncCheckpointerType.THREAD, kind is AsyncCheckpointerType.PROCESS)
+    assert (tmp_path / "where").read_text() == repr(expected)
