@@ -18,8 +18,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
+from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.planners import plan_cache
-from dcp_storage.dcp.planners.chunks import shard_at
 from dcp_storage.errors import ConfigError, CoverageError, DtypeMismatch, MissingKeys, UnsupportedTensor
 from dcp_storage.geometry import Box
 from tests import fake_ranks
@@ -113,8 +113,6 @@ def test_a_strided_shard_is_placed_right_or_refused_by_name(as_rank, shape):
     from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    from dcp_storage.dcp.planners.chunks import wanted_boxes
-
     refused = placed = 0
     ranks = torch.arange(shape[0] * shape[1]).view(shape)
     for rank in range(ranks.numel()):
@@ -126,7 +124,7 @@ def test_a_strided_shard_is_placed_right_or_refused_by_name(as_rank, shape):
             spec = DTensorSpec(mesh, (_StridedShard(0, split_factor=shape[1]), Shard(0)), tensor_meta=meta)
             value = DTensor(torch.zeros(len(held), 2), spec, requires_grad=False)
             try:
-                boxes = wanted_boxes("t", value)
+                boxes = kind_of("t", value).boxes()
                 found = [box.offsets[0] + n for box in boxes for n in range(box.sizes[0])]
             except CoverageError as error:
                 assert "t: a local tensor" in str(error)
@@ -531,4 +529,4 @@ class Halved(torch.Tensor):
 
 def test_a_hook_for_shards_is_asked_also_without_one_for_chunks():
     value = torch.tensor([2.0, 4.0]).as_subclass(Halved)
-    assert torch.equal(shard_at(value, MetadataIndex("w", torch.Size([0]))), torch.tensor([1.0, 2.0]))
+    assert torch.equal(kind_of("w", value).shard(MetadataIndex("w", torch.Size([0]))), torch.tensor([1.0, 2.0]))

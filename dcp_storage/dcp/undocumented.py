@@ -25,6 +25,7 @@ __all__ = [
     "in_async_process",
     "in_async_thread",
     "local_tensor",
+    "settled",
     "split_as",
     "stock_url_reader",
     "stock_url_writer",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
     from torch.distributed._shard.sharded_tensor.api import ShardedTensor
     from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
     from torch.distributed.tensor.placement_types import _StridedShard as StridedShard
@@ -48,6 +50,7 @@ else:
     ShardedTensor = _kind("torch.distributed._shard.sharded_tensor.api", "ShardedTensor")
     LocalShardsWrapper = _kind("torch.distributed.tensor._shards_wrapper", "LocalShardsWrapper")
     StridedShard = _kind("torch.distributed.tensor.placement_types", "_StridedShard")
+    AsyncCollectiveTensor = _kind("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
 
 
 THREAD_NAME = "AsyncCheckpointExecutor"
@@ -97,7 +100,12 @@ def in_async_process() -> bool:
 
 def local_tensor(value: DTensor) -> Tensor:
     """Return this rank's part itself; `to_local` would give a view, which autograd may forbid to write."""
-    return value._local_tensor  # noqa: SLF001
+    return settled(value._local_tensor)  # noqa: SLF001
+
+
+def settled(value: Tensor) -> Tensor:
+    """Return the result of a collective that may be under way, once it is there; any other tensor as it is."""
+    return value.wait() if isinstance(value, AsyncCollectiveTensor) else value
 
 
 def with_local_tensor(value: DTensor, local: Tensor) -> DTensor:

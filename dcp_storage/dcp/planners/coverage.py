@@ -9,7 +9,7 @@ import torch
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from dcp_storage.dcp.planners.chunks import chunk_box
+from dcp_storage.dcp.kinds.boxes import chunk_box
 from dcp_storage.errors import CoverageError
 from dcp_storage.geometry import Box, Shape, contains, find_overlap, intersect, subtract
 

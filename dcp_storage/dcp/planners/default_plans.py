@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 
-from dcp_storage.dcp.planners.chunks import wanted_boxes
+from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.errors import CoverageError
 from dcp_storage.geometry import Box, Shape
 
@@ -30,7 +30,7 @@ def check_default_plan(plan: LoadPlan, planner: LoadPlanner) -> None:
         if not isinstance(value, Tensor) or fqn not in planner.metadata.state_dict_metadata:
             continue
         wanted: defaultdict[Shape, int] = defaultdict(int)
-        for box in wanted_boxes(fqn, value):
+        for box in kind_of(fqn, value).boxes():
             if box.numel:
                 wanted[box.offsets] += box.numel
         if wanted != planned[fqn]:

@@ -6,7 +6,6 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
-from dcp_storage.dcp.undocumented import ShardedTensor
 from dcp_storage.errors import ConfigError
 
 State = dict[str, Any]
@@ -14,7 +13,7 @@ ObjectPath = tuple[str | int, ...]
 Mappings = dict[str, ObjectPath]
 
 
-def flatten(state: State, *, nested: bool, sharded_tensors: bool) -> tuple[State, Mappings]:
+def flatten(state: State, *, nested: bool) -> tuple[State, Mappings]:
     """Return a state dict by names, and the path of each name; without `nested`, its top level as it is.
 
     Raises:
@@ -25,10 +24,6 @@ def flatten(state: State, *, nested: bool, sharded_tensors: bool) -> tuple[State
         planner.set_up_planner(state)
     except ValueError as error:
         raise ConfigError(f"the state dict has two entries of one name: {error}. Rename one of them") from error
-    if sharded_tensors and any(isinstance(value, ShardedTensor) for value in planner.state_dict.values()):
-        unwrapping = DefaultSavePlanner(flatten_state_dict=False)
-        unwrapping.set_up_planner(planner.state_dict)
-        return unwrapping.state_dict, planner.mappings if nested else {}
     return dict(planner.state_dict), planner.mappings if nested else {}
 
 

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
 from dcp_storage.collector import uncollected
-from dcp_storage.dcp.planners.chunks import chunk_box
+from dcp_storage.dcp.kinds.boxes import chunk_box
 from dcp_storage.errors import CoverageError, DtypeMismatch
 from dcp_storage.geometry import Box, contains, find_overlap, tiling_fault
 

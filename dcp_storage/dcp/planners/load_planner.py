@@ -3,7 +3,7 @@
 import io
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,11 +13,14 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 
 from dcp_storage.collector import uncollected
 from dcp_storage.dcp.entries import load_entry
-from dcp_storage.dcp.planners.chunks import global_shape, holds_nothing, is_whole, shard_at, wanted_boxes
+from dcp_storage.dcp.kinds.hooked import Wrapper
+from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.planners.coverage import StoredTensor
 from dcp_storage.dcp.planners.flatten import flatten, flatten_as_before_2_4, put
-from dcp_storage.dcp.planners.materialize import materialized
 from dcp_storage.errors import ConfigError, CoverageError, DtypeMismatch, MissingKeys
+
+if TYPE_CHECKING:
+    from dcp_storage.dcp.kinds.base import Kind
 
 DtypePolicy = Literal["cast", "warn", "error"]
 
@@ -33,7 +36,6 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         allowed_types: Types, beyond those that `torch.load(weights_only=True)` knows, that entries which are no tensors
             may hold. List only what you trust: their constructors run.
         flatten_state_dict: As it was in the save.
-        flatten_sharded_tensors: As it was in the save.
 
     Attributes:
         skipped: Names that the last load left alone because the checkpoint does not hold them.
@@ -54,11 +56,10 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         dtype_policy: DtypePolicy = "warn",
         allowed_types: Sequence[type] = (),
         flatten_state_dict: bool = True,
-        flatten_sharded_tensors: bool = True,
     ) -> None:
         super().__init__(
             flatten_state_dict=flatten_state_dict,
-            flatten_sharded_tensors=flatten_sharded_tensors,
+            flatten_sharded_tensors=False,
             allow_partial_load=allow_partial_load,
         )
         if dtype_policy not in {"cast", "warn", "error"}:
@@ -68,6 +69,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         self._dtype_policy = dtype_policy
         self._allowed_types = tuple(allowed_types)
         self._shards: dict[tuple[str, int | None], Tensor] = {}
+        self._kinds: dict[str, Kind] = {}
 
     @uncollected
     def set_up_planner(
@@ -84,14 +86,15 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         self.metadata = metadata
         self.is_coordinator = is_coordinator
         self._shards.clear()
-        self.state_dict, self.mappings = flatten(
-            state_dict, nested=self.flatten_state_dict, sharded_tensors=self.flatten_sharded_tensors
-        )
+        self.state_dict, self.mappings = flatten(state_dict, nested=self.flatten_state_dict)
         self._compare_names(metadata)
+        self._kinds = {}
         for fqn, value in self.state_dict.items():
             if isinstance(value, Tensor) and fqn in metadata.state_dict_metadata:
-                filled = materialized(fqn, value)
-                if filled is not value:
+                self._kinds[fqn] = kind_of(fqn, value)
+                filled = self._kinds[fqn].materialized()
+                if filled is not self._kinds[fqn].value:
+                    self._kinds[fqn] = kind_of(fqn, filled)
                     self._put(fqn, filled)
 
     def _compare_names(self, metadata: Metadata) -> None:
@@ -102,7 +105,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
             if any(fqn in old[0] for fqn in self.unexpected):
                 self.state_dict, self.mappings = old
                 self.unexpected = [fqn for fqn in stored if fqn not in self.state_dict]
-        self.skipped = [fqn for fqn, held in self.state_dict.items() if fqn not in stored and not holds_nothing(held)]
+        self.skipped = [fqn for fqn, held in self.state_dict.items() if fqn not in stored and not _is_empty(held)]
 
     @uncollected
     def create_local_plan(self) -> LoadPlan:
@@ -122,21 +125,24 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         return LoadPlan(reads)
 
     def _tensor_reads(self, fqn: str, value: object, entry: TensorStorageMetadata, casts: list[str]) -> list[ReadItem]:
-        if not isinstance(value, Tensor):
-            kind = type(value).__name__
-            raise CoverageError(f"{fqn} is a {kind} here and a tensor in the checkpoint", fqn=fqn)
-        stored, here = StoredTensor(fqn, entry), global_shape(value)
+        if fqn not in self._kinds:
+            kind_here = type(value).__name__
+            raise CoverageError(f"{fqn} is a {kind_here} here and a tensor in the checkpoint", fqn=fqn)
+        kind, stored = self._kinds[fqn], StoredTensor(fqn, entry)
+        here = kind.shape
         if here not in {None, stored.shape}:
             says = f"Size mismatch between saved {list(stored.shape)} and current {list(here or ())}"
             raise CoverageError(f"{says} for {fqn}", fqn=fqn)
         reads: list[ReadItem] = []
-        for place, wanted in enumerate(wanted_boxes(fqn, value)):
+        for place, wanted in enumerate(kind.boxes()):
             if not wanted.numel:
                 continue
             reads.extend(stored.reads(wanted, place))
-            shard = value if is_whole(value) else self.lookup_tensor(MetadataIndex(fqn, wanted.offsets, place))
+            shard = kind.value if kind.is_whole else self.lookup_tensor(MetadataIndex(fqn, wanted.offsets, place))
             if tuple(shard.shape) != wanted.sizes:
                 raise CoverageError(f"{fqn}: its shard {wanted} is of shape {list(shard.shape)}", fqn=fqn)
+            if shard.device.type == "meta":  # a hook that still knows the tensor before it got memory
+                raise kind.no_memory()
             if shard.dtype != entry.properties.dtype:
                 casts.append(f"{fqn} ({entry.properties.dtype} -> {shard.dtype})")
         return reads
@@ -159,7 +165,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         """
         place = (index.fqn, index.index)
         if place not in self._shards:
-            self._shards[place] = shard_at(self.state_dict[index.fqn], index)
+            self._shards[place] = self._kinds[index.fqn].shard(index)
         return self._shards[place]
 
     def transform_tensor(self, read_item: ReadItem, tensor: Tensor) -> Tensor:
@@ -182,6 +188,10 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
     def _put(self, fqn: str, value: object) -> None:
         self.state_dict[fqn] = value
         put(self.original_state_dict, self.mappings.get(fqn, (fqn,)), value)
+
+
+def _is_empty(value: Any) -> bool:
+    return Wrapper.takes(value) and not value.local_shards()
 
 
 def _bytes_read(fqn: str, value: object) -> ReadItem:

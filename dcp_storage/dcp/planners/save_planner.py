@@ -11,18 +11,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from dcp_storage.collector import uncollected
+from dcp_storage.dcp.kinds.boxes import item_box
+from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.planners import plan_cache
-from dcp_storage.dcp.planners.chunks import item_box, shard_at, write_items
 from dcp_storage.dcp.planners.flatten import flatten
 from dcp_storage.dcp.planners.global_plan import make_global_plan
 
 if TYPE_CHECKING:
+    from dcp_storage.dcp.kinds.base import Kind
     from dcp_storage.geometry import Box
 
-_OF_ONE_SAVE = ("state_dict", "plan", "global_plan", "metadata", "_local_plan")
+_OF_ONE_SAVE = ("state_dict", "plan", "global_plan", "metadata", "_local_plan", "_kinds")
 
 
 class ShardedSavePlanner(DefaultSavePlanner):
@@ -33,7 +35,6 @@ class ShardedSavePlanner(DefaultSavePlanner):
 
     Args:
         flatten_state_dict: Flatten nested dicts and lists into names; `False` stores each top-level value as it is.
-        flatten_sharded_tensors: Unwrap `ShardedTensor`s of `ShardedTensor`s, as DCP's default planner does.
         enable_plan_caching: Remember the plans of the last save, so that ranks where nothing changed send and get
             nothing. Keep one planner on each rank for each process group and use it for all saves of that group.
 
@@ -48,12 +49,12 @@ class ShardedSavePlanner(DefaultSavePlanner):
         self,
         *,
         flatten_state_dict: bool = True,
-        flatten_sharded_tensors: bool = True,
         enable_plan_caching: bool = False,
     ) -> None:
-        super().__init__(flatten_state_dict=flatten_state_dict, flatten_sharded_tensors=flatten_sharded_tensors)
+        super().__init__(flatten_state_dict=flatten_state_dict, flatten_sharded_tensors=False)
         self._token = uuid4().hex if enable_plan_caching else None
         self._places: dict[tuple[str, Box], int] = {}
+        self._kinds: dict[str, Kind] = {}
 
     @uncollected
     def set_up_planner(
@@ -68,17 +69,16 @@ class ShardedSavePlanner(DefaultSavePlanner):
             ConfigError: Two paths of the state dict make the same name.
         """
         self.is_coordinator = is_coordinator
-        self.state_dict, self.mappings = flatten(
-            state_dict, nested=self.flatten_state_dict, sharded_tensors=self.flatten_sharded_tensors
-        )
+        self.state_dict, self.mappings = flatten(state_dict, nested=self.flatten_state_dict)
+        self._kinds = {fqn: kind_of(fqn, value) for fqn, value in self.state_dict.items() if isinstance(value, Tensor)}
 
     @uncollected
     def create_local_plan(self) -> SavePlan:
         """Return what this rank could write: all that it holds."""
         items: list[WriteItem] = []
         self._places = {}
-        for fqn, value in self.state_dict.items():
-            held = write_items(fqn, value)
+        for fqn in self.state_dict:
+            held = self._kinds[fqn].write_items() if fqn in self._kinds else [_entry_item(fqn)]
             if len(held) > 1:
                 self._places |= {(fqn, item_box(item)): n for n, item in enumerate(held) if item.tensor_data}
             items += held
@@ -133,11 +133,15 @@ class ShardedSavePlanner(DefaultSavePlanner):
 
     def lookup_object(self, index: MetadataIndex) -> Any:
         """Return what an item is of: the memory of a shard, or an object that is no tensor."""
-        value = self.state_dict[index.fqn]
-        return shard_at(value, index) if isinstance(value, Tensor) else value
+        kind = self._kinds.get(index.fqn)
+        return kind.shard(index) if kind else self.state_dict[index.fqn]
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _OF_ONE_SAVE}
+
+
+def _entry_item(fqn: str) -> WriteItem:
+    return WriteItem(MetadataIndex(fqn), WriteItemType.BYTE_IO)
 
 
 def _warn_if_unsafe(fqn: str, data: io.BytesIO) -> None:

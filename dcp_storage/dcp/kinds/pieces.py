@@ -1,4 +1,4 @@
-"""Which boxes of its global tensor a strided DTensor holds: several, where its rows do not lie in one run."""
+"""Which boxes of its global tensor a DTensor holds whose placements are no plain shards: they are asked, row by row."""
 
 from itertools import product
 from math import prod
@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from dcp_storage.dcp.undocumented import StridedShard, local_tensor, split_as
-from dcp_storage.errors import CoverageError
+from dcp_storage.errors import CoverageError, UnsupportedTensor
 from dcp_storage.geometry import Box
 
 _Run = tuple[int, int, int]  # first index in the local tensor, first index in the global one, how many
@@ -22,19 +22,42 @@ class Piece(NamedTuple):
     local: Box
 
 
-def strided_pieces(fqn: str, value: object) -> list[Piece] | None:
-    """Return the pieces that a DTensor with a `_StridedShard` placement holds; `None` for any other value.
+def pieces_of(fqn: str, value: DTensor) -> list[Piece] | None:
+    """Return the pieces that a DTensor holds whose placements cut it otherwise than `Shard`; `None` for any other.
 
     DCP knows one box a DTensor. For FSDP over TP that is right as long as the rows divide evenly; with the TP dimension
-    replicated again, or an odd split factor, a rank holds rows that are apart from each other.
+    replicated again, an odd split factor, or an interleaved placement of one's own, a rank holds rows that are apart.
 
     Raises:
         CoverageError: The local tensor's shape does not tell, or contradicts, which elements it holds.
+        UnsupportedTensor: A placement does not say how it cuts.
     """
-    if not isinstance(value, DTensor) or not any(isinstance(at, StridedShard) for at in value.placements):
+    if not any(_has_to_be_asked(fqn, placement) for placement in value.placements):
         return None
     runs = [_runs(fqn, value, dim) for dim in range(value.ndim)]
     return [_piece(along) for along in product(*runs)]
+
+
+def _has_to_be_asked(fqn: str, placement: Placement) -> bool:
+    if type(placement) in {Shard, Replicate} or isinstance(placement, Partial):  # DCP's hooks refuse partial sums
+        return False
+    changed = _changed(type(placement))
+    if isinstance(placement, StridedShard) or "_split_tensor" in changed:
+        return True
+    if isinstance(placement, Shard | Replicate) and not changed:
+        return False
+    raise UnsupportedTensor(
+        f"{fqn} has the placement {placement!r}, a {type(placement).__name__}, which does not say by _split_tensor "
+        "which elements a rank holds. Redistribute it to plain Shard placements first",
+        fqn=fqn,
+    )
+
+
+def _changed(kind: type) -> set[str]:
+    """Return the methods of torch's placement that a type derived from it has its own way of."""
+    stop = next((base for base in kind.__mro__ if base in {Shard, Replicate, StridedShard}), object)
+    derived = kind.__mro__[: kind.__mro__.index(stop)]
+    return {name for base in derived for name in vars(base) if hasattr(stop, name) and not name.startswith("__")}
 
 
 def _runs(fqn: str, value: DTensor, dim: int) -> list[_Run]:
@@ -54,7 +77,8 @@ def _held_indices(fqn: str, value: DTensor, dim: int) -> Tensor:
     The two differ where rows do not divide evenly, and then the local tensor's extent must tell which it was.
     """
     extent = local_tensor(value).shape[dim]
-    readings = [reading(value, dim) for reading in (_right_to_left, _left_to_right)]
+    known = all(type(placement) in {Shard, StridedShard} for _, placement in _shards(value, dim))
+    readings = [reading(value, dim) for reading in ((_right_to_left, _left_to_right) if known else (_left_to_right,))]
     fitting = [index for index in readings if index is not None and len(index) == extent]
     if not fitting or any(not torch.equal(index, fitting[0]) for index in fitting):
         raise CoverageError(

@@ -1,0 +1,117 @@
+"""Tensors that are plain local memory: whole ones, shards by their attributes, and `ShardedTensor`s of them."""
+
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
+
+from dcp_storage.dcp.kinds.base import Kind, Part, check_plain
+from dcp_storage.dcp.kinds.boxes import box_item, make_box
+from dcp_storage.dcp.undocumented import ShardedTensor
+from dcp_storage.errors import CoverageError
+from dcp_storage.geometry import Box, Shape, contains, whole
+
+
+class Plain(Kind):
+    """A tensor that is all of itself; of a subclass with operations of its own, a destination that `copy_` fills."""
+
+    is_whole = True
+
+    @staticmethod
+    def takes(value: Any) -> bool:
+        """Take every tensor: this kind comes last."""
+        return isinstance(value, Tensor)
+
+    def parts(self) -> list[Part]:
+        """Return the tensor."""
+        return [Part(whole(tuple(self.value.shape)), self.value)]
+
+    def write_items(self) -> list[WriteItem]:
+        """Return one item.
+
+        Raises:
+            UnsupportedTensor: It is no plain strided memory.
+        """
+        check_plain(self.fqn, self.value)
+        shape = tuple(self.value.shape)
+        return [box_item(self.fqn, whole(shape), shape, self.value.dtype, WriteItemType.TENSOR)]
+
+
+_ATTRIBUTES = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
+
+
+class Checkpointable(Kind):
+    """A local tensor whose four attributes say which boxes of it are which of a global tensor; the rest is padding.
+
+    Torch 2.14 calls this protocol `CheckpointableTensor`. A type with DCP's hooks is what the hooks say, even if it
+    carries the attributes.
+    """
+
+    @staticmethod
+    def takes(value: Any) -> bool:
+        """Take a tensor that carries all four attributes."""
+        return isinstance(value, Tensor) and all(hasattr(value, name) for name in _ATTRIBUTES)
+
+    @property
+    def shape(self) -> Shape:
+        """What the value says."""
+        return tuple(map(int, self.value.global_shape))
+
+    def parts(self) -> list[Part]:
+        """Return a view of each shard.
+
+        Raises:
+            CoverageError: The attributes are no such boxes.
+        """
+        try:
+            return [self._part(*places) for places in self._places()]
+        except (TypeError, ValueError) as error:
+            raise CoverageError(
+                f"{self.fqn}: its attributes global_shape, global_offsets, local_offsets and local_sizes are not those "
+                f"of shards: {error}",
+                fqn=self.fqn,
+            ) from error
+
+    def _places(self) -> list[tuple[Box, Box]]:
+        offsets, local, sizes = self.value.global_offsets, self.value.local_offsets, self.value.local_sizes
+        return [
+            (make_box(at, size), make_box(here or (0,) * len(size), size))
+            for at, here, size in zip(offsets, local, sizes, strict=True)
+        ]
+
+    def _part(self, box: Box, local: Box) -> Part:
+        if not contains(self.shape, box):
+            raise ValueError(f"{box} is outside of the global shape {list(self.shape)}")
+        if not contains(tuple(self.value.shape), local):
+            raise ValueError(f"{local} is outside of the local shape {list(self.value.shape)}")
+        return Part(box, self.value[local.slices])
+
+
+class Sharded(Kind):
+    """A `ShardedTensor`, of FSDP1 or torchrec; its shards may be `ShardedTensor`s themselves."""
+
+    @staticmethod
+    def takes(value: Any) -> bool:
+        """Take a `ShardedTensor`."""
+        return isinstance(value, ShardedTensor)
+
+    def parts(self) -> list[Part]:
+        """Return the local shards; there may be none."""
+        return [part for shard in self.value.local_shards() for part in self._parts(shard)]
+
+    def _parts(self, shard: Any) -> list[Part]:
+        box = make_box(shard.metadata.shard_offsets, shard.metadata.shard_sizes)
+        if not isinstance(shard.tensor, ShardedTensor):
+            return [Part(box, shard.tensor)]
+        inner = Sharded(self.fqn, shard.tensor).parts()
+        return [Part(Box(tuple(map(sum, zip(box.offsets, b.offsets, strict=True))), b.sizes), t) for b, t in inner]
+
+    def materialized(self) -> Any:
+        """Return the value, whose memory only torch's own code can make.
+
+        Raises:
+            UnsupportedTensor: It has none.
+        """
+        if self.value.device.type == "meta" or any(part.memory.device.type == "meta" for part in self.parts()):
+            raise self.no_memory()
+        return self.value
