@@ -11,7 +11,6 @@ from dcp_storage import AsyncStorageWriter, Codec, ShardedSavePlanner
 from tests.states import every_dtype
 
 pytestmark = [
-    pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental"),
     pytest.mark.skipif(shutil.which("zstd") is None, reason="needs the zstd command-line tool"),
 ]
 

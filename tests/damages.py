@@ -22,10 +22,9 @@ from dcp_storage.errors import (
     ObjectNotFound,
     UnsupportedFormat,
 )
-from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.verify import verify
 from tests import fake_ranks
-from tests.states import assert_same, blank_like, random_bits
+from tests.states import DTYPES, assert_same, blank_like, random_bits
 
 CODECS = {
     "zstd": Codec(block_bytes=4096),
@@ -41,7 +40,7 @@ def make_state(seed: int) -> dict[str, Any]:
     torch.manual_seed(seed)
     pick = random.Random(seed)
     return {
-        **{name: random_bits(getattr(torch, name), (50, 7)) for name in ITEM_BYTES},
+        **{name: random_bits(getattr(torch, name), (50, 7)) for name in DTYPES},
         "weights": torch.randn(40, 500),
         "half": torch.randn(60, 200).bfloat16(),
         "zeros": torch.full((5000,), seed),

@@ -7,11 +7,14 @@ from torch import Tensor
 
 from dcp_storage.format.dtypes import ITEM_BYTES
 
+DTYPES = tuple(name for name in ITEM_BYTES if hasattr(torch, name))
+"""Those that this torch has."""
+
 
 def every_dtype() -> dict[str, Any]:
     """Tensors of every dtype that can be stored, and of every awkward shape and stride, and objects that are none."""
     torch.manual_seed(0)
-    state: dict[str, Any] = {name: random_bits(getattr(torch, name), (77, 33)) for name in ITEM_BYTES}
+    state: dict[str, Any] = {name: random_bits(getattr(torch, name), (77, 33)) for name in DTYPES}
     wide = torch.randn(100, 100)
     state["strided"] = {
         "transposed": torch.randn(30, 20).t(),
@@ -21,6 +24,10 @@ def every_dtype() -> dict[str, Any]:
         "conjugate": torch.randn(4, 4, dtype=torch.complex64).conj(),
         "negative": torch.randn(4, 4, dtype=torch.complex64).conj().imag,
         "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "kernel of one": torch.randn(16, 8, 1, 1).to(memory_format=torch.channels_last),
+        "a column": torch.randn(1, 4).t(),
+        "any stride": torch.randn(99).as_strided((1, 5, 1), (77, 1, 13)),
+        "zeros": torch._efficientzerotensor(3, 4),
     }
     state["shapes"] = {"scalar": torch.tensor(3.5), "empty": torch.empty(0, 4), "one": torch.ones(1, 1, 1)}
     state["parameter"] = torch.nn.Parameter(torch.randn(5, 5))

@@ -14,8 +14,6 @@ from dcp_storage import AsyncStorageReader, ShardedLoadPlanner
 from tests.fixtures.make_v1 import CODECS, HERE, golden_state
 from tests.states import assert_same, blank_like
 
-pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
-
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_golden_checkpoints_load_bit_for_bit(codec):

@@ -5,7 +5,6 @@ import os
 import shutil
 from math import prod
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,8 +15,6 @@ from dcp_storage.geometry import Box, whole
 from tests import fake_ranks
 from tests.fake_ranks import Shards
 from tests.states import bits, random_bits
-
-pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental")
 
 EXAMPLES = int(os.environ.get("RESHARDING_EXAMPLES", "200"))
 DTYPES = [torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool, torch.float8_e4m3fn, torch.complex128]

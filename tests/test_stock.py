@@ -35,8 +35,7 @@ from dcp_storage.format.legacy import StockItem, decode_stock_metadata
 from dcp_storage.geometry import Box
 from dcp_storage.observe import Silent
 from dcp_storage.store.local import LocalStore
-
-pytestmark = pytest.mark.filterwarnings("ignore:ComplexHalf support is experimental:UserWarning")
+from tests.states import DTYPES
 
 
 def _noise(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -47,7 +46,7 @@ def _noise(dtype: str, shape: tuple[int, ...]) -> torch.Tensor:
 def _state() -> dict:
     torch.manual_seed(0)
     return {
-        "model": {name: _noise(name, (7, 5)) for name in ITEM_BYTES},
+        "model": {name: _noise(name, (7, 5)) for name in DTYPES},
         "shapes": {
             "scalar": torch.tensor(2.5),
             "empty": torch.ones(0),

@@ -12,8 +12,13 @@ _PINNED = "cuda"
 
 def wait_for_device(tensor: Tensor) -> None:
     """Wait until this thread's stream has computed a tensor: codec threads copy it on streams of their own."""
-    if tensor.device.type not in {"cpu", "meta"}:
-        get_device_module(tensor.device).current_stream(tensor.device).synchronize()
+    if tensor.device.type in {"cpu", "meta"}:
+        return
+    module = get_device_module(tensor.device)
+    if hasattr(module, "current_stream"):
+        module.current_stream(tensor.device).synchronize()
+    elif hasattr(module, "synchronize"):  # one stream for all, as MPS has; without either nothing runs ahead
+        module.synchronize()
 
 
 def host_memory(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:

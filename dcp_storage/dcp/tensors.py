@@ -10,6 +10,8 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from dcp_storage.dcp.device import copying_from, host_memory
 from dcp_storage.dcp.entries import hand_over
+from dcp_storage.dcp.kinds.base import check_plain, dispatches
+from dcp_storage.dcp.undocumented import is_zero_tensor
 from dcp_storage.errors import CoverageError, UnsupportedFormat, UnsupportedTensor
 from dcp_storage.format.blocks import Raw, plane_count
 from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
@@ -87,7 +89,8 @@ class TensorSource:
     """
 
     def __init__(self, tensor: Tensor, fqn: str, *, byte_planes: bool) -> None:
-        self._tensor = _plain(tensor, fqn)
+        check_plain(fqn, tensor)
+        self._tensor = tensor.detach().as_subclass(Tensor)
         self._memory = byte_view(self._tensor) if tensor.device.type == "cpu" and _as_it_lies(tensor) else None
         self._item = tensor.element_size()
         self.nbytes = tensor.numel() * self._item
@@ -114,24 +117,13 @@ class TensorSource:
 
 def _as_it_lies(tensor: Tensor) -> bool:
     """Tell whether a tensor's memory holds its elements, in row-major order."""
-    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
-def _plain(tensor: Tensor, fqn: str) -> Tensor:
-    # The attribute is the same object for every class that leaves dispatch to torch, Parameter among them.
-    dispatches = type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
-    if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized or dispatches:
-        kind = f"{type(tensor).__name__} of layout {tensor.layout} on device {tensor.device}"
-        raise UnsupportedTensor(
-            f"{fqn} is a {kind}; what is stored must be plain strided memory: save its parts as tensors", fqn=fqn
-        )
-    return tensor.detach().as_subclass(Tensor)
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() and not is_zero_tensor(tensor)
 
 
 def byte_view(elements: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor of any dtype as bytes."""
-    rows = elements if elements.dim() else elements.view(1)
-    return memoryview(rows.view(torch.uint8).numpy().reshape(-1).data)
+    # Flat first: a dimension of one element may have any stride.
+    return memoryview(elements.detach().view(-1).view(torch.uint8).numpy().data)
 
 
 class BytesTarget:
@@ -177,7 +169,8 @@ class _Part(NamedTuple):
 
     read: ReadItem
     box: Box
-    tensor: Tensor
+    tensor: Tensor  # what the planner gave
+    target: Tensor  # what the blocks are decoded into: the same, if it is plain memory
     start: int  # the bytes of the chunk between the box's first and last element
     stop: int
     memory: memoryview | None  # of the destination, where it is laid out as the chunk is
@@ -185,6 +178,8 @@ class _Part(NamedTuple):
 
 class ChunkTarget:
     """The destinations of all reads of one stored chunk, so that each of its blocks is decoded once for all of them.
+
+    A destination with operations of its own is filled by its `copy_`, once all of its box is there.
 
     Raises (in `open`):
         CoverageError: The planner resolved a read to a tensor of another shape than the read's.
@@ -210,10 +205,11 @@ class ChunkTarget:
                 f"{read.dest_index.fqn}: the planner gave a tensor of shape {list(tensor.shape)} to read {box} into",
                 fqn=read.dest_index.fqn,
             )
+        target = torch.empty(box.sizes, dtype=self._dtype) if dispatches(tensor) else tensor
         start, stop = flat_extent(self._shape, box)
-        plain = tensor.device.type == "cpu" and tensor.dtype == self._dtype and _as_it_lies(tensor)
-        memory = byte_view(tensor) if plain and stop - start == box.numel else None
-        return _Part(read, box, tensor, start * self._item, stop * self._item, memory)
+        plain = target.device.type == "cpu" and target.dtype == self._dtype and _as_it_lies(target)
+        memory = byte_view(target) if plain and stop - start == box.numel else None
+        return _Part(read, box, tensor, target, start * self._item, stop * self._item, memory)
 
     def direct(self, start: int, stop: int) -> memoryview | None:
         """Return the destination's memory where exactly one read wants all of this slice, as it lies in the chunk."""
@@ -227,7 +223,7 @@ class ChunkTarget:
 
     def window(self, size: int) -> memoryview:
         """Return memory to scatter from: near the first destination, as most have one only."""
-        return byte_view(host_memory(size, torch.uint8, self._parts[0].tensor.device))
+        return byte_view(host_memory(size, torch.uint8, self._parts[0].target.device))
 
     def scatter(self, start: int, raw: memoryview) -> None:
         """Copy the slice's elements to every destination that wants them, converting dtype and device."""
@@ -239,12 +235,14 @@ class ChunkTarget:
             at += run.numel
             for part in parts:
                 if shared := intersect(run, part.box):
-                    destination = part.tensor[shared.relative_to(part.box.offsets).slices]
+                    destination = part.target[shared.relative_to(part.box.offsets).slices]
                     destination.copy_(source[shared.relative_to(run.offsets).slices])
 
     def close(self) -> None:
         """Hand the tensors back to the planner."""
         for part in self._parts:
+            if part.target is not part.tensor:
+                part.tensor.copy_(part.target)
             self._planner.commit_tensor(part.read, part.tensor)
 
 

@@ -24,6 +24,7 @@ __all__ = [
     "group_device",
     "in_async_process",
     "in_async_thread",
+    "is_zero_tensor",
     "local_tensor",
     "settled",
     "split_as",
@@ -114,6 +115,11 @@ def with_local_tensor(value: DTensor, local: Tensor) -> DTensor:
     Not `from_local`: it views the local tensor, which wrappers of several shards refuse in three dimensions.
     """
     return DTensor(local, value._spec, requires_grad=False)  # type: ignore[no-untyped-call]  # noqa: SLF001
+
+
+def is_zero_tensor(value: Tensor) -> bool:
+    """Return whether a tensor is all zeros and has no memory, as autograd makes them."""
+    return value._is_zerotensor()  # noqa: SLF001
 
 
 def split_as(placement: Shard | StridedShard, tensor: Tensor, count: int) -> list[Tensor]:
