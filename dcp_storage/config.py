@@ -55,6 +55,8 @@ class Transfer:
         threads: Threads (beside training: processes) that encode and decode on this rank, or `None` for the cores this
             rank may use divided by `LOCAL_WORLD_SIZE`, at least 1. Items of less than 32 KiB on average have one: more
             gain nothing.
+        keep_staging: Whether the memory that `dcp.async_save` copied a state to is kept for the next one, which then
+            need not wait for new pages. `False` frees it when the save has ended.
         max_gap_bytes: Two wanted ranges of one object that are at most this far apart are read in one request.
 
     Raises:
@@ -65,6 +67,7 @@ class Transfer:
     concurrency: int = 8
     threads: int | None = None
     max_gap_bytes: int = MIB
+    keep_staging: bool = True
 
     def __post_init__(self) -> None:
         _check_range("Transfer.object_bytes", self.object_bytes, MIB, GIB)

@@ -54,6 +54,14 @@ class UnsupportedTensor(DcpStorageError, TypeError):
     """A dtype, layout or planner value that cannot be stored without loss."""
 
 
+class UnsupportedEntry(DcpStorageError, TypeError):
+    """An object that is no tensor and cannot be stored."""
+
+
+class StagingError(DcpStorageError):
+    """A state could not be copied before `dcp.async_save` returned: the host may have no memory for it."""
+
+
 class CoverageError(DcpStorageError, ValueError):
     """The parts of a tensor do not tile it: a gap, an overlap, or a box outside of its bounds."""
 

@@ -8,7 +8,7 @@ import multiprocessing
 import threading
 from importlib import import_module
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,7 +32,10 @@ __all__ = [
     "stock_url_writer",
     "stock_zstandard",
     "with_local_tensor",
+    "without_memory",
 ]
+
+T = TypeVar("T", bound=Tensor)
 
 if TYPE_CHECKING:
     from torch.distributed._functional_collectives import AsyncCollectiveTensor
@@ -120,6 +123,12 @@ def with_local_tensor(value: DTensor, local: Tensor) -> DTensor:
 def is_zero_tensor(value: Tensor) -> bool:
     """Return whether a tensor is all zeros and has no memory, as autograd makes them."""
     return value._is_zerotensor()  # noqa: SLF001
+
+
+def without_memory(cls: type[T], size: torch.Size, dtype: torch.dtype) -> T:
+    """Return an instance of a subclass that looks like a tensor of the host and has no memory of its own."""
+    made: T = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=torch.device("cpu"))  # noqa: SLF001
+    return made
 
 
 def split_as(placement: Shard | StridedShard, tensor: Tensor, count: int) -> list[Tensor]:

@@ -18,7 +18,10 @@ from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.background import Turn, Turns, gentle, step_back, training_runs_here
 from dcp_storage.dcp.calls import Location, Path, choose_observer, observed
 from dcp_storage.dcp.metadata import build_manifest
+from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
 from dcp_storage.dcp.sources import plan_sources
+from dcp_storage.dcp.staging.stage import stage
+from dcp_storage.dcp.staging.staged import StagedState, redeem
 from dcp_storage.dcp.tensors import check_text, dtype_name
 from dcp_storage.dcp.undocumented import METADATA_VERSION
 from dcp_storage.errors import CheckpointExists, ConfigError, StoreError
@@ -194,6 +197,8 @@ class AsyncStorageWriter(StorageWriter):
             WriteResult(item.index, source.nbytes, stored)
             for item, source, stored in zip(plan.items, sources, segments, strict=True)
         ]
+        if isinstance(planner, ShardedSavePlanner):
+            planner.release()
         self._turn.done = self._save.collectives and not self._save.coordinator
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -242,10 +247,41 @@ class AsyncStorageWriter(StorageWriter):
         self._turn.done = True
 
     def storage_meta(self) -> StorageMeta | None:
-        """Tell DCP's planners where this save goes. It is the first that DCP asks: a save waits here for its turn."""
+        """Tell DCP's planners where this save goes. It is the first that DCP asks: a save waits here for its turn.
+
+        Raises:
+            DcpStorageError: What kept this rank's state from being staged: DCP tells all ranks of it now.
+        """
         step_back()
+        staged = redeem()
         self._threads.turn = self._turns.take(self._here.store().url)
+        if staged and staged.error:
+            with self._threads.turn.logging():
+                raise staged.error
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._threads.turn.token)
+
+    def stage(self, state_dict: dict[str, Any]) -> StagedState:
+        """Copy what may be written of a state, before training changes it: DCP saves the copy beside training.
+
+        Of each tensor the elements are copied that this rank holds, whatever their strides, bits, kind and device, and
+        nothing else of its storage. The memory is the process's, and is used again once nothing refers to the copy.
+
+        An entry that cannot be copied raises nothing here: the save fails on all ranks, with its name.
+        """
+        return stage(state_dict, keep=self._transfer.keep_staging)
+
+    _synchronize_after_execute = False
+
+    @property
+    def should_synchronize_after_execute(self) -> bool:
+        """Whether staging goes on after `stage` has returned: never."""
+        return self._synchronize_after_execute
+
+    def synchronize_staging(self) -> None:
+        """Do nothing: `stage` returns when the copy is there."""
+
+    def close(self) -> None:
+        """Do nothing: the writer holds nothing."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:

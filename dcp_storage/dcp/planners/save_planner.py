@@ -136,6 +136,10 @@ class ShardedSavePlanner(DefaultSavePlanner):
         kind = self._kinds.get(index.fqn)
         return kind.shard(index) if kind else self.state_dict[index.fqn]
 
+    def release(self) -> None:
+        """Forget the state, whose memory may be wanted for the next one; all of it is written."""
+        self.state_dict, self._kinds = {}, {}
+
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _OF_ONE_SAVE}
 

@@ -1,0 +1,1 @@
+"""What `dcp.async_save` copies before it returns, and the memory that it is copied to."""

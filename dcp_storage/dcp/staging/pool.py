@@ -1,0 +1,116 @@
+"""Host memory for staged states: one state's worth is kept for the next save, whatever writers come and go."""
+
+import mmap
+import os
+from collections import deque
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from weakref import finalize
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dcp_storage.errors import StagingError
+from dcp_storage.transfer.memory import map_pages
+
+Where = Literal["private", "pinned", "shared"]
+Bytes = NDArray[np.uint8]
+
+_SPARE = 2
+"""Kept memory that is more than this many times too large is given back to the system instead of being lent."""
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Pages of the host; of shared ones, the file that another process can map."""
+
+    array: Bytes
+    where: Where
+    file: int | None = None
+    process: int = field(default_factory=os.getpid)
+
+    def __del__(self) -> None:
+        if self.file is not None:
+            with suppress(OSError):
+                os.close(self.file)
+
+
+class Pool:
+    """Lends memory, and takes it back when nothing refers to what was lent, nor to a tensor over it."""
+
+    def __init__(self) -> None:
+        # A deque, whose operations are atomic: finalizers run in any thread, even within these methods.
+        self._kept: deque[Memory] = deque(maxlen=1)
+        self.shares = False
+        """Whether states are sent to another process: set when one is, and then they are staged in shared memory."""
+
+    def lend(self, nbytes: int, *, device: bool, keep: bool) -> tuple[Bytes, Memory]:
+        """Return memory of `nbytes`, and the pages that it is of.
+
+        Tensors must be made over the array itself (`torch.frombuffer`), which they then keep alive. Once it is gone,
+        the memory is kept for the next loan, or with `keep` false it is freed. `device` says that an accelerator
+        writes to it.
+
+        Raises:
+            StagingError: The host has no such memory.
+        """
+        where: Where = "shared" if self.shares else "pinned" if device and torch.cuda.is_available() else "private"
+        memory = self._take(nbytes, where) or _make(nbytes, where)
+        lent = memory.array[:nbytes]
+        finalize(lent, self._kept.append if keep else _forget, memory).atexit = False
+        return lent, memory
+
+    def _take(self, nbytes: int, where: Where) -> Memory | None:
+        with suppress(IndexError):
+            memory = self._kept.pop()
+            if memory.process != os.getpid():  # after a fork, shared memory is the parent's
+                return None
+            if memory.where == where and nbytes <= len(memory.array) <= _SPARE * nbytes:
+                return memory
+        return None
+
+
+def _forget(memory: Memory) -> None:
+    """Drop the last reference to pages that are not kept."""
+
+
+POOL = Pool()
+"""The pool of this process."""
+
+
+def shared_memory(nbytes: int) -> Memory:
+    """Return memory that another process can map; it is in no file system, so that no limit of `/dev/shm` holds.
+
+    Raises:
+        OSError: The system has none, or not enough.
+        AttributeError: This Python cannot ask for it.
+    """
+    file = os.memfd_create("dcp_storage staging", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(file, nbytes)
+        return Memory(map_shared(file, nbytes), "shared", file)
+    except BaseException:
+        os.close(file)
+        raise
+
+
+def map_shared(file: int, nbytes: int) -> Bytes:
+    """Map shared memory that this process or another one made."""
+    return np.frombuffer(mmap.mmap(file, nbytes, mmap.MAP_SHARED), np.uint8)
+
+
+def _make(nbytes: int, where: Where) -> Memory:
+    try:
+        if where == "shared":
+            return shared_memory(nbytes)
+        if where == "pinned":
+            pinned: Any = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True).numpy()
+            return Memory(pinned, where)
+        return Memory(np.frombuffer(map_pages(nbytes), np.uint8), where)
+    except (OSError, MemoryError, RuntimeError) as error:
+        raise StagingError(
+            f"the host has no memory for a copy of the state, {nbytes} bytes: save with dcp.save, which needs none, or "
+            f"with Transfer(keep_staging=False) once the last save has ended ({error})"
+        ) from error

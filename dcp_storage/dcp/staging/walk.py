@@ -1,0 +1,46 @@
+"""A state dict with other values: containers are made anew, of the same types."""
+
+import copy
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from typing import Any
+
+from torch import Tensor
+
+Change = Callable[[str, Any], Any]
+
+
+def walk(value: Any, leaf: Change, other: Change, fqn: str = "") -> Any:
+    """Return a value with each tensor in its containers replaced by `leaf`, and every other object by `other`.
+
+    Both are given the name that DCP flattens a state dict to.
+    """
+    if isinstance(value, Tensor):
+        return leaf(fqn, value)
+    if isinstance(value, Mapping):
+        inner = ((key, walk(held, leaf, other, _below(fqn, key))) for key, held in value.items())
+        return _mapping_like(value, inner)
+    if type(value) is tuple or isinstance(value, list):
+        walked = (walk(held, leaf, other, _below(fqn, number)) for number, held in enumerate(value))
+        return _sequence_like(value, walked)
+    return other(fqn, value)
+
+
+def _below(fqn: str, step: Any) -> str:
+    return f"{fqn}.{step}" if fqn else str(step)
+
+
+def _mapping_like(value: Mapping[Any, Any], inner: Iterable[tuple[Any, Any]]) -> Any:
+    if type(value) is dict or not isinstance(value, MutableMapping):
+        return dict(inner)
+    made = copy.copy(value)
+    for key, held in inner:
+        made[key] = held
+    return made
+
+
+def _sequence_like(value: Any, walked: Iterable[Any]) -> Any:
+    if type(value) in {list, tuple}:
+        return type(value)(walked)
+    made = copy.copy(value)
+    made[:] = walked
+    return made
