@@ -26,7 +26,7 @@ def host_memory(elements: int, dtype: torch.dtype, device: torch.device) -> Tens
 
     Where it is pinned, torch keeps it when it is dropped, and lends it again.
     """
-    return torch.empty(elements, dtype=dtype, pin_memory=device.type == _PINNED)
+    return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=device.type == _PINNED)
 
 
 @contextmanager

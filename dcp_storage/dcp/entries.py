@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import pickletools
 import zipfile
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -11,7 +12,8 @@ import torch
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
-from dcp_storage.errors import BlockCorrupt, UnsupportedFormat
+from dcp_storage.dcp.kinds.plain import SHARD_ATTRIBUTES
+from dcp_storage.errors import BlockCorrupt, UnsupportedFormat, UnsupportedTensor
 
 Allowed = Sequence[Callable[..., Any] | tuple[Callable[..., Any], str]]
 
@@ -35,6 +37,32 @@ def load_entry(fqn: str, value: io.BytesIO, allowed: Allowed = ()) -> Any:
         ) from error
     except Exception as error:  # torch.load raises what it comes upon in damaged bytes
         raise _damaged(fqn, f"torch.load cannot read it: {str(error).partition(chr(10))[0]:.200}") from error
+
+
+_SHARDS = ("DTensor", "ShardedTensor", "LocalShardsWrapper", "StagedTensor")
+"""Types whose instances hold one rank's part of a tensor."""
+
+
+def refuse_shards(fqn: str, value: io.BytesIO) -> None:
+    """Refuse a container that pickles a part of a distributed tensor: one rank's would become every rank's.
+
+    Raises:
+        UnsupportedTensor: It holds one, in a tuple or another object.
+    """
+    data = value.getvalue()
+    if not any(name.encode() in data for name in (*_SHARDS, SHARD_ATTRIBUTES[0])):  # as in nearly all
+        return
+    with zipfile.ZipFile(value) as container:
+        pickled = container.read(next(name for name in container.namelist() if name.endswith("/data.pkl")))
+    words = {word for _, argument, _ in pickletools.genops(pickled) for word in str(argument).split()}
+    held = sorted(words.intersection(_SHARDS))
+    if held or words.issuperset(SHARD_ATTRIBUTES):
+        kind = held[0] if held else "CheckpointableTensor"
+        raise UnsupportedTensor(
+            f"{fqn} is stored whole, as one rank has it, and holds a {kind} in a tuple or another object: put it in a "
+            "dict or a list of the state dict, and keep flatten_state_dict=True",
+            fqn=fqn,
+        )
 
 
 def hand_over(planner: LoadPlanner, read: ReadItem, value: io.BytesIO) -> None:

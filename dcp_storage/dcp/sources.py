@@ -2,12 +2,14 @@
 
 import io
 
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from dcp_storage.collector import uncollected
 from dcp_storage.dcp.device import wait_for_device
+from dcp_storage.dcp.entries import refuse_shards
+from dcp_storage.dcp.kinds.plain import Checkpointable
 from dcp_storage.dcp.tensors import BytesSource, TensorSource
-from dcp_storage.errors import CoverageError, DtypeMismatch
+from dcp_storage.errors import CoverageError, DtypeMismatch, UnsupportedTensor
 from dcp_storage.transfer.save import Source
 
 
@@ -18,7 +20,7 @@ def plan_sources(plan: SavePlan, planner: SavePlanner, *, byte_planes: bool) -> 
     Raises:
         CoverageError: The planner resolved an item to another shape than it planned.
         DtypeMismatch: ... or to another dtype.
-        UnsupportedTensor: An item is no plain strided memory.
+        UnsupportedTensor: An item is no plain strided memory, or an object holds a part of a distributed tensor.
     """
     return [_source(item, planner, byte_planes=byte_planes) for item in plan.items]
 
@@ -26,6 +28,7 @@ def plan_sources(plan: SavePlan, planner: SavePlanner, *, byte_planes: bool) -> 
 def _source(item: WriteItem, planner: SavePlanner, *, byte_planes: bool) -> Source:
     data = planner.resolve_data(item)
     if isinstance(data, io.BytesIO):
+        refuse_shards(item.index.fqn, data)
         return BytesSource(data)
     planned = item.tensor_data
     assert planned is not None, "DCP's planners resolve tensor items to tensors and others to BytesIO"
@@ -39,6 +42,12 @@ def _source(item: WriteItem, planner: SavePlanner, *, byte_planes: bool) -> Sour
         raise DtypeMismatch(
             f"{item.index.fqn}: {planned.properties.dtype} was planned, the state dict holds {data.dtype}: "
             "was it changed since its plan was cached?",
+            fqn=item.index.fqn,
+        )
+    if item.type is WriteItemType.TENSOR and Checkpointable.takes(data):
+        raise UnsupportedTensor(
+            f"{item.index.fqn} is a shard by its attributes (CheckpointableTensor), and the planner takes it for all "
+            "of its tensor: save with ShardedSavePlanner",
             fqn=item.index.fqn,
         )
     wait_for_device(data)

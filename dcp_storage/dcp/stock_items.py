@@ -1,6 +1,7 @@
 """One stored item of a stock checkpoint, from bytes to a tensor: bounded, checked, and without running any of it."""
 
 import io
+import pickle
 import zipfile
 from collections.abc import Sequence
 from math import prod
@@ -112,10 +113,13 @@ def load_tensor(item: Item, kind: Kind, data: bytes) -> Tensor:
 
     Raises:
         BlockCorrupt: It is damaged, or not that tensor.
+        UnsupportedFormat: It is an object of a type of its own, such as a quantized tensor.
     """
     storage_bytes = _check_container(item, data)
     try:
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _no_plain_tensor(item, data) or item.damaged(f"torch.load cannot read it: {error!s:.200}") from error
     except Exception as error:  # torch.load raises what it comes upon in damaged bytes
         raise item.damaged(f"torch.load cannot read it: {str(error).partition(chr(10))[0]:.200}") from error
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -138,7 +142,7 @@ def _check_container(item: Item, data: bytes) -> int:
         raise item.damaged(f"it is no container of torch.save: {error}") from error
     if len(records) > _MAX_RECORDS or not all(_is_plain(record, len(data)) for record in records):
         raise item.damaged("it is no container that torch.save made")
-    return _storage_bytes(item, records)
+    return _storage_bytes(item, records, data)
 
 
 def _is_plain(record: zipfile.ZipInfo, available: int) -> bool:
@@ -147,8 +151,26 @@ def _is_plain(record: zipfile.ZipInfo, available: int) -> bool:
     return stored and record.header_offset + record.file_size <= available
 
 
-def _storage_bytes(item: Item, records: Sequence[zipfile.ZipInfo]) -> int:
+def _no_plain_tensor(item: Item, data: bytes) -> UnsupportedFormat | None:
+    """Return the error that names the type of a tensor that is stored as an object of its own, if that can be told."""
+    try:
+        with zipfile.ZipFile(io.BytesIO(data)) as container:  # what fails its CRC names anything
+            container.read(next(name for name in container.namelist() if name.endswith("/data.pkl")))
+        types = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+    except Exception:  # noqa: BLE001 - a damaged pickle need not let itself be listed
+        return None
+    if not types:
+        return None
+    return UnsupportedFormat(
+        f"{item.place}: {item.fqn} was stored as an object of types that are not a plain tensor's "
+        f"({', '.join(types):.200}); load it with DCP's own reader if you trust it",
+        fqn=item.fqn,
+    )
+
+
+def _storage_bytes(item: Item, records: Sequence[zipfile.ZipInfo], data: bytes) -> int:
     storages = [record.file_size for record in records if record.filename.rpartition("/")[0].endswith("/data")]
     if len(storages) != 1:
-        raise item.damaged(f"it holds {len(storages)} storages in place of one tensor's")
+        fault = item.damaged(f"it holds {len(storages)} storages in place of one tensor's")
+        raise _no_plain_tensor(item, data) or fault
     return storages[0]

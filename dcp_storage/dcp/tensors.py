@@ -205,7 +205,7 @@ class ChunkTarget:
                 f"{read.dest_index.fqn}: the planner gave a tensor of shape {list(tensor.shape)} to read {box} into",
                 fqn=read.dest_index.fqn,
             )
-        target = torch.empty(box.sizes, dtype=self._dtype) if dispatches(tensor) else tensor
+        target = torch.empty(box.sizes, dtype=self._dtype, device="cpu") if dispatches(tensor) else tensor
         start, stop = flat_extent(self._shape, box)
         plain = target.device.type == "cpu" and target.dtype == self._dtype and _as_it_lies(target)
         memory = byte_view(target) if plain and stop - start == box.numel else None

@@ -253,11 +253,11 @@ class AsyncStorageWriter(StorageWriter):
             DcpStorageError: What kept this rank's state from being staged: DCP tells all ranks of it now.
         """
         step_back()
-        staged = redeem()
+        error = redeem()
         self._threads.turn = self._turns.take(self._here.store().url)
-        if staged and staged.error:
+        if error:
             with self._threads.turn.logging():
-                raise staged.error
+                raise error
         return StorageMeta(checkpoint_id=self.checkpoint_id, save_id=self._threads.turn.token)
 
     def stage(self, state_dict: dict[str, Any]) -> StagedState:

@@ -21,12 +21,12 @@ class Memories:
         self._size = max(self._size, size)
         memory = self._free.pop() if self._free else memoryview(b"")
         if len(memory) < size:
-            memory = memoryview(map_pages(self._size))
+            memory = memoryview(_map(self._size))
         yield memory
         self._free.append(memory)
 
 
-def map_pages(size: int) -> mmap.mmap:
+def _map(size: int) -> mmap.mmap:
     """Map memory of this process alone, in huge pages where Linux has them: one fault stands for 512."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -121,7 +121,7 @@ def _shards(value: DTensor, dim: int) -> list[tuple[int, Shard | StridedShard]]:
 def _all_indices(value: DTensor, dim: int) -> Tensor:
     shape = [1] * value.ndim
     shape[dim] = value.shape[dim]
-    return torch.arange(value.shape[dim]).view(shape)
+    return torch.arange(value.shape[dim], device="cpu").view(shape)
 
 
 def _cut(value: DTensor, index: Tensor, mesh_dim: int, placement: Shard | StridedShard) -> Tensor:

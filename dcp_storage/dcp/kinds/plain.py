@@ -37,7 +37,8 @@ class Plain(Kind):
         return [box_item(self.fqn, whole(shape), shape, self.value.dtype, WriteItemType.TENSOR)]
 
 
-_ATTRIBUTES = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
+SHARD_ATTRIBUTES = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
+"""What makes a plain tensor shards of a global one."""
 
 
 class Checkpointable(Kind):
@@ -50,7 +51,7 @@ class Checkpointable(Kind):
     @staticmethod
     def takes(value: Any) -> bool:
         """Take a tensor that carries all four attributes."""
-        return isinstance(value, Tensor) and all(hasattr(value, name) for name in _ATTRIBUTES)
+        return isinstance(value, Tensor) and all(hasattr(value, name) for name in SHARD_ATTRIBUTES)
 
     @property
     def shape(self) -> Shape:

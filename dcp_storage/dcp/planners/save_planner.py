@@ -124,7 +124,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
             return data
         box = item_box(write_item)
         if not box.numel:
-            return torch.empty(planned.chunk.sizes, dtype=planned.properties.dtype)
+            return torch.empty(planned.chunk.sizes, dtype=planned.properties.dtype, device="cpu")
         # Hooks take the hint for the shard's place on this rank, and need it where an empty shard has the same offset.
         place = self._places.get((write_item.index.fqn, box), 0)
         index = MetadataIndex(write_item.index.fqn, write_item.index.offset, place)

@@ -5,21 +5,26 @@ import os
 from collections import deque
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Literal
-from weakref import finalize
+from time import sleep
+from typing import Literal
+from weakref import finalize, ref
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from dcp_storage.config import MIB
 from dcp_storage.errors import StagingError
-from dcp_storage.transfer.memory import map_pages
 
 Where = Literal["private", "pinned", "shared"]
 Bytes = NDArray[np.uint8]
 
 _SPARE = 2
 """Kept memory that is more than this many times too large is given back to the system instead of being lent."""
+
+_WORTH_WAITING = 64 * MIB
+_RETURNING_S = 0.005
+"""What memory takes less to come back than new pages to come."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,7 @@ class Pool:
     def __init__(self) -> None:
         # A deque, whose operations are atomic: finalizers run in any thread, even within these methods.
         self._kept: deque[Memory] = deque(maxlen=1)
+        self._lent: ref[Bytes] | None = None
         self.shares = False
         """Whether states are sent to another process: set when one is, and then they are staged in shared memory."""
 
@@ -60,9 +66,12 @@ class Pool:
         memory = self._take(nbytes, where) or _make(nbytes, where)
         lent = memory.array[:nbytes]
         finalize(lent, self._kept.append if keep else _forget, memory).atexit = False
+        self._lent = ref(lent)
         return lent, memory
 
     def _take(self, nbytes: int, where: Where) -> Memory | None:
+        if nbytes >= _WORTH_WAITING and self._lent and self._lent() is not None:
+            sleep(_RETURNING_S)  # a thread of DCP's drops its state a moment after it said that the save is done
         with suppress(IndexError):
             memory = self._kept.pop()
             if memory.process != os.getpid():  # after a fork, shared memory is the parent's
@@ -105,10 +114,8 @@ def _make(nbytes: int, where: Where) -> Memory:
     try:
         if where == "shared":
             return shared_memory(nbytes)
-        if where == "pinned":
-            pinned: Any = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=True).numpy()
-            return Memory(pinned, where)
-        return Memory(np.frombuffer(map_pages(nbytes), np.uint8), where)
+        # Not huge pages: where host memory is in fragments they take five times as long to come.
+        return Memory(torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=where == "pinned").numpy(), where)
     except (OSError, MemoryError, RuntimeError) as error:
         raise StagingError(
             f"the host has no memory for a copy of the state, {nbytes} bytes: save with dcp.save, which needs none, or "

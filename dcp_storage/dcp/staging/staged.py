@@ -124,10 +124,13 @@ class StagedState(dict[str, Any]):
         return copy
 
 
-def redeem() -> StagedState | None:
-    """Return the staged state that this thread is about to save, once."""
+def redeem() -> DcpStorageError | None:
+    """Return what kept the state from being staged that this thread is about to save; its tensors are DCP's now."""
     state, _thread.state = _thread.state, None
-    return state
+    if state is None:
+        return None
+    state.clear()  # DCP's thread keeps it longer than the save needs it
+    return state.error
 
 
 def lay(memory: Bytes, place: Place) -> Tensor:
