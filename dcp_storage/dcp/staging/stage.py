@@ -95,14 +95,14 @@ class _Layout:
 
     def copies(self, memory: Bytes) -> Iterator[Tensor]:
         """Copy one planned tensor after another."""
-        copied: dict[int, Tensor] = {}
+        copied: set[Place] = set()
         for items, dtype, parts in self._planned:
             shards = []
             for fqn, tensor, place in parts:
                 shard = lay(memory, place)
-                if copied.get(place.offset) is None or not shard.numel():
+                if place not in copied:
                     _copy(fqn, tensor, shard)
-                    copied[place.offset] = shard
+                    copied.add(place)
                 shards.append(shard)
             yield shards[0] if items is None else StagedTensor(items, shards, dtype)
 

@@ -1,0 +1,327 @@
+"""What `async_save` copies before it returns: the elements and nothing else, into memory that is used again."""
+
+import dataclasses
+import gc
+import os
+import pickle
+import threading
+from datetime import timedelta
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+from torch.testing._internal.two_tensor import TwoTensor
+
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner, Transfer
+from dcp_storage.dcp.staging import pool, staged
+from dcp_storage.dcp.staging.stage import stage
+from dcp_storage.errors import StagingError, UnsupportedEntry, UnsupportedTensor
+from tests.fake_ranks import Shards
+from tests.states import assert_same, blank_like, every_dtype
+
+MIB = 1 << 20
+async_save = partial(dcp.async_save, no_dist=True)
+keeping = partial(stage, keep=True)
+
+
+@pytest.fixture(autouse=True)
+def a_pool_of_its_own(monkeypatch):
+    gc.collect()
+    monkeypatch.setattr(staged, "POOL", fresh := pool.Pool())
+    monkeypatch.setattr("dcp_storage.dcp.staging.stage.POOL", fresh)
+    return fresh
+
+
+@pytest.fixture
+def process_group(monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
+    yield
+    dist.destroy_process_group()
+
+
+def odd_tensors():
+    """Tensors whose storage is not what they hold."""
+    torch.manual_seed(1)
+    wide = torch.randn(MIB)
+    weight = torch.nn.Parameter(torch.randn(4, 4))
+    weight.lock = threading.Lock()
+    graph = torch.randn(3, requires_grad=True) * 2
+    tied = torch.randn(7, 7)
+    return {
+        **every_dtype(),
+        "conj": torch.randn(3, dtype=torch.complex64).conj(),
+        "neg": torch.randn(3, dtype=torch.complex128).conj().imag,
+        "few of many": wide[5:9],
+        "overlapping": wide.as_strided((3, 4), (1, 2), 7),
+        "a lock": weight,
+        "not a leaf": graph,
+        "tied": [tied, tied, tied.t(), tied[0]],
+        "tuple": (torch.randn(2), {"deep": torch.ones(1)[0]}, "text"),
+    }
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["our_planners", "default_planners"])
+@pytest.mark.parametrize("kind", AsyncCheckpointerType, ids=lambda kind: kind.name)
+def test_a_state_is_saved_as_it_was(tmp_path, process_group, kind, sharded):
+    state = odd_tensors()
+    writer, planner = AsyncStorageWriter(tmp_path), ShardedSavePlanner() if sharded else None
+    future = dcp.async_save(state, storage_writer=writer, planner=planner, async_checkpointer_type=kind)
+    with torch.no_grad():
+        state["float32"].fill_(0)  # what training does next
+        state["a lock"].fill_(0)
+        state["tuple"][0].fill_(0)
+    state["objects"]["list"].append("later")
+    future.result(100)
+    expected = odd_tensors()
+    loaded = blank_like(expected)
+    planner = ShardedLoadPlanner() if sharded else None
+    dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path), planner=planner)
+    pairs = [(state.pop("tuple"), list) for state in (loaded, expected)]
+    assert_same(*[kind(value) for value, kind in pairs])
+    assert_same(loaded, expected)
+
+
+def test_dcp_takes_the_writer_for_its_stager(tmp_path):
+    assert isinstance(AsyncStorageWriter(tmp_path), AsyncStager)
+
+
+def test_elements_are_copied_and_not_their_storages(lent):
+    wide = torch.randn(64 * MIB)
+    assert keeping({f"w{n}": wide[n * 4 : n * 4 + 4] for n in range(100)}).error is None
+    assert lent == [100 * 64]
+    tied = torch.randn(1000)
+    keeping({"a": tied, "b": [tied, torch.nn.Parameter(tied)]})
+    assert lent[1:] == [4032]
+
+
+def tensors(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    values = value.values() if isinstance(value, dict) else value
+    return [tensor for inner in values for tensor in tensors(inner)]
+
+
+@pytest.fixture
+def lent(monkeypatch):
+    """The sizes of all loans."""
+    sizes, real = [], pool.Pool.lend
+
+    def lend(self, nbytes, **options):
+        sizes.append(nbytes)
+        return real(self, nbytes, **options)
+
+    monkeypatch.setattr(pool.Pool, "lend", lend)
+    return sizes
+
+
+def test_staged_tensors_have_storages_of_their_own_size():
+    """Else an entry that is pickled whole would hold all of the state."""
+    state = keeping({"a": torch.randn(100), "b": (torch.randn(10), torch.randn(3, 3).bfloat16())})
+    sizes = [tensor.untyped_storage().nbytes() for tensor in tensors(state)]
+    assert sizes == [400, 40, 18]
+
+
+def address(state):
+    return min(tensor.data_ptr() for tensor in tensors(state) if tensor.numel())
+
+
+def test_memory_is_used_again_once_nothing_refers_to_it():
+    state = {"w": torch.randn(MIB), "v": torch.ones(3)}
+    first = keeping(state)
+    place = address(first)
+    second = keeping(state)
+    assert address(second) != place, "the first is still there"
+    kept = first["w"][5:]
+    del first
+    third = keeping(state)
+    assert address(third) not in {place, address(second)}, "a view of the first is still there"
+    assert torch.equal(kept, state["w"][5:])
+    del kept
+    assert address(keeping(state)) == place
+
+
+def test_at_most_one_state_is_kept_and_a_much_smaller_one_does_not_keep_it(a_pool_of_its_own):
+    states = [keeping({"w": torch.randn(MIB)}) for _ in range(3)]
+    states.clear()
+    assert [len(memory.array) for memory in a_pool_of_its_own._kept] == [4 * MIB]
+    keeping({"w": torch.randn(MIB // 2)})
+    assert [len(memory.array) for memory in a_pool_of_its_own._kept] == [4 * MIB]
+    keeping({"w": torch.randn(100)})
+    assert [len(memory.array) for memory in a_pool_of_its_own._kept] == [448]
+
+
+def test_nothing_is_kept_where_that_is_asked_for(tmp_path, a_pool_of_its_own):
+    writer = AsyncStorageWriter(tmp_path, transfer=Transfer(keep_staging=False))
+    async_save({"w": torch.randn(MIB)}, storage_writer=writer).result(100)
+    gc.collect()
+    assert not a_pool_of_its_own._kept
+
+
+@pytest.mark.parametrize("planner", [ShardedSavePlanner(), None], ids=["a kept planner", "default planners"])
+def test_saves_that_follow_one_another_use_one_memory(tmp_path, planner, monkeypatch):
+    made, real = [], pool._make
+
+    def make(nbytes, where):
+        made.append(nbytes)
+        return real(nbytes, where)
+
+    monkeypatch.setattr(pool, "_make", make)
+    monkeypatch.setattr(pool, "_RETURNING_S", 1)
+    state = {"w": torch.randn(17 * MIB)}
+    for step in range(6):
+        async_save(state, storage_writer=AsyncStorageWriter(tmp_path / str(step % 2)), planner=planner).result(100)
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("kind", AsyncCheckpointerType, ids=lambda kind: kind.name)
+@pytest.mark.parametrize("sharded", [True, False], ids=["our_planners", "default_planners"])
+@pytest.mark.parametrize(
+    ("make", "error", "says"),
+    [
+        (lambda: TwoTensor(torch.ones(3), torch.ones(3)), UnsupportedTensor, "odd.one is a TwoTensor"),
+        (lambda: torch.eye(3).to_sparse(), UnsupportedTensor, "odd.one is a Tensor of layout torch.sparse_coo"),
+        (lambda: torch.empty(3, device="meta"), UnsupportedTensor, "odd.one is a Tensor .* on device meta"),
+        (threading.Lock, UnsupportedEntry, "odd.one holds a lock that cannot be copied"),
+    ],
+    ids=["wrapper", "sparse", "meta", "lock"],
+)
+@pytest.mark.usefixtures("process_group")
+def test_what_cannot_be_staged_fails_the_save_by_name(tmp_path, make, error, says, sharded, kind):  # noqa: PLR0917
+    planner = ShardedSavePlanner() if sharded else None
+    writer = AsyncStorageWriter(tmp_path / "x")
+    state = {"fine": torch.ones(3), "odd": {"one": make()}}
+    future = dcp.async_save(state, storage_writer=writer, planner=planner, async_checkpointer_type=kind)
+    with pytest.raises(CheckpointException, match=says) as failure:
+        future.result(100)
+    assert isinstance(failure.value.failures[0][0], error)
+    assert not (tmp_path / "x").exists()
+    fine = {"fine": torch.ones(3)}
+    dcp.async_save(fine, storage_writer=writer, planner=planner, async_checkpointer_type=kind).result(100)
+
+
+@pytest.mark.parametrize("sharded", [True, False], ids=["our_planners", "default_planners"])
+def test_wrapper_subclasses_are_refused_by_a_save_that_is_not_asynchronous_too(tmp_path, sharded):
+    planner = ShardedSavePlanner() if sharded else None
+    state = {"two": TwoTensor(torch.ones(3), torch.ones(3))}
+    with pytest.raises(CheckpointException, match="two is a TwoTensor") as failure:
+        dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path / "x"), planner=planner)
+    assert isinstance(failure.value.failures[0][0], UnsupportedTensor)
+    assert not list(tmp_path.glob("x/*"))
+
+
+def test_an_error_that_nobody_thought_of_is_typed_and_keeps_its_cause():
+    def nested(depth):
+        value = "leaf"
+        for _ in range(depth):
+            value = [value]
+        return {"deep": value}
+
+    failed = keeping(nested(3000))
+    assert isinstance(failed.error, StagingError)
+    assert isinstance(failed.error.__cause__, RecursionError)
+    assert str(pickle.loads(pickle.dumps(failed.error))) == str(failed.error)
+
+
+def test_no_memory_of_the_host_is_said(monkeypatch):
+    def none(*args, **kwargs):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(pool.torch, "empty", none)
+    assert "the host has no memory for a copy of the state, 64 bytes" in str(keeping({"w": torch.ones(3)}).error)
+
+
+def test_hooks_are_asked_once_and_their_answers_kept(tmp_path):
+    from dcp_storage.geometry import Box
+
+    boxes = [(Box((0, 0), (2, 3)), torch.randn(2, 3)), (Box((2, 0), (1, 3)), torch.randn(1, 3))]
+    state = {"own": Shards((3, 3), boxes, torch.float32)}
+    future = async_save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner())
+    expected = torch.cat([tensor.clone() for _, tensor in boxes])
+    for _, tensor in boxes:
+        tensor.zero_()
+    future.result(100)
+    loaded = {"own": torch.zeros(3, 3)}
+    dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path), planner=ShardedLoadPlanner())
+    assert torch.equal(loaded["own"], expected)
+
+
+def test_a_stager_of_the_users_own_keeps_working(tmp_path):
+    stager = DefaultStager(StagingOptions(False, False, False, False))
+    state = {"w": torch.randn(100)}
+    for step in range(2):
+        async_save(state, storage_writer=AsyncStorageWriter(tmp_path / str(step)), async_stager=stager).result(100)
+        loaded = blank_like(state)
+        dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path / str(step)))
+        assert_same(loaded, state)
+    stager.close()
+
+
+def receive(pipe):
+    state = pipe.recv()
+    pipe.send(
+        [(name, value.sum().item() if isinstance(value, torch.Tensor) else value) for name, value in state.items()]
+    )
+    pipe.recv()
+
+
+@pytest.mark.parametrize("memfd", [True, False])
+def test_a_state_reaches_another_process_in_shared_memory(monkeypatch, memfd, a_pool_of_its_own):
+    if not memfd:
+        monkeypatch.delattr(os, "memfd_create")
+    context = torch.multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    process = context.Process(target=receive, args=(there,), daemon=True)
+    process.start()
+    there.close()
+    state = keeping({"w": torch.arange(10.0), "n": 5, "empty": torch.empty(0)})
+    here.send(state)
+    assert here.recv() == [("w", 45.0), ("n", 5), ("empty", 0.0)]
+    here.send("end")
+    process.join(60)
+    assert process.exitcode == 0
+    assert keeping({"w": torch.ones(3)}).error is None or not memfd
+    if memfd:
+        assert a_pool_of_its_own.shares
+        assert keeping({"w": torch.ones(3)})._memory.where == "shared"
+
+
+def test_a_child_of_fork_does_not_take_the_parents_shared_memory(a_pool_of_its_own):
+    a_pool_of_its_own.shares = True
+    keeping({"w": torch.randn(MIB)})
+    [kept] = a_pool_of_its_own._kept
+    child = os.fork()
+    if not child:
+        torch.set_num_threads(1)
+        other = keeping({"w": torch.randn(MIB)})
+        os._exit(0 if address(other) != kept.array.ctypes.data and other.error is None else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+def test_containers_keep_their_types():
+    import collections
+
+    state = {
+        "ordered": collections.OrderedDict(b=torch.ones(1), a=2),
+        "default": collections.defaultdict(list, x=[torch.ones(1)]),
+        "named": torch.Size([3]),
+        "config": Config(3, [1]),
+    }
+    found = keeping(state)
+    assert type(found["ordered"]) is collections.OrderedDict
+    assert list(found["ordered"]) == ["b", "a"]
+    assert found["default"].default_factory is list
+    assert found["named"] == torch.Size([3])
+    assert found["config"] == state["config"]
+    assert found["config"].values is not state["config"].values
+
+
+@dataclasses.dataclass
+class Config:
+    depth: int
+    values: list
