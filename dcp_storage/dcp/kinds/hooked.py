@@ -22,7 +22,7 @@ def has_hooks(value: Any) -> bool:
 
 
 class Hooked(Kind):
-    """A value of any type that has DCP's hooks; what they return is checked."""
+    """A value of any type that has some of DCP's hooks, whose answers are checked, and else is plain."""
 
     @staticmethod
     def takes(value: Any) -> bool:
@@ -37,6 +37,8 @@ class Hooked(Kind):
             UnsupportedTensor: The hook failed.
         """
         hook = "__create_write_items__"
+        if not hasattr(self.value, hook):
+            return Plain(self.fqn, self.value).write_items()
         items: list[WriteItem] = self.ask(hook, self.fqn, self.value)
         fault = self._fault(items)
         if fault:
@@ -62,6 +64,8 @@ class Hooked(Kind):
             UnsupportedTensor: The hook failed.
         """
         hook = "__create_chunk_list__"
+        if not hasattr(self.value, hook):
+            return Plain(self.fqn, self.value).boxes()
         chunks = self.ask(hook)
         try:
             return [chunk_box(chunk) for chunk in chunks]
@@ -79,6 +83,8 @@ class Hooked(Kind):
             UnsupportedTensor: The hook failed.
         """
         hook = "__get_tensor_shard__"
+        if not hasattr(self.value, hook):
+            return Plain(self.fqn, self.value).shard(index)
         found = self.ask(hook, index)
         if not isinstance(found, Tensor):
             kind = type(self.value).__name__
