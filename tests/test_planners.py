@@ -1,7 +1,9 @@
 """The planners in one process: who writes what, what is refused with which words, and what a cached plan may not do."""
 
+import collections
 import io
 import pickle
+import types
 from itertools import pairwise
 
 import pytest
@@ -20,6 +22,7 @@ from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.planners import plan_cache
+from dcp_storage.dcp.planners.flatten import flatten
 from dcp_storage.errors import ConfigError, CoverageError, DtypeMismatch, MissingKeys, UnsupportedTensor
 from dcp_storage.geometry import Box
 from tests import fake_ranks
@@ -530,3 +533,22 @@ class Halved(torch.Tensor):
 def test_a_hook_for_shards_is_asked_also_without_one_for_chunks():
     value = torch.tensor([2.0, 4.0]).as_subclass(Halved)
     assert torch.equal(kind_of("w", value).shard(MetadataIndex("w", torch.Size([0]))), torch.tensor([1.0, 2.0]))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {},
+        {"a": {}, "b": [], "c": [[]], "d": [{}], "e": ({}, torch.ones(1))},
+        {"a": [1, [2, [torch.ones(1)]], {"x": 3}], "b": [1, 2], 3: {4: {None: torch.ones(1)}}},
+        {"a": collections.OrderedDict(b=[torch.ones(1), 2]), "m": types.MappingProxyType({"x": 1})},
+        {"a": [(torch.ones(1),)], "b": [[1, 2], [3]], "c": [[{}]], "d": {"e": {"f": [5]}}},
+    ],
+)
+def test_names_are_those_of_dcp(state):
+    stock = dcp.DefaultSavePlanner()
+    stock.set_up_planner(state)
+    flat, mappings = flatten(state, nested=True)
+    assert list(flat) == list(stock.state_dict)
+    assert all(flat[fqn] is stock.state_dict[fqn] for fqn in flat)
+    assert mappings == stock.mappings

@@ -16,6 +16,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.testing._internal.two_tensor import TwoTensor
+from torch.torch_version import TorchVersion
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner, Transfer
 from dcp_storage.dcp.staging import pool, staged
@@ -165,6 +166,8 @@ def test_nothing_is_kept_where_that_is_asked_for(tmp_path, a_pool_of_its_own):
 
 @pytest.mark.parametrize("planner", [ShardedSavePlanner(), None], ids=["a kept planner", "default planners"])
 def test_saves_that_follow_one_another_use_one_memory(tmp_path, planner, monkeypatch):
+    if planner is None and TorchVersion(torch.__version__) < "2.13":
+        pytest.skip("DCP's own planner leaves the state to the garbage collector")
     made, real = [], pool._make
 
     def make(nbytes, where):

@@ -1,7 +1,7 @@
 """The one place where what a storage system raises becomes a `StoreError`."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from dcp_storage.errors import StoreError
@@ -22,31 +22,48 @@ class Failures:
         self.url = strip_userinfo(url)
         self._secrets = secrets
 
-    @contextmanager
-    def mapped(self, operation: str, name: str = "", *, absent: type[StoreError] = StoreError) -> Iterator[None]:
-        """Raise what fails in the block as `StoreError`, or as `absent` where it is a `FileNotFoundError`.
+    def mapped(self, operation: str, name: str = "", *, absent: type[StoreError] = StoreError) -> "Mapping":
+        """Return a context that raises what fails in it as `StoreError`, or as `absent` for a `FileNotFoundError`.
 
-        Only calls into the storage system belong in the block: everything they raise is a failure of storage. A
-        `StoreError` passes as it is, and so does a cancellation.
+        Only calls into the storage system belong in it: everything they raise is a failure of storage. A `StoreError`
+        passes as it is, and so does a cancellation.
         """
-        try:
-            yield
-        except StoreError:
-            raise
-        except Exception as error:  # noqa: BLE001 - every file system raises types of its own
-            kind = absent if isinstance(error, FileNotFoundError) else StoreError
-            mapped = self.error(operation, name, describe(error), kind)
-            # A printed traceback shows the cause too, so a cause that holds a secret is left out of it.
-            raise mapped from (None if self._leaks(error) else error)
+        return Mapping(self, operation, name, absent)
 
     def error(self, operation: str, name: str, reason: str, kind: type[StoreError] = StoreError) -> StoreError:
         """Return the error for an operation on an object (or on the whole prefix where `name` is empty)."""
         where = f"{self.url.rstrip('/')}/{name}" if name else self.url
         return kind(f"cannot {operation} {where}: {mask(reason, self._secrets)}", url=self.url, object_name=name)
 
-    def _leaks(self, error: BaseException) -> bool:
+    def leaks(self, error: BaseException) -> bool:
+        """Tell whether an error, or what is behind it, shows a secret."""
         texts = [f"{link} {link!r}" for link in chain(error)]
         return any(mask(text, self._secrets) != text for text in texts)
+
+
+@dataclass(frozen=True)
+class Mapping:
+    """The context of one operation.
+
+    No generator, and no name for what is raised: either would be a circle with the traceback, which holds the frames of
+    all callers, and with them the state that they save, until the garbage collector comes.
+    """
+
+    failures: Failures
+    operation: str
+    name: str
+    absent: type[StoreError]
+
+    def __enter__(self) -> None:
+        """Begin the operation."""
+
+    def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
+        if not isinstance(error, Exception) or isinstance(error, StoreError):
+            return
+        kind = self.absent if isinstance(error, FileNotFoundError) else StoreError
+        # A printed traceback shows the cause too, so a cause that holds a secret is left out of it.
+        cause = None if self.failures.leaks(error) else error
+        raise self.failures.error(self.operation, self.name, describe(error), kind) from cause
 
 
 def describe(error: BaseException) -> str:

@@ -1,10 +1,9 @@
 """A state dict as DCP's planners see it, and the way back: values set where they came from, in place."""
 
-from collections.abc import Iterable, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 
 from dcp_storage.errors import ConfigError
 
@@ -14,35 +13,49 @@ Mappings = dict[str, ObjectPath]
 
 
 def flatten(state: State, *, nested: bool) -> tuple[State, Mappings]:
-    """Return a state dict by names, and the path of each name; without `nested`, its top level as it is.
+    """Return a state dict by DCP's names, and the path of each name; without `nested`, its top level as it is.
+
+    Dicts are opened, and lists that hold tensors or dicts; any other value is an entry.
 
     Raises:
         ConfigError: Two paths make the same name.
     """
-    planner = DefaultSavePlanner(flatten_state_dict=nested, flatten_sharded_tensors=False)
-    try:
-        planner.set_up_planner(state)
-    except ValueError as error:
-        raise ConfigError(f"the state dict has two entries of one name: {error}. Rename one of them") from error
-    return dict(planner.state_dict), planner.mappings if nested else {}
+    return _by_names(state, _is_open) if nested else (dict(state), {})
 
 
 def flatten_as_before_2_4(state: State) -> tuple[State, Mappings]:
-    """Return a state dict by the names of torch before 2.4, which stored containers without tensors whole."""
+    """Return a state dict by the names of torch before 2.4, which stored containers without tensors whole.
+
+    Raises:
+        ConfigError: Two paths make the same name.
+    """
+    return _by_names(state, _holds_tensors)
+
+
+def _by_names(state: State, is_open: Callable[[Any], bool]) -> tuple[State, Mappings]:
     flat: State = {}
     mappings: Mappings = {}
-
-    def visit(path: ObjectPath, value: Any) -> None:
-        if _holds_tensors(value):
-            for step, inner in _steps(value):
-                visit((*path, step), inner)
-        else:
-            name = ".".join(map(str, path))
-            flat[name], mappings[name] = value, path
-
-    for key, value in state.items():
-        visit((str(key),), value)
+    # Not DCP's own function: in torch 2.10 it leaves a circle that holds the state.
+    for path, value in _leaves((), state, is_open):
+        name = ".".join(map(str, path))
+        if name in flat:
+            raise ConfigError(f"the state dict has two entries of the name {name}. Rename one of them")
+        flat[name], mappings[name] = value, path
     return flat, mappings
+
+
+def _leaves(path: ObjectPath, value: Any, is_open: Callable[[Any], bool]) -> Iterator[tuple[ObjectPath, Any]]:
+    for step, inner in _steps(value):
+        if is_open(inner):
+            yield from _leaves((*path, step), inner, is_open)
+        else:
+            yield (*path, step), inner
+
+
+def _is_open(value: Any) -> bool:
+    if isinstance(value, list):
+        return any(isinstance(inner, Tensor) or _is_open(inner) for inner in value)
+    return isinstance(value, Mapping)
 
 
 def _holds_tensors(container: Any) -> bool:
