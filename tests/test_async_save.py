@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner, Transfer
 from dcp_storage.errors import StoreError
@@ -287,25 +286,6 @@ def test_processes_that_were_asked_for_encode_beside_training(tmp_path, encoders
     writer = AsyncStorageWriter(tmp_path, transfer=Transfer(threads=3, object_bytes=1 << 20))
     async_save({"large": torch.rand(12 << 20)}, storage_writer=writer).result()
     assert len(encoders.processes) == 3
-
-
-def test_a_stager_that_is_kept_serves_saves_that_follow_one_another(tmp_path):
-    stager = DefaultStager(StagingOptions(*[False] * 4))
-    state = state_of(0)
-    for step in (1, 2, 3):
-        state["large"].fill_(step)
-        state["strided"].fill_(step)
-        path = tmp_path / str(step)
-        future = async_save(
-            state | {"step": step},
-            storage_writer=AsyncStorageWriter(path, transfer=SMALL),
-            planner=ShardedSavePlanner(),
-            async_stager=stager,
-        )
-        state["large"].fill_(-step)
-        future.result()
-    stager.close()
-    assert [loaded_value(tmp_path / str(step)) for step in (1, 2, 3)] == [1, 2, 3]
 
 
 def test_saves_that_succeed_are_not_told(tmp_path, caplog):

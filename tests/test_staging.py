@@ -256,12 +256,16 @@ def test_hooks_are_asked_once_and_their_answers_kept(tmp_path):
 
 def test_a_stager_of_the_users_own_keeps_working(tmp_path):
     stager = DefaultStager(StagingOptions(False, False, False, False))
-    state = {"w": torch.randn(100)}
-    for step in range(2):
-        async_save(state, storage_writer=AsyncStorageWriter(tmp_path / str(step)), async_stager=stager).result(100)
+    state = {"w": torch.randn(100), "turned": torch.randn(3, 4).t()}
+    for step in range(3):
+        state["w"].fill_(step)
+        future = async_save(state, storage_writer=AsyncStorageWriter(tmp_path / str(step)), async_stager=stager)
+        expected = {name: value.clone() for name, value in state.items()}
+        state["w"].fill_(-1)
+        future.result(100)
         loaded = blank_like(state)
         dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path / str(step)))
-        assert_same(loaded, state)
+        assert_same(loaded, expected)
     stager.close()
 
 

@@ -8,14 +8,12 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
@@ -28,10 +26,8 @@ from integration.bench.states import Sizes, State, mixed
 from integration.bench.stores import LocalShelf
 from integration.servers import free_ports
 
-KEPT = "THREAD, stager kept"
 _EXECUTORS = {
     "THREAD": AsyncCheckpointerType.THREAD,
-    KEPT: AsyncCheckpointerType.THREAD,
     "PROCESS": AsyncCheckpointerType.PROCESS,
 }
 
@@ -70,7 +66,7 @@ def _measure(places: list[Place], sizes: Sizes, rounds: int, alone_seconds: floa
     _join_alone()
     training, state = _Training(alone_seconds), mixed(sizes)
     variants = list(zip(_variants(), places, strict=True))
-    for variant, place in variants:  # the process of PROCESS is started by its first save, and a stager filled
+    for variant, place in variants:  # the process of PROCESS is started by its first save, and memory taken
         _begin(*variant, state, f"{place.url}/first").result()
         shutil.rmtree(f"{place.url}/first")
     training.alone()
@@ -127,12 +123,6 @@ class _Training:
         self._optimizer.step()
 
 
-@cache
-def _stager() -> DefaultStager:
-    """What DCP would make for each save: memory that its copies of the state are kept in."""
-    return DefaultStager(StagingOptions(*[False] * 4))
-
-
 def _begin(name: str, executor: str, state: State, url: str) -> Future[Any]:
     ours = name == OURS
     writer = AsyncStorageWriter(url) if ours else FileSystemWriter(url)
@@ -141,7 +131,6 @@ def _begin(name: str, executor: str, state: State, url: str) -> Future[Any]:
         storage_writer=writer,
         planner=ShardedSavePlanner() if ours else None,
         async_checkpointer_type=_EXECUTORS[executor],
-        async_stager=_stager() if executor == KEPT else None,
     )
     return cast("Future[Any]", getattr(response, "upload_completion", response))
 
