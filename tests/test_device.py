@@ -1,6 +1,7 @@
 """Tensors on accelerators: on a real one where there is one, else on host memory that plays the part of one."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,6 +76,20 @@ def test_memory_of_the_host_is_neither_pinned_nor_copied_on_streams(monkeypatch,
     dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path))
     dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path), planner=ShardedLoadPlanner())
     assert torch.equal(loaded["t"], state["t"])
+
+
+@pytest.mark.parametrize("offers", [("current_stream", "synchronize"), ("synchronize",), ()])
+def test_a_device_is_waited_for_by_what_it_offers(monkeypatch, offers):
+    """CUDA has streams, MPS one for all work; another may run nothing ahead of the program."""
+    waited, module = [], SimpleNamespace()
+    stream = SimpleNamespace(synchronize=lambda: waited.append("its stream"))
+    if "current_stream" in offers:
+        module.current_stream = lambda device: stream
+    if "synchronize" in offers:
+        module.synchronize = lambda: waited.append("all of it")
+    monkeypatch.setattr(device_module, "get_device_module", lambda device: module)
+    device_module.wait_for_device(SimpleNamespace(device=SimpleNamespace(type="mps")))
+    assert waited == {2: ["its stream"], 1: ["all of it"], 0: []}[len(offers)]
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
