@@ -26,6 +26,7 @@ def every_dtype() -> dict[str, Any]:
         "channels_last": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last),
         "kernel of one": torch.randn(16, 8, 1, 1).to(memory_format=torch.channels_last),
         "a column": torch.randn(1, 4).t(),
+        "one element": torch.randn(9).as_strided((1,), (5,)),
         "any stride": torch.randn(99).as_strided((1, 5, 1), (77, 1, 13)),
         "zeros": torch._efficientzerotensor(3, 4),
     }
@@ -61,7 +62,7 @@ def blank_like(value: Any) -> Any:
 
 
 def bits(tensor: Tensor) -> Tensor:
-    flat = tensor.detach().resolve_conj().resolve_neg().contiguous().view(-1)
+    flat = torch.empty(tensor.numel(), dtype=tensor.dtype).copy_(tensor.detach().reshape(-1))
     return flat.view(torch.uint8) if flat.numel() else flat
 
 

@@ -1,5 +1,7 @@
 """Kinds of tensors beyond plain ones: shards by attributes, hooks on local tensors, placements of one's own."""
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -423,10 +425,10 @@ def test_a_stock_checkpoint_of_a_subclass_is_called_what_it_is(tmp_path):
 
 def test_loads_under_inference_mode(tmp_path):
     state = {"w": WHOLE, "turned": WHOLE.t(), "zero": torch.tensor(5)}
-    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), no_dist=True)
-    for planner in (ShardedLoadPlanner(), None):
+    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path / "ours"), no_dist=True)
+    dcp.save(state, storage_writer=dcp.FileSystemWriter(tmp_path / "stock"), no_dist=True)
+    for path, planner in itertools.product(("ours", "stock"), (ShardedLoadPlanner(), None)):
         with torch.inference_mode():
-            loaded = {"w": torch.zeros(SHAPE), "turned": torch.zeros(6, 11), "zero": torch.tensor(0)}
-            dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path), planner=planner, no_dist=True)
+            loaded = {"w": torch.zeros(SHAPE), "turned": torch.zeros(11, 6).t(), "zero": torch.tensor(0)}
+            dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path / path), planner=planner, no_dist=True)
             assert_same(loaded, state)
-        dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path), planner=planner, no_dist=True)

@@ -4,6 +4,7 @@ import io
 from collections.abc import Sequence
 from functools import partial
 
+import torch
 import zstandard
 from torch import Tensor
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
@@ -163,6 +164,7 @@ class _Loader:
         return target
 
 
+@torch.inference_mode()  # destinations that were made in it take writes in it only
 def _decode_into(
     item: Item,
     kind: Kind,

@@ -122,8 +122,9 @@ def _as_it_lies(tensor: Tensor) -> bool:
 
 def byte_view(elements: Tensor) -> memoryview:
     """Return the memory of a contiguous CPU tensor of any dtype as bytes."""
-    # Flat first: a dimension of one element may have any stride.
-    return memoryview(elements.detach().view(-1).view(torch.uint8).numpy().data)
+    # Not view(-1): a dimension of one element may have any stride.
+    flat = elements.detach().as_strided((elements.numel(),), (1,))
+    return memoryview(flat.view(torch.uint8).numpy().data)
 
 
 class BytesTarget:
@@ -225,6 +226,7 @@ class ChunkTarget:
         """Return memory to scatter from: near the first destination, as most have one only."""
         return byte_view(host_memory(size, torch.uint8, self._parts[0].target.device))
 
+    @torch.inference_mode()  # destinations that were made in it take writes in it only
     def scatter(self, start: int, raw: memoryview) -> None:
         """Copy the slice's elements to every destination that wants them, converting dtype and device."""
         elements = torch.frombuffer(raw, dtype=torch.uint8).view(self._dtype)
