@@ -1,5 +1,7 @@
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
+import msgspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -7,6 +9,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner, Transfer
 from dcp_storage.errors import CheckpointExists, StoreError
+from dcp_storage.format.manifest import StoredObject, decode, encode
 from dcp_storage.store.local import LocalStore
 from tests import fake_ranks
 from tests.states import blank_like
@@ -61,6 +64,31 @@ def test_files_that_no_manifest_names_are_never_deleted(tmp_path):
     save(tmp_path, 2)
     assert other_save_in_flight.exists()
     assert (tmp_path / "notes.txt").exists()
+
+
+FOREIGN = ["train_config.json", ".metadata", "0123456789abcdef-0-0.distcp.bak", "__0_0.distcp.zst", "model.safetensors"]
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+@pytest.mark.parametrize("stock", [True, False], ids=["stock", "ours"])
+def test_a_manifest_is_no_reason_to_delete_a_file_of_somebody_else_s(tmp_path, stock, name):
+    manifest = tmp_path / ".metadata"
+    if stock:
+        dcp.save(state_of(1), storage_writer=dcp.FileSystemWriter(tmp_path))
+        metadata = pickle.loads(manifest.read_bytes())
+        for info in metadata.storage_data.values():
+            info.relative_path = name
+        manifest.write_bytes(pickle.dumps(metadata))
+    else:
+        save(tmp_path, 1)
+        old = decode(manifest.read_bytes(), "here")
+        objects = (StoredObject(name, old.objects[0].size), *old.objects[1:])
+        manifest.write_bytes(encode(msgspec.structs.replace(old, objects=objects)))
+    if name != ".metadata":
+        (tmp_path / name).write_bytes(b"mine")
+    save(tmp_path, 2)
+    assert loaded_value(tmp_path) == 2
+    assert name == ".metadata" or (tmp_path / name).read_bytes() == b"mine"
 
 
 def test_overwrite_false_refuses_before_a_byte_is_written(tmp_path):

@@ -7,6 +7,8 @@ MANIFEST = ".metadata"
 SUFFIXES = {"zstd": ".distcp.zst", "none": ".distcp"}
 
 _SAFE = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f:]{1,255}")
+_DATA_OBJECT = re.compile(r"[0-9a-f]{16}-\d+-\d+\.distcp(?:\.zst)?")
+_STOCK_OBJECT = re.compile(r"__\d+_\d+\.distcp")
 _RANK_MANIFEST = re.compile(r"__(\d+)\.metadata")
 
 
@@ -18,6 +20,16 @@ def new_token() -> str:
 def data_object(token: str, rank: int, number: int, *, compression: str) -> str:
     """Return the name of a rank's `number`-th data object of one save."""
     return f"{token}-{rank}-{number}{SUFFIXES[compression]}"
+
+
+def is_data_object(name: str) -> bool:
+    """Return whether a name is of the form that this package gives to data objects."""
+    return _DATA_OBJECT.fullmatch(name) is not None
+
+
+def is_stock_object(name: str) -> bool:
+    """Return whether a name is of the form that DCP's own writers give to data objects."""
+    return _STOCK_OBJECT.fullmatch(name) is not None
 
 
 def rank_manifest(rank: int) -> str:

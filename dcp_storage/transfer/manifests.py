@@ -16,7 +16,7 @@ from dcp_storage.errors import (
 from dcp_storage.format.legacy import StockManifest, decode_stock_metadata
 from dcp_storage.format.manifest import Manifest, decode, encode, is_manifest
 from dcp_storage.format.merge import merge
-from dcp_storage.format.names import MANIFEST, parse_rank_manifest, rank_manifest
+from dcp_storage.format.names import MANIFEST, is_data_object, is_stock_object, parse_rank_manifest, rank_manifest
 from dcp_storage.format.validate import validate
 from dcp_storage.store.base import Store
 
@@ -113,7 +113,8 @@ async def is_committed(store: Store, rank: int | None) -> bool:
 async def replaced_objects(store: Store) -> list[str]:
     """Return what a new manifest makes superfluous: objects, and rank manifests, of the checkpoint that it replaces.
 
-    A manifest that cannot be read names nothing: what it stood for stays where it is.
+    A manifest that cannot be read names nothing: what it stood for stays where it is. So does what one names that is
+    not of the form of a save's objects: a manifest is no reason to delete a file of somebody else's.
     """
     try:
         old = await read_manifest(store)
@@ -123,6 +124,6 @@ async def replaced_objects(store: Store) -> list[str]:
         logger.warning("the checkpoint that is being replaced cannot be read, so its objects are left: %s", error)
         return []
     if isinstance(old, StockManifest):
-        return sorted({item.object_name for item in old.storage.values()})
+        return sorted(filter(is_stock_object, {item.object_name for item in old.storage.values()}))
     parts = [name for name in await store.list() if parse_rank_manifest(name) is not None]
-    return [*parts, *(stored.name for stored in old.objects)]
+    return [*parts, *(stored.name for stored in old.objects if is_data_object(stored.name))]
