@@ -70,7 +70,7 @@ class SteppedStore(Store):
 
 
 def manifest_of(token: str, objects: int) -> Manifest:
-    names = [data_object(token, rank, 0, compression="none") for rank in range(objects)]
+    names = [data_object(f"{ord(token[0]):016x}", rank, 0, compression="none") for rank in range(objects)]
     segments = [Segment(number, 0, (1,), xxh3_64_hexdigest(b"x")) for number in range(objects)]
     return Manifest(
         save_id=token,

@@ -2,6 +2,7 @@ import asyncio
 import fcntl
 import os
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,3 +236,30 @@ def test_all_but_the_ends_of_files_go_past_the_page_cache(tmp_path, monkeypatch,
     files = list(tmp_path.glob("*-*"))
     assert sum(cached) <= 4096 * len(files) + (tmp_path / ".metadata").stat().st_size
     assert sum(direct) > sum(file.stat().st_size for file in files) * 0.99
+
+
+@pytest.mark.parametrize("form", [str, Path, "file://{}".format], ids=["str", "Path", "URL"])
+def test_a_relative_path_stays_what_it_was_when_it_was_given(tmp_path, monkeypatch, form):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    path = form("run/step-1")
+    writer, reader, planner = AsyncStorageWriter(path), AsyncStorageReader(path), Roaming(tmp_path / "elsewhere")
+    state = {"w": torch.arange(5), "v": [1, {"x": torch.ones(2)}]}
+    dcp.save(state, storage_writer=writer, planner=planner)
+    assert sorted(found.name for found in tmp_path.iterdir()) == ["elsewhere", "run"]
+    assert not list((tmp_path / "elsewhere").iterdir())
+    loaded = blank_like(state)
+    dcp.load(loaded, storage_reader=reader)
+    assert_same(loaded, state)
+
+
+class Roaming(ShardedSavePlanner):
+    """Changes the working directory in the middle of a save."""
+
+    def __init__(self, directory):
+        super().__init__()
+        self._directory = directory
+
+    def resolve_data(self, item):
+        os.chdir(self._directory)
+        return super().resolve_data(item)

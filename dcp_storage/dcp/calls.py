@@ -10,7 +10,7 @@ from dcp_storage.errors import ConfigError
 from dcp_storage.observe import Observer, Operation, Silent
 from dcp_storage.progress import ProgressBar
 from dcp_storage.store.base import Store
-from dcp_storage.store.open import open_store
+from dcp_storage.store.open import open_store, resolve
 from dcp_storage.store.redact import strip_userinfo
 from dcp_storage.transfer.workers import run_async
 
@@ -29,6 +29,7 @@ class Location:
     def __post_init__(self) -> None:
         if not os.fspath(self.path):
             raise ConfigError("the checkpoint's path is empty; give a directory or a URL")
+        object.__setattr__(self, "path", resolve(self.path))  # once: the program may change its directory
         self.store()  # an unknown protocol is better refused now than when the first checkpoint is due
 
     def __repr__(self) -> str:

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fsspec import get_filesystem_class
@@ -13,6 +14,8 @@ from dcp_storage.store.local import LocalStore
 from dcp_storage.store.redact import strip_userinfo
 from dcp_storage.store.remote import RemoteStore
 from dcp_storage.store.threaded import MemoryStore, ThreadedStore
+
+_LOCAL_URLS = ("file://", "local://")
 
 
 def open_store(
@@ -31,9 +34,23 @@ def open_store(
     """
     url = os.fspath(path)
     protocol, separator, _ = url.partition("://")
-    if isinstance(path, os.PathLike) or not separator or protocol in {"file", "local"}:
+    if isinstance(path, os.PathLike) or not separator or url.startswith(_LOCAL_URLS):
         return _open_local(path, storage_options, sync_files=sync_files)
     return _open_remote(url, protocol, storage_options or {})
+
+
+def resolve(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """Return a path or URL that means the same wherever the program changes its directory to: a local one absolute."""
+    url = os.fspath(path)
+    if isinstance(path, os.PathLike):
+        return Path(path).absolute()
+    if "://" not in url:
+        return str(Path(url).absolute())
+    return _local_path(url) if url.startswith(_LOCAL_URLS) else path
+
+
+def _local_path(url: str) -> str:
+    return str(LocalFileSystem._strip_protocol(url))  # noqa: SLF001
 
 
 def _open_local(
@@ -42,7 +59,7 @@ def _open_local(
     if storage_options:
         raise ConfigError(f"storage_options are given, but {os.fspath(path)} is a local path, which takes none")
     if isinstance(path, str) and "://" in path:
-        path = str(LocalFileSystem._strip_protocol(path))  # noqa: SLF001
+        path = _local_path(path)
     return LocalStore(path, sync_files=sync_files)
 
 
