@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from dcp_storage.config import Codec
 from dcp_storage.format.blocks import BlockEncoder, encoded_limit
-from dcp_storage.transfer import encoder_process
+from dcp_storage.transfer import encoder_process, encoders
 from dcp_storage.transfer.encoder_process import EncoderProcess
 from dcp_storage.transfer.encoders import encoder_apart
 
@@ -23,6 +24,11 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is share
 BLOCK = 4096
 CODECS = [Codec(block_bytes=BLOCK), Codec("none", block_bytes=BLOCK)]
 LIMIT_S = 30
+
+
+@pytest.fixture(autouse=True)
+def nothing_was_warned_of():
+    encoders._warn.cache_clear()
 
 
 def slices(seed, shapes):
@@ -70,14 +76,49 @@ def test_a_process_that_dies_costs_a_warning_and_no_byte(caplog, at):
     assert process.returncode == -signal.SIGKILL
 
 
-def test_where_no_process_can_be_had_the_thread_encodes(monkeypatch, caplog, tmp_path):
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+@pytest.mark.parametrize(
+    ("sabotage", "says"),
+    [
+        (lambda patch: patch.setattr(sys, "executable", "/nowhere/python"), "/nowhere/python"),
+        (lambda patch: patch.setattr(sys, "executable", None), "no Python interpreter"),
+        (lambda patch: patch.setattr(sys, "executable", ""), "no Python interpreter"),
+        (lambda patch: patch.setattr(sys, "frozen", True, raising=False), "no Python interpreter"),
+        (lambda patch: patch.delattr(os, "memfd_create"), "built without os.memfd_create"),
+        (lambda patch: patch.setattr(encoder_process, "Pipe", refuse), "too many open files"),
+        (lambda patch: patch.setattr(encoder_process, "mmap", refuse), "too many open files"),
+    ],
+    ids=["not there", "none", "empty", "frozen", "no memfd", "no pipe", "no memory"],
+)
+def test_where_no_process_can_be_had_the_thread_encodes(monkeypatch, caplog, sabotage, says):
     before = os.listdir("/proc/self/fd")
+    sabotage(monkeypatch)
+    for _ in range(3):
+        with encoder_apart(CODECS[0]) as encoder:
+            assert encoded(encoder, ITEMS) == encoded(BlockEncoder(CODECS[0]), ITEMS)
+    [record] = caplog.records
+    assert says in record.message
+    assert os.listdir("/proc/self/fd") == before
+
+
+def refuse(*args):
+    raise OSError("too many open files")
+
+
+def test_what_is_no_text_in_sys_path_does_no_harm(monkeypatch, caplog):
+    monkeypatch.setattr(sys, "path", [Path("/somewhere"), *sys.path, None, 5])
+    with closing(EncoderProcess(CODECS[0])) as process:
+        assert encoded(process, ITEMS) == encoded(BlockEncoder(CODECS[0]), ITEMS)
+
+
+def test_a_process_that_stops_without_dying_is_given_up(monkeypatch, caplog):
+    monkeypatch.setattr(encoder_process, "_PATIENCE_S", 0.5)
     with encoder_apart(CODECS[0]) as encoder:
+        process = encoder._encoder._process
+        process.send_signal(signal.SIGSTOP)
         assert encoded(encoder, ITEMS) == encoded(BlockEncoder(CODECS[0]), ITEMS)
     [record] = caplog.records
-    assert str(tmp_path) in record.message
-    assert os.listdir("/proc/self/fd") == before
+    assert "it did not answer for" in record.message
+    assert process.returncode == -signal.SIGKILL
 
 
 def test_a_process_gives_way_and_ends_with_its_block():

@@ -16,6 +16,10 @@ from multiprocessing.connection import Connection, Pipe
 from dcp_storage.config import Codec
 from dcp_storage.format.blocks import BlockEncoder, Encoded, Raw, copy_bytes
 
+_PATIENCE_S = 60
+_LEAST_BYTES_A_SECOND = 100_000
+"""Slower than zstd's highest level on a core that has other work to do."""
+
 NICE = 10
 """How far it steps back: where all cores are busy it has about a tenth of what training has."""
 
@@ -28,6 +32,7 @@ class EncoderProcess:
     """
 
     def __init__(self, codec: Codec) -> None:
+        _check_possible()
         with ExitStack() as undo:
             self._memory = _SharedMemory(os.memfd_create("dcp_storage"))
             undo.callback(self._memory.close)
@@ -42,7 +47,7 @@ class EncoderProcess:
         """Encode as `BlockEncoder.encode_items` does; after an error this encoder is of no more use.
 
         Raises:
-            EOFError, OSError: The process died.
+            EOFError, OSError: The process died, or does not answer.
         """
         sizes = [(len(raw), planes) for raw, planes in items]
         memory = self._memory.view(sum(size for size, _ in sizes) + len(out))
@@ -51,6 +56,9 @@ class EncoderProcess:
             copy_bytes(raw, memory[filled : filled + len(raw)])
             filled += len(raw)
         self._connection.send((sizes, len(out)))
+        patience_s = _PATIENCE_S + filled / _LEAST_BYTES_A_SECOND
+        if not self._connection.poll(patience_s):
+            raise TimeoutError(f"it did not answer for {patience_s:.0f} s")
         encoded: list[Encoded] = self._connection.recv()
         size = sum(sum(item.lengths) for item in encoded)
         copy_bytes(memory[filled : filled + size], out[:size])
@@ -83,6 +91,14 @@ class _SharedMemory:
         os.close(self.descriptor)
 
 
+def _check_possible() -> None:
+    """Raise an `OSError` where no process of this module can be had."""
+    if not hasattr(os, "memfd_create"):
+        raise OSError("this Python was built without os.memfd_create")
+    if not sys.executable or getattr(sys, "frozen", False):
+        raise OSError("the program has no Python interpreter of its own to start")
+
+
 def _start(connection: int, memory: int) -> "subprocess.Popen[bytes]":
     return subprocess.Popen(  # noqa: S603 (this module)
         [sys.executable, "-P", "-m", __name__, str(connection), str(memory)],
@@ -90,8 +106,13 @@ def _start(connection: int, memory: int) -> "subprocess.Popen[bytes]":
         stdout=subprocess.DEVNULL,
         pass_fds=(connection, memory),
         # It finds its modules where this process does, and numpy's BLAS need not start a thread for each core.
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OPENBLAS_NUM_THREADS": "1"},
+        env={**os.environ, "PYTHONPATH": _python_path(), "OPENBLAS_NUM_THREADS": "1"},
     )
+
+
+def _python_path() -> str:
+    # What a program may put there by mistake, such as a Path, Python itself passes over.
+    return os.pathsep.join(os.fspath(entry) for entry in sys.path if isinstance(entry, str | os.PathLike))
 
 
 def _serve(connection: Connection, shared: _SharedMemory) -> None:

@@ -4,6 +4,7 @@ import logging
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from functools import cache
 from typing import Protocol
 
 from dcp_storage.config import MIB, Codec
@@ -46,7 +47,7 @@ def encoder_apart(codec: Codec) -> Iterator[Encoder]:
     try:
         process = EncoderProcess(codec)
     except OSError as error:
-        _warn(error)
+        _warn(str(error))
         yield BlockEncoder(codec)
         return
     with closing(process):
@@ -62,11 +63,12 @@ class _Apart:
         try:
             return self._encoder.encode_items(items, out)
         except (EOFError, OSError) as error:  # the process died
-            _warn(error)
+            _warn(str(error) or "it died")
             self._encoder = BlockEncoder(self._codec)
             return self._encoder.encode_items(items, out)
 
 
-def _warn(error: Exception) -> None:
-    reason = str(error) or "it died"
+@cache
+def _warn(reason: str) -> None:
+    """Say so once: what is so for one thread is so for all of them and in every save."""
     logger.warning("no process to encode in (%s): a thread does it, which slows training down", reason)
