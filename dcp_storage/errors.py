@@ -1,22 +1,50 @@
 """The error tree. Every error says what, where and what to do, and every error pickles.
 
 DCP sends exceptions between ranks, so an error carries its message as its only argument and everything else as plain
-attributes: pickle restores both.
+attributes: pickle restores both, and the cause.
 """
 
+import pickle
+from collections.abc import Sequence
 from typing import Any
 
 
 class DcpStorageError(Exception):
     """Base of every error that this package raises on purpose.
 
-    Keyword arguments become attributes (`url`, `fqn`, `object_name`, `offset`, ...) for code that has to decide
-    something; the message alone must tell a person enough.
+    Its attributes are for code that has to decide something; the message alone tells a person enough.
+
+    Attributes:
+        url: Where the checkpoint is, without credentials.
+        object_name: The object in the store.
+        offset: The byte of the object at which the fault is.
+        fqn: The entry of the state dict.
+        fqns: The entries, where there are several.
+        ranks: The ranks that are concerned.
     """
+
+    url: str | None = None
+    object_name: str | None = None
+    offset: int | None = None
+    fqn: str | None = None
+    fqns: Sequence[str] = ()
+    ranks: Sequence[int] = ()
 
     def __init__(self, message: str, **context: Any) -> None:
         super().__init__(message)
         self.__dict__.update(context)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the cause too, which exceptions leave out."""
+        return type(self), self.args, {**self.__dict__, "__cause__": _picklable(self.__cause__)}
+
+
+def _picklable(cause: BaseException | None) -> BaseException | None:
+    try:
+        pickle.loads(pickle.dumps(cause))  # noqa: S301 - what was pickled just now
+    except Exception:  # noqa: BLE001 - its own code may raise anything
+        return RuntimeError(f"{type(cause).__name__}: {cause}")
+    return cause
 
 
 class CheckpointNotFound(DcpStorageError, FileNotFoundError):

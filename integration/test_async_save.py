@@ -60,7 +60,7 @@ def test_overlapping_saves_of_two_ranks_do_not_mix(tmp_path):
 
 def save_failing(rank, place):
     async def broken(store, *args):
-        raise StoreError(f"{store.url}: no space left")
+        raise StoreError(f"{store.url}: no space left") from OSError(28, "no space left")
 
     writer = AsyncStorageWriter(place["path"])
     states = [sharded_state(value) for value in (1, 2)]
@@ -68,6 +68,8 @@ def save_failing(rank, place):
     if rank.rank == place["rank"]:
         LocalStore.put = broken
     error = dcp.async_save(states[0], storage_writer=writer, planner=ShardedSavePlanner()).exception(LIMIT_S)
+    causes = [cause.__cause__ for cause, _ in error.failures.values()]
+    assert [type(cause) for cause in causes] == [OSError], "it reaches all ranks"
     rank.report("failed", [type(cause) for cause, _ in error.failures.values()])
     LocalStore.put = real
     dcp.async_save(states[1], storage_writer=writer, planner=ShardedSavePlanner()).result(LIMIT_S)

@@ -1,5 +1,6 @@
 """What users get wrong, and what they are told: a typed error that says what, where and what to do."""
 
+import errno
 import json
 import pickle
 
@@ -324,13 +325,41 @@ def test_an_endpoint_that_nobody_listens_on_fails_in_bounded_time(moto_s3):
         assert "do-not-print-me" not in repr(error) + str(error)
 
 
+def kinds_of_errors():
+    return [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, DcpStorageError)]
+
+
 def test_every_error_pickles_with_its_context():
-    kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, DcpStorageError)]
-    assert len(kinds) > 10
-    for kind in kinds:
+    assert len(kinds_of_errors()) > 10
+    for kind in kinds_of_errors():
         error = pickle.loads(pickle.dumps(kind("what, where, what to do", fqn="a.b", offset=3)))
         assert type(error) is kind
         assert (str(error), error.fqn, error.offset) == ("what, where, what to do", "a.b", 3)
+
+
+@pytest.mark.parametrize(
+    "cause", [OSError(28, "No space left"), ValueError("x"), type("Local", (Exception,), {})("of a function")]
+)
+def test_every_error_pickles_with_its_cause(cause):
+    for kind in kinds_of_errors():
+        error = kind("what, where, what to do")
+        error.__cause__ = cause
+        found = pickle.loads(pickle.dumps(pickle.loads(pickle.dumps(error))))
+        assert str(cause) in str(found.__cause__)
+        assert type(found.__cause__) in {type(cause), RuntimeError}
+        assert (found.fqn, found.url, found.ranks) == (None, None, ())
+
+
+@pytest.mark.parametrize("call", ["NewFile", "replace_file", "read_range"])
+def test_the_cause_of_a_failure_survives_a_whole_save_or_load(saved, monkeypatch, call):
+    def broken(*args, **kwargs):
+        raise OSError(errno.EIO, "the disk is gone")
+
+    monkeypatch.setattr(f"dcp_storage.store.files.{call}", broken)
+    error = load_error(saved) if call == "read_range" else save_error(saved)
+    assert isinstance(error, errors.StoreError)
+    assert isinstance(error.__cause__, OSError)
+    assert error.__cause__.errno == errno.EIO
 
 
 def test_manifests_round_trip(saved):

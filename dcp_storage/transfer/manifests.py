@@ -47,7 +47,7 @@ async def read_manifest(store: Store) -> Manifest | StockManifest:
         try:
             return await _read_whole(store)
         except ObjectNotFound:
-            raise error from None
+            raise error from error.__cause__
 
 
 async def _read_whole(store: Store) -> Manifest | StockManifest:

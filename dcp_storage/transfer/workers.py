@@ -64,12 +64,18 @@ async def for_each(concurrency: int, jobs: Iterable[T], do: Callable[[T], Awaita
         for job in queue:
             await do(job)
 
+    error: BaseException | None = None
     try:
         async with asyncio.TaskGroup() as group:
             for _ in range(concurrency):
                 group.create_task(work())
     except BaseExceptionGroup as errors:
-        raise errors.exceptions[0] from None
+        error = errors.exceptions[0]
+    try:
+        if error is not None:
+            raise error  # here, where the group is no longer its context: it keeps its own cause
+    finally:
+        del error  # else a circle with its traceback holds this frame, and its callers' state
 
 
 def run_async(coroutine: Coroutine[Any, Any, R]) -> R:
