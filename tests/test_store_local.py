@@ -4,6 +4,7 @@ import asyncio
 import errno
 import fcntl
 import os
+import stat
 from collections.abc import AsyncIterator
 from mmap import mmap
 from pathlib import Path
@@ -118,6 +119,37 @@ def test_commit_that_fails_keeps_the_old_object(place: Place, tmp_path: Path, mo
             run(place, lambda store: store.commit(".metadata", b"new"))
     assert [path.name for path in files_in(tmp_path)] == [".metadata"]
     assert run(place, lambda store: store.get(".metadata")) == b"old"
+
+
+def of_directories(monkeypatch, number: int) -> None:
+    """Let only `fsync` of a directory fail."""
+    real = os.fsync
+
+    def fsync(descriptor: int):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        real(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.EBADF, errno.ENOTSUP])
+def test_file_systems_that_do_not_sync_directories_are_told_of_once(place: Place, monkeypatch, caplog, number: int):
+    files._told_of.clear()
+    of_directories(monkeypatch, number)
+    for data in (b"old", b"new"):
+        run(place, lambda store, data=data: store.commit(".metadata", data))
+        run(place, lambda store: put(store, NAME, b"data"))
+        run(place, lambda store: store.delete([NAME]))
+    assert run(place, lambda store: store.get(".metadata")) == b"new"
+    [record] = caplog.records
+    assert "does not sync directories" in record.message
+
+
+def test_a_directory_that_fails_to_sync_fails_the_commit(place: Place, monkeypatch):
+    of_directories(monkeypatch, errno.EIO)
+    with pytest.raises(StoreError, match="Input/output error"):
+        run(place, lambda store: store.commit(".metadata", b"new"))
 
 
 def test_order_of_syncs(tmp_path: Path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import errno
 import fcntl
+import logging
 import os
 import secrets
 import stat
@@ -10,7 +11,15 @@ from pathlib import Path
 
 from dcp_storage.store.base import PAGE_BYTES, Batch
 
+logger = logging.getLogger(__name__)
+
 _DIRECT = getattr(os, "O_DIRECT", 0)
+
+_NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
+"""What CIFS, 9p and some FUSE file systems answer; a failing disk answers EIO."""
+
+_told_of: set[int] = set()
+"""The file systems, by device, that a warning told of."""
 
 
 class NewFile:
@@ -69,12 +78,23 @@ class NewFile:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the entries of a directory last."""
+    """Make the entries of a directory last, where its file system can be asked to."""
     descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
+        _warn_of_directory_sync(os.fstat(descriptor).st_dev, directory)
     finally:
         os.close(descriptor)
+
+
+def _warn_of_directory_sync(device: int, directory: Path) -> None:
+    if device not in _told_of:
+        _told_of.add(device)
+        says = "its file system does not sync directories, so a crash of the machine may lose the names of new files"
+        logger.warning("%s: %s", directory, says)
 
 
 def sync_path(directory: Path) -> None:
