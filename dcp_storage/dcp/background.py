@@ -1,16 +1,20 @@
 """Saves that DCP runs beside training, for `dcp.async_save`: one after another, gently, and never failing unheard."""
 
+import atexit
 import logging
 import os
+import signal
+import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from weakref import WeakKeyDictionary
 
 import torch.distributed as dist
 
 from dcp_storage.config import Transfer
-from dcp_storage.dcp.undocumented import in_async_process, in_async_thread
+from dcp_storage.dcp.undocumented import call_before_executors_end, in_async_process, in_async_thread
 from dcp_storage.format.names import new_token
 from dcp_storage.transfer.encoder_process import NICE
 
@@ -37,6 +41,7 @@ class Turn:
         except Exception as error:
             if in_async_thread(self.thread):
                 logger.error("the save to %s, in the background, failed: %s", self.url, error)  # noqa: TRY400
+                _ending.note_failure()
             raise
 
 
@@ -55,6 +60,7 @@ class Turns:
         """
         earlier, turn = self._earlier(), Turn(url)
         if in_async_thread(turn.thread):
+            _ending.urls[turn.thread] = url
             with self._lock:
                 self._turns.append(turn)
         for thread in earlier:
@@ -103,3 +109,53 @@ def step_back() -> None:
 def training_runs_here() -> bool:
     """Tell whether this is a thread of `dcp.async_save`: training goes on in the same process."""
     return in_async_thread(threading.current_thread())
+
+
+class _Ending:
+    """The end of the program, which waits for the saves that still run in threads.
+
+    Nobody can ask their futures any more, so one that fails then makes the exit code 1.
+    """
+
+    def __init__(self) -> None:
+        self.urls: WeakKeyDictionary[threading.Thread, str] = WeakKeyDictionary()
+        self._began = self._failed = False
+
+    def note_failure(self) -> None:
+        """Note that a save in the background failed."""
+        self._failed = self._failed or self._began
+
+    def wait(self) -> None:
+        """Let every save end that runs in a thread; Ctrl-C gives them up."""
+        self._began = True
+        waiting = [thread for thread in threading.enumerate() if in_async_thread(thread)]
+        try:
+            while waiting:
+                waiting[0].join()
+                del waiting[0]
+        except KeyboardInterrupt:
+            for thread in waiting:
+                where = self.urls.get(thread, "a place that it had not begun to write to")
+                logger.error("the save to %s, in the background, is lost: the program was interrupted", where)  # noqa: TRY400
+            _exit(_INTERRUPTED)
+
+    def exit(self) -> None:
+        """End the program with an exit code that tells of a save that failed while it was ending."""
+        if self._failed:
+            _exit(1)
+
+
+def _exit(code: int) -> None:
+    """End the process at once. What was committed stands, and what was not is not there."""
+    logging.shutdown()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # a program may have none, or closed it
+            stream.flush()
+    os._exit(code)
+
+
+_INTERRUPTED = 128 + signal.SIGINT
+
+_ending = _Ending()
+call_before_executors_end(_ending.wait)
+atexit.register(_ending.exit)

@@ -1,11 +1,15 @@
 """Every name of torch that its documentation does not promise, and what rests on each; no other module uses one.
 
+One of Python's own is among them.
+
 `tests/test_undocumented.py` checks on each torch that they exist and mean this. A kind of tensor that this torch does
 not have stands here as a class without instances.
 """
 
+import atexit
 import multiprocessing
 import threading
+from collections.abc import Callable
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -21,6 +25,7 @@ __all__ = [
     "LocalShardsWrapper",
     "ShardedTensor",
     "StridedShard",
+    "call_before_executors_end",
     "group_device",
     "in_async_process",
     "in_async_thread",
@@ -65,6 +70,13 @@ PROCESS_MODULE = "torch.distributed.checkpoint._async_process_executor"
 
 METADATA_VERSION = "1.0.0"
 """What DCP's own writers call this version of `Metadata` (`CURRENT_DCP_VERSION`)."""
+
+
+def call_before_executors_end(call: Callable[[], None]) -> None:
+    """Have Python call this when the program ends, before executors refuse new work; `atexit` is too late for that."""
+    import_module("concurrent.futures.thread")  # what is registered after its own call is called before it
+    register = getattr(threading, "_register_atexit", atexit.register)  # at its worst, saves fail there, which is told
+    register(call)
 
 
 def stock_url_reader(url: str, **storage_options: Any) -> StorageReader:
