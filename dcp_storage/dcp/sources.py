@@ -2,6 +2,7 @@
 
 import io
 
+import torch
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from dcp_storage.collector import uncollected
@@ -26,11 +27,17 @@ def plan_sources(plan: SavePlan, planner: SavePlanner, *, byte_planes: bool) -> 
 
 
 def _source(item: WriteItem, planner: SavePlanner, *, byte_planes: bool) -> Source:
+    planned = item.tensor_data
+    if planned is not None and 0 in planned.chunk.sizes:  # of no elements: a lookup might find others at its offset
+        return TensorSource(
+            torch.empty(planned.chunk.sizes, dtype=planned.properties.dtype, device="cpu"),
+            item.index.fqn,
+            byte_planes=byte_planes,
+        )
     data = planner.resolve_data(item)
     if isinstance(data, io.BytesIO):
         refuse_shards(item.index.fqn, data)
         return BytesSource(data)
-    planned = item.tensor_data
     assert planned is not None, "DCP's planners resolve tensor items to tensors and others to BytesIO"
     if tuple(data.shape) != tuple(planned.chunk.sizes):
         raise CoverageError(

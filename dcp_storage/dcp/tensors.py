@@ -92,15 +92,23 @@ class TensorSource:
         check_plain(fqn, tensor)
         self._tensor = tensor.detach().as_subclass(Tensor)
         self._memory = byte_view(self._tensor) if tensor.device.type == "cpu" and _as_it_lies(tensor) else None
+        self._fqn = fqn
         self._item = tensor.element_size()
         self.nbytes = tensor.numel() * self._item
         self.planes = planes_of(dtype_name(tensor.dtype, fqn), byte_planes=byte_planes)
 
     def read(self, start: int, stop: int) -> Raw:
-        """Return bytes `start` to `stop`, which are on element boundaries, in host memory."""
+        """Return bytes `start` to `stop`, which are on element boundaries, in host memory.
+
+        Raises:
+            UnsupportedTensor: Torch cannot copy it, as some bits of some dtypes.
+        """
         if self._memory is not None:
             return self._memory[start:stop]
-        return byte_view(self._copied(start // self._item, stop // self._item))
+        try:
+            return byte_view(self._copied(start // self._item, stop // self._item))
+        except RuntimeError as error:
+            raise UnsupportedTensor(f"{self._fqn} could not be copied to the host: {error}", fqn=self._fqn) from error
 
     def _copied(self, start: int, stop: int) -> Tensor:
         tensor = self._tensor
