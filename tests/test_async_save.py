@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import itertools
 import os
 import sys
 import threading
@@ -54,6 +55,48 @@ class Gate:
 
     def open(self):
         self._opened.set()
+
+
+@pytest.mark.parametrize("planner", [ShardedSavePlanner(), None], ids=["one-planner", "a-planner-each"])
+@pytest.mark.parametrize("order", list(itertools.product("sa", repeat=3)), ids="".join)
+def test_saves_to_one_place_take_effect_in_the_order_of_the_calls(tmp_path, monkeypatch, order, planner):
+    """Synchronous (s) and asynchronous (a), each with a writer of its own, the first commits held back."""
+    held = itertools.count()
+    real = LocalStore.commit
+
+    async def commit(store, *args):
+        await asyncio.sleep(0.3 if next(held) < len(order) - 1 else 0)
+        await real(store, *args)
+
+    monkeypatch.setattr(LocalStore, "commit", commit)
+    futures = []
+    for step, how in enumerate(order):
+        save = async_save if how == "a" else partial(dcp.save, no_dist=True)
+        future = save(state_of(step), storage_writer=AsyncStorageWriter(tmp_path / "one"), planner=planner)
+        futures += [future] if how == "a" else []
+        if how == "s":
+            assert loaded_value(tmp_path / "one") == step
+    for future in futures:
+        future.result(LIMIT_S)
+    assert loaded_value(tmp_path / "one") == len(order) - 1
+
+
+@pytest.mark.parametrize("how", ["save", "async_save", "both"])
+def test_a_callback_may_save_again_and_wait_for_it(tmp_path, how):
+    ended = threading.Event()
+
+    def again(_):
+        state = state_of(2)
+        if how != "async_save":
+            dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path / "2"), no_dist=True)
+        if how != "save":
+            async_save(state, storage_writer=AsyncStorageWriter(tmp_path / "2")).result(LIMIT_S)
+        ended.set()
+
+    async_save(state_of(1), storage_writer=AsyncStorageWriter(tmp_path / "1")).add_done_callback(again)
+    assert ended.wait(LIMIT_S)
+    async_save(state_of(3), storage_writer=AsyncStorageWriter(tmp_path / "3")).result(LIMIT_S)
+    assert [loaded_value(tmp_path / str(step)) for step in (1, 2, 3)] == [1, 2, 3]
 
 
 def fail(monkeypatch, method):

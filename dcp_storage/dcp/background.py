@@ -9,9 +9,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from weakref import WeakKeyDictionary
-
-import torch.distributed as dist
+from weakref import WeakKeyDictionary, WeakSet
 
 from dcp_storage.config import Transfer
 from dcp_storage.dcp.undocumented import call_before_executors_end, in_async_process, in_async_thread
@@ -22,6 +20,12 @@ logger = logging.getLogger(__name__)
 
 _FILES_AHEAD = 2
 """Files in flight beyond those that threads encode: one is written, one waits."""
+
+
+_over: WeakSet[threading.Thread] = WeakSet()
+"""Threads whose save is over, though they live on in a callback of its future."""
+
+_LOOK_AGAIN_S = 0.02
 
 
 @dataclass
@@ -58,13 +62,15 @@ class Turns:
         Overlapping saves would mix their collectives, which meet in the order in which each rank happens to begin them;
         they might share a planner; and the older might commit last.
         """
-        earlier, turn = self._earlier(), Turn(url)
+        earlier, turn = _earlier(), Turn(url)
+        _over.discard(turn.thread)
         if in_async_thread(turn.thread):
             _ending.urls[turn.thread] = url
             with self._lock:
                 self._turns.append(turn)
         for thread in earlier:
-            thread.join()
+            while thread.is_alive() and thread not in _over:
+                thread.join(_LOOK_AGAIN_S)
         with self._lock:
             ended = [old for old in self._turns if not old.thread.is_alive()]
             self._turns = [old for old in self._turns if old not in ended]  # one that ends just now is told next time
@@ -73,16 +79,19 @@ class Turns:
                 logger.warning("the save to %s before this one, in the background, failed", old.url)
         return turn
 
-    def _earlier(self) -> list[threading.Thread]:
-        """Return the threads to wait for. Python lists threads in the order of their start: that of the calls."""
-        running = [thread for thread in threading.enumerate() if in_async_thread(thread)]
-        here = threading.current_thread()
-        if here in running:
-            return running[: running.index(here)]
-        if dist.is_initialized() and dist.get_world_size() > 1:
-            return running
-        with self._lock:
-            return [turn.thread for turn in self._turns]
+
+def end_save_of_this_thread() -> None:
+    """Note that this thread's save is over, if it ran one: its future's callback is about to begin another."""
+    here = threading.current_thread()
+    if in_async_thread(here):
+        _over.add(here)
+
+
+def _earlier() -> list[threading.Thread]:
+    """Return the threads to wait for. Python lists threads in the order of their start: that of the calls."""
+    running = [thread for thread in threading.enumerate() if in_async_thread(thread)]
+    here = threading.current_thread()
+    return running[: running.index(here)] if here in running else running
 
 
 def gentle(transfer: Transfer, *, remote: bool) -> Transfer:

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 from torch.futures import Future
 
 from dcp_storage.config import Codec, Transfer
-from dcp_storage.dcp.background import Turn, Turns, gentle, step_back, training_runs_here
+from dcp_storage.dcp.background import Turn, Turns, end_save_of_this_thread, gentle, step_back, training_runs_here
 from dcp_storage.dcp.calls import Location, Path, choose_observer, observed
 from dcp_storage.dcp.metadata import build_manifest
 from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
@@ -268,6 +268,7 @@ class AsyncStorageWriter(StorageWriter):
 
         An entry that cannot be copied raises nothing here: the save fails on all ranks, with its name.
         """
+        end_save_of_this_thread()
         return stage(state_dict, keep=self._transfer.keep_staging)
 
     _synchronize_after_execute = False
