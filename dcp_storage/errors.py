@@ -106,5 +106,9 @@ class ObjectNotFound(StoreError, FileNotFoundError):
     """An object that should be in the store is not there."""
 
 
+class ObjectExists(StoreError, FileExistsError):
+    """An object that should have been new is in the store already."""
+
+
 class ConfigError(DcpStorageError, ValueError):
     """An argument has an impossible value."""

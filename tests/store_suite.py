@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from dcp_storage.errors import ConfigError, ObjectNotFound, StoreError
+from dcp_storage.errors import ConfigError, ObjectExists, ObjectNotFound, StoreError
 from dcp_storage.store.base import Batch, Store
 from dcp_storage.store.open import open_store
 
@@ -56,6 +56,9 @@ async def put(store: Store, name: str, data: bytes) -> int:
 
 class StoreSuite:
     """Conformance of one kind of store."""
+
+    creates_at_once = False
+    """Whether of several that create an object at the same time one succeeds alone."""
 
     @pytest.fixture
     def place(self) -> Place:
@@ -133,6 +136,36 @@ class StoreSuite:
         assert str(copy) == str(caught.value)
         assert (copy.url, copy.object_name) == (caught.value.url, NAME)
         assert isinstance(copy, FileNotFoundError)
+
+    def test_create_makes_what_is_not_there_and_replaces_nothing(self, place: Place):
+        async def use(store: Store):
+            await store.create(".metadata", b"first")
+            for data in (b"second", b""):
+                with pytest.raises(ObjectExists, match=r"cannot create .*/\.metadata: it is there already") as caught:
+                    await store.create(".metadata", data)
+                assert caught.value.url == store.url
+            assert await store.get(".metadata") == b"first"
+            assert set(await store.list()) == {".metadata"}
+            await store.commit(".metadata", b"third")
+            assert await store.get(".metadata") == b"third"
+            await store.delete([".metadata"])
+            await store.create(".metadata", b"fourth")
+            assert await store.get(".metadata") == b"fourth"
+
+        run(place, use)
+
+    def test_of_several_that_create_one_succeeds(self, place: Place):
+        """Where the store can do that at once; else what is there is of one of them, whole."""
+
+        async def use(store: Store):
+            made = [bytes([65 + n]) * 50_000 for n in range(6)]
+            results = await asyncio.gather(*(store.create(".metadata", data) for data in made), return_exceptions=True)
+            assert all(result is None or isinstance(result, ObjectExists) for result in results), results
+            winners = [data for data, result in zip(made, results, strict=True) if result is None]
+            assert await store.get(".metadata") in winners
+            assert not self.creates_at_once or len(winners) == 1
+
+        run(place, use)
 
     def test_commit_creates_and_replaces(self, place: Place):
         async def use(store: Store):

@@ -91,6 +91,29 @@ def test_a_manifest_is_no_reason_to_delete_a_file_of_somebody_else_s(tmp_path, s
     assert name == ".metadata" or (tmp_path / name).read_bytes() == b"mine"
 
 
+@pytest.mark.parametrize("collectives", [True, False])
+def test_overwrite_false_does_not_replace_what_was_committed_meanwhile(tmp_path, monkeypatch, collectives):
+    """Also without collectives, which never replace a checkpoint."""
+    real = LocalStore.put
+
+    async def put(store, name, batches):
+        written = await real(store, name, batches)
+        (tmp_path / ("__0.metadata" if not collectives else ".metadata")).write_bytes(b"of another job")
+        return written
+
+    monkeypatch.setattr(LocalStore, "put", put)
+    with pytest.raises((CheckpointException, CheckpointExists), match="Checkpoint already exists") as raised:
+        dcp.save(
+            state_of(1),
+            storage_writer=AsyncStorageWriter(tmp_path, transfer=SMALL, overwrite=False),
+            use_collectives=collectives,
+        )
+    assert isinstance(failure(raised) if collectives else raised.value, CheckpointExists)
+    [manifest] = tmp_path.glob("*metadata")
+    assert manifest.read_bytes() == b"of another job"
+    assert not list(tmp_path.glob("*.tmp-*"))
+
+
 def test_overwrite_false_refuses_before_a_byte_is_written(tmp_path):
     save(tmp_path, 1, overwrite=False)
     before = sorted(tmp_path.iterdir())

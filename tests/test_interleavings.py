@@ -7,7 +7,7 @@ import pytest
 from xxhash import xxh3_64_hexdigest
 
 from dcp_storage.dcp.writer import _commit
-from dcp_storage.errors import CheckpointNotFound, ObjectNotFound
+from dcp_storage.errors import CheckpointNotFound, ObjectExists, ObjectNotFound
 from dcp_storage.format.manifest import BytesEntry, Manifest, Segment, StoredCodec, StoredObject, decode, encode
 from dcp_storage.format.names import MANIFEST, data_object
 from dcp_storage.store.base import Store
@@ -42,6 +42,12 @@ class SteppedStore(Store):
 
     async def commit(self, name, data):
         await Turn()
+        self.objects[name] = data
+
+    async def create(self, name, data):
+        await Turn()
+        if name in self.objects:
+            raise ObjectExists(name)
         self.objects[name] = data
 
     async def get(self, name):
@@ -99,7 +105,8 @@ async def load(store: Store) -> str:
 class Scene:
     """Some saves, whose objects are put and which are about to commit, and perhaps a load."""
 
-    def __init__(self, old: bool, saves: str, objects: int, loads: bool) -> None:
+    def __init__(self, old: bool, saves: str, objects: int, loads: bool, replace: bool = True) -> None:
+        self.saves, self.refused = saves, set()
         self.store = SteppedStore({})
         manifests = {token: manifest_of(token, objects) for token in [*saves, "old"]}
         for token, manifest in manifests.items():
@@ -107,7 +114,9 @@ class Scene:
                 self.store.objects |= {stored.name: b"x" for stored in manifest.objects}
         if old:
             self.store.objects[MANIFEST] = encode(manifests["old"])
-        self.tasks: dict[int, Any] = dict(enumerate(_commit(self.store, manifests[token]) for token in saves))
+        self.tasks: dict[int, Any] = dict(
+            enumerate(_commit(self.store, manifests[token], replace=replace) for token in saves)
+        )
         if loads:
             self.tasks[len(self.tasks)] = load(self.store)
         self.loaded: str | None = None
@@ -117,6 +126,9 @@ class Scene:
     def step(self, who: int) -> None:
         try:
             self.tasks[who].send(None)
+        except ObjectExists:
+            del self.tasks[who]
+            self.refused.add(self.saves[who])
         except StopIteration as end:
             del self.tasks[who]
             self.loaded = end.value or self.loaded
@@ -154,7 +166,15 @@ def test_of_two_saves_one_stands_whole_at_every_moment(old):
     assert len(scenes) > 50
     assert {scene.standing().save_id for scene in scenes} == {"a", "b"}
     for scene in scenes:
-        assert not any(name.startswith("old") for name in scene.store.objects)
+        assert not any(name.startswith(f"{ord('o'):016x}") for name in scene.store.objects)
+
+
+@pytest.mark.parametrize("old", [True, False], ids=["where-one-stands", "first"])
+def test_of_two_saves_that_may_not_replace_at_most_one_commits_and_nothing_is_deleted(old):
+    for scene in every_order(lambda: Scene(old, "ab", objects=2, loads=False, replace=False)):
+        assert len(scene.refused) == 1 + old
+        assert scene.standing().save_id == "old" if old else scene.standing().save_id not in scene.refused
+        assert len(scene.store.objects) == 1 + 2 * (2 + old)
 
 
 @pytest.mark.parametrize("old", [True, False], ids=["over-an-old-one", "first"])

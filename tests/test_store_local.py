@@ -19,12 +19,16 @@ from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run
 
 
 class TestLocalStore(StoreSuite):
+    creates_at_once = True
+
     @pytest.fixture
     def place(self, tmp_path: Path) -> Place:
         return Place(str(tmp_path / "runs" / "step-1"))
 
 
 class TestFileUrl(StoreSuite):
+    creates_at_once = True
+
     @pytest.fixture
     def place(self, tmp_path: Path) -> Place:
         return Place(f"file://{tmp_path}/runs/step-1")

@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 import boto3
 import fsspec
 import pytest
+from aiohttp import ClientConnectionError
 from fsspec.config import conf
 
-from dcp_storage.errors import ObjectNotFound, StoreError
+from dcp_storage.errors import ObjectExists, ObjectNotFound, StoreError
 from dcp_storage.store import s3
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
+from dcp_storage.store.s3 import S3Store
 from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run
 
 OPERATIONS: dict[str, Callable[[Store], Any]] = {
@@ -35,6 +37,8 @@ every_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=
 
 
 class TestS3Store(StoreSuite):
+    creates_at_once = True
+
     @pytest.fixture
     def place(self, moto_s3: Place) -> Place:
         return moto_s3
@@ -288,3 +292,48 @@ def test_no_secret_is_shown(refused_port: int, secret: str, operation):
     shown = "".join(traceback.format_exception(caught.value)) + repr(caught.value)
     for hidden in (secret, secret.replace("/", ""), "session-token", "pw-in-url", "AKIAVISIBLE"):
         assert hidden not in shown
+
+
+def lose_answers(monkeypatch, meanwhile=None):
+    """Break the connection after each PUT was done, twice; `meanwhile` is done by another writer."""
+    real, lost = S3Store._try, []
+
+    async def broken(store, method, *args, **kwargs):
+        answer = await real(store, method, *args, **kwargs)
+        if "put_object" in args and len(lost) < 2:
+            lost.append(kwargs["Key"])
+            if meanwhile:
+                await meanwhile(store, kwargs)
+            raise ClientConnectionError("the connection broke")
+        return answer
+
+    monkeypatch.setattr(S3Store, "_try", broken)
+    monkeypatch.setattr("dcp_storage.store.s3._PAUSE_SECONDS", 0)
+    return lost
+
+
+def test_a_create_whose_answer_was_lost_is_known_for_what_it_did(moto_s3: Place, monkeypatch):
+    lost = lose_answers(monkeypatch)
+    run(moto_s3, lambda store: store.create(".metadata", b"mine"))
+    assert len(lost) == 1, "the second attempt is refused, and what is there is ours"
+    assert run(moto_s3, lambda store: store.get(".metadata")) == b"mine"
+
+
+def test_a_create_whose_answer_was_lost_does_not_replace_what_came_after_it(moto_s3: Place, monkeypatch):
+    async def replace(store, request):
+        await store._fs._call_s3("put_object", Bucket=request["Bucket"], Key=request["Key"], Body=b"another writer's")
+
+    lose_answers(monkeypatch, replace)
+    with pytest.raises(ObjectExists):
+        run(moto_s3, lambda store: store.create(".metadata", b"mine"))
+    assert run(moto_s3, lambda store: store.get(".metadata")) == b"another writer's"
+
+
+def test_a_client_too_old_for_conditions_only_has_the_look_before(moto_s3: Place, monkeypatch):
+    async def unknown(store):
+        return {}
+
+    monkeypatch.setattr(S3Store, "_only_if_absent", unknown)
+    run(moto_s3, lambda store: store.create(".metadata", b"first"))
+    with pytest.raises(ObjectExists):
+        run(moto_s3, lambda store: store.create(".metadata", b"second"))

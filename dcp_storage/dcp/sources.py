@@ -28,7 +28,7 @@ def plan_sources(plan: SavePlan, planner: SavePlanner, *, byte_planes: bool) -> 
 
 def _source(item: WriteItem, planner: SavePlanner, *, byte_planes: bool) -> Source:
     planned = item.tensor_data
-    if planned is not None and 0 in planned.chunk.sizes:  # of no elements: a lookup might find others at its offset
+    if planned and item.type is WriteItemType.SHARD and 0 in planned.chunk.sizes:  # others may begin at its offset
         return TensorSource(
             torch.empty(planned.chunk.sizes, dtype=planned.properties.dtype, device="cpu"),
             item.index.fqn,

@@ -24,7 +24,7 @@ from dcp_storage.dcp.staging.stage import stage
 from dcp_storage.dcp.staging.staged import StagedState, redeem
 from dcp_storage.dcp.tensors import check_text, dtype_name
 from dcp_storage.dcp.undocumented import METADATA_VERSION
-from dcp_storage.errors import CheckpointExists, ConfigError, StoreError
+from dcp_storage.errors import CheckpointExists, ConfigError, ObjectExists, StoreError
 from dcp_storage.format.manifest import Manifest
 from dcp_storage.format.names import data_object
 from dcp_storage.observe import Observer
@@ -229,6 +229,7 @@ class AsyncStorageWriter(StorageWriter):
 
         Raises:
             CoverageError: What was written is not what was planned, or does not tile a tensor.
+            CheckpointExists: Another save committed here meanwhile, and this one may not replace it.
             StoreError: The manifest could not be written; the checkpoint that was there before still stands.
         """
         save = self._save
@@ -243,7 +244,10 @@ class AsyncStorageWriter(StorageWriter):
         # DCP sends the metadata to all ranks, and `dcp.save` returns it.
         metadata.version = METADATA_VERSION
         metadata.storage_meta = StorageMeta(checkpoint_id=save.location.shown, save_id=save.token)
-        save.location.run(partial(_commit, manifest=manifest))
+        try:
+            save.location.run(partial(_commit, manifest=manifest, replace=save.collectives and self._overwrite))
+        except ObjectExists as error:
+            raise CheckpointExists(_exists_message(save), url=error.url) from error
         self._turn.done = True
 
     def storage_meta(self) -> StorageMeta | None:
@@ -302,9 +306,9 @@ class AsyncStorageWriter(StorageWriter):
         self._turns = Turns()
 
 
-async def _commit(store: Store, manifest: Manifest) -> None:
-    superfluous = await replaced_objects(store) if manifest.rank is None else []
-    await commit_manifest(store, manifest)
+async def _commit(store: Store, manifest: Manifest, *, replace: bool = True) -> None:
+    superfluous = await replaced_objects(store) if replace else []
+    await commit_manifest(store, manifest, replace=replace)
     try:
         await store.delete(superfluous)
     except StoreError as error:

@@ -57,6 +57,14 @@ class Store(ABC):
         """
 
     @abstractmethod
+    async def create(self, name: str, data: bytes) -> None:
+        """Do as `commit` does, unless an object of that name is there already; of several callers one succeeds.
+
+        Raises:
+            ObjectExists: It is there, and of other bytes.
+        """
+
+    @abstractmethod
     async def get(self, name: str) -> bytes:
         """Return a whole object."""
 

@@ -6,6 +6,7 @@ import logging
 import os
 import secrets
 import stat
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -117,6 +118,32 @@ def make_directory(directory: Path) -> None:
 
 def replace_file(path: Path, data: bytes, *, sync: bool) -> None:
     """Write a temporary file beside the path, and rename it over the path."""
+    _publish(path, data, Path.replace, sync=sync)
+
+
+def create_file(path: Path, data: bytes, *, sync: bool) -> None:
+    """Write a temporary file beside the path, and link it to the path.
+
+    Raises:
+        FileExistsError: Something is there.
+    """
+    _publish(path, data, _link, sync=sync)
+
+
+def _link(temporary: Path, path: Path) -> None:
+    try:
+        path.hardlink_to(temporary)
+    except FileExistsError:
+        raise
+    except OSError as error:
+        says = (
+            "this file system takes no hard links, without which nothing can be created atomically: use overwrite=True"
+        )
+        raise OSError(error.errno, f"{error.strerror}: {says}") from error
+    temporary.unlink()
+
+
+def _publish(path: Path, data: bytes, publish: Callable[[Path, Path], object], *, sync: bool) -> None:
     if sync:
         sync_path(path.parent)
     temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
@@ -126,7 +153,7 @@ def replace_file(path: Path, data: bytes, *, sync: bool) -> None:
             file.flush()
             if sync:
                 os.fsync(file.fileno())
-        temporary.replace(path)
+        publish(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

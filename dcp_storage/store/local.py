@@ -10,7 +10,7 @@ from typing import ParamSpec, Self, TypeVar
 from aiofiles.os import wrap
 
 from dcp_storage.config import MIB
-from dcp_storage.errors import ObjectNotFound
+from dcp_storage.errors import ObjectExists, ObjectNotFound
 from dcp_storage.store import files
 from dcp_storage.store.base import Batch, Store
 from dcp_storage.store.failures import Failures
@@ -65,6 +65,20 @@ class LocalStore(Store):
         with self._failures.mapped("commit", name):
             await self._make_directory()
             await _in_thread(files.replace_file, path, data, sync=self._sync_files)
+
+    async def create(self, name: str, data: bytes) -> None:
+        """Write a temporary file beside the object and link it to the object's name.
+
+        Raises:
+            ObjectExists: A file of that name is there, of other bytes.
+        """
+        path = self._path(name)
+        with self._failures.mapped("create", name):
+            await self._make_directory()
+            try:
+                await _in_thread(files.create_file, path, data, sync=self._sync_files)
+            except FileExistsError as error:
+                raise self._failures.error("create", name, "it is there already", ObjectExists) from error
 
     async def get(self, name: str) -> bytes:
         """Read the whole file."""

@@ -9,7 +9,7 @@ from typing import Any, Self
 from fsspec.config import apply_config
 
 from dcp_storage.config import MIB
-from dcp_storage.errors import ObjectNotFound
+from dcp_storage.errors import ObjectExists, ObjectNotFound
 from dcp_storage.store.base import Batch, Store
 from dcp_storage.store.bodies import Bodies
 from dcp_storage.store.failures import Failures, is_range_beyond_end
@@ -70,6 +70,24 @@ class RemoteStore(Store):
         path = self._path(name)
         with self._failures.mapped("commit", name):
             await self._write(path, io.BytesIO(data))
+
+    async def create(self, name: str, data: bytes) -> None:
+        """Look whether the object is there, and write it if not; fsspec has no request that does both at once.
+
+        Raises:
+            ObjectExists: It is there.
+        """
+        try:
+            await self.size(name)
+        except ObjectNotFound:
+            await self.commit(name, data)
+        else:
+            raise self._exists(name)
+
+    def _exists(self, name: str) -> ObjectExists:
+        error = self._failures.error("create", name, "it is there already", ObjectExists)
+        assert isinstance(error, ObjectExists)
+        return error
 
     async def get(self, name: str) -> bytes:
         """Read a whole object with one request."""

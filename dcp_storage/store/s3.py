@@ -24,6 +24,7 @@ from botocore.exceptions import (
 )
 from botocore.loaders import create_loader
 
+from dcp_storage.errors import ObjectNotFound
 from dcp_storage.store.failures import error_code, http_status
 from dcp_storage.store.remote import RemoteStore
 
@@ -45,10 +46,19 @@ _READ_TIMEOUTS = 20
 _PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 4
 
+_PRECONDITION_FAILED = 412
+
 _TIMED_OUT = (ConnectTimeoutError, ReadTimeoutError)
 _BROKEN = (NoConnectionError, HTTPClientError, IncompleteReadError, ClientConnectionError, ClientPayloadError)
 _BUSY_STATUS = {429, 500, 502, 503, 504}
-_BUSY_CODES = {"SlowDown", "Throttling", "RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch"}
+_BUSY_CODES = {
+    "SlowDown",
+    "Throttling",
+    "RequestTimeout",
+    "BadDigest",
+    "XAmzContentSHA256Mismatch",
+    "ConditionalRequestConflict",
+}
 
 
 class S3Store(RemoteStore):
@@ -114,12 +124,43 @@ class S3Store(RemoteStore):
             kwargs["Body"].seek(0)  # the try before has read it
         return await super()._call(method, *args, **kwargs)
 
-    async def _write(self, path: str, body: io.BytesIO) -> None:
+    async def create(self, name: str, data: bytes) -> None:
+        """Write the object with a request that the server refuses where it is there: `If-None-Match: *`.
+
+        A server that does not know this header, or a botocore that is too old for it, only has the look before.
+
+        Raises:
+            ObjectExists: It is there, and of other bytes.
+        """
+        try:
+            await self.size(name)
+        except ObjectNotFound:
+            pass
+        else:
+            raise self._exists(name)
+        path = self._path(name)
+        with self._failures.mapped("create", name):
+            try:
+                await self._write(path, io.BytesIO(data), **await self._only_if_absent())
+            except Exception as error:
+                if http_status(error) != _PRECONDITION_FAILED:
+                    raise
+                if await self._read(path) != data:  # else an attempt of ours whose answer was lost
+                    raise self._exists(name) from error
+
+    async def _only_if_absent(self) -> dict[str, str]:
+        client = await self._fs.get_s3(self._fs.split_path(self._prefix)[0])
+        known = client.meta.service_model.operation_model("PutObject").input_shape.members
+        return {"IfNoneMatch": "*"} if "IfNoneMatch" in known else {}
+
+    async def _write(self, path: str, body: io.BytesIO, **conditions: str) -> None:
         # The server checks what arrived. botocore would compute this on the event loop's thread.
         checksum = b64encode((await asyncio.to_thread(_crc32, body)).to_bytes(4, "big")).decode()
         bucket, key, _ = self._fs.split_path(path)
         # s3fs's own way to write bytes would copy the body.
-        await self._call("_call_s3", "put_object", Bucket=bucket, Key=key, Body=body, ChecksumCRC32=checksum)
+        await self._call(
+            "_call_s3", "put_object", Bucket=bucket, Key=key, Body=body, ChecksumCRC32=checksum, **conditions
+        )
 
     async def _list_entries(self) -> Iterable[dict[str, Any]]:
         # `_ls` would take a missing bucket for an empty prefix, and list the parent of an empty one.

@@ -92,10 +92,14 @@ def _decode(data: bytes, where: str) -> Manifest:
     return validate(decode(data, where), where)
 
 
-async def commit_manifest(store: Store, manifest: Manifest) -> None:
-    """Make a checkpoint of the objects that a manifest names: the last act of a save, and an atomic one."""
+async def commit_manifest(store: Store, manifest: Manifest, *, replace: bool = True) -> None:
+    """Make a checkpoint of the objects that a manifest names: the last act of a save, and an atomic one.
+
+    Raises:
+        ObjectExists: One was committed meanwhile, and `replace` is false.
+    """
     name = MANIFEST if manifest.rank is None else rank_manifest(manifest.rank)
-    await store.commit(name, encode(manifest))
+    await (store.commit if replace else store.create)(name, encode(manifest))
 
 
 async def is_committed(store: Store, rank: int | None) -> bool:

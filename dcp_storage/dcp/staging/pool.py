@@ -36,11 +36,6 @@ class Memory:
     file: int | None = None
     process: int = field(default_factory=os.getpid)
 
-    def __del__(self) -> None:
-        if self.file is not None:
-            with suppress(OSError):
-                os.close(self.file)
-
 
 class Pool:
     """Lends memory, and takes it back when nothing refers to what was lent, nor to a tensor over it."""
@@ -99,10 +94,12 @@ def shared_memory(nbytes: int) -> Memory:
     file = os.memfd_create("dcp_storage staging", os.MFD_CLOEXEC)
     try:
         os.ftruncate(file, nbytes)
-        return Memory(map_shared(file, nbytes), "shared", file)
+        memory = Memory(map_shared(file, nbytes), "shared", file)
     except BaseException:
         os.close(file)
         raise
+    finalize(memory, os.close, file).atexit = False
+    return memory
 
 
 def map_shared(file: int, nbytes: int) -> Bytes:
