@@ -167,6 +167,27 @@ class StoreSuite:
 
         run(place, use)
 
+    @pytest.mark.parametrize(
+        "part", ["a?b", "a*b", "a[1]b", "a#b", "a b", "100%", "a%20b", "ä", "a;b&c=d", "a'b", "a{b}|c"]
+    )
+    def test_a_path_is_a_path_whatever_is_in_it(self, place: Place, part: str):
+        inner, beside = (Place(f"{place.url}/{name}", place.storage_options) for name in (part, "aXb"))
+
+        async def use(store: Store):
+            for data in (b"first", b"second"):
+                await store.commit(".metadata", data)
+                assert await store.get(".metadata") == data
+            await put(store, NAME, b"data")
+            assert await store.get_range(NAME, 1, 3) == b"at"
+            assert await store.list() == {NAME: 4, ".metadata": 6}
+
+        run(beside, lambda store: store.commit(".metadata", b"of another"))
+        run(inner, use)
+        assert run(beside, lambda store: store.list()) == {".metadata": 10}
+        run(inner, lambda store: store.delete([NAME, ".metadata"]))
+        assert run(inner, lambda store: store.list()) == {}
+        assert run(beside, lambda store: store.get(".metadata")) == b"of another"
+
     def test_commit_creates_and_replaces(self, place: Place):
         async def use(store: Store):
             for data in (b"first, and longer", b"second", b""):

@@ -8,6 +8,7 @@ import fsspec
 import pytest
 from fsspec.implementations.local import LocalFileSystem
 
+from dcp_storage.errors import StoreError
 from tests.store_suite import NAME, Place, StoreSuite, put, run
 
 
@@ -42,3 +43,13 @@ class TestBlockingStore(StoreSuite):
         with pytest.raises(OSError, match=rf"cannot write .*/{NAME}.*No space left"):
             run(place, lambda store: put(store, NAME, b"data"))
         assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
+
+    def test_a_rename_that_is_refused_silently_fails_the_commit(self, place: Place, monkeypatch):
+        """As SMB and FTP servers do whose rename does not replace."""
+        run(place, lambda store: store.commit(".metadata", b"old"))
+        monkeypatch.setattr(BlockingFileSystem, "mv", lambda *args, **kwargs: False)
+        with pytest.raises(
+            StoreError, match=r"cannot commit .*/\.metadata: a rename that reported no error changed nothing"
+        ):
+            run(place, lambda store: store.commit(".metadata", b"new"))
+        assert run(place, lambda store: store.get(".metadata")) == b"old"

@@ -7,8 +7,10 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
+from fsspec import AbstractFileSystem
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
+from dcp_storage.errors import ObjectNotFound
 from dcp_storage.store.remote import RemoteStore
 
 
@@ -33,12 +35,37 @@ class ThreadedStore(RemoteStore):
         await self._call("_makedirs", self._prefix, exist_ok=True)
         try:
             await self._call("_pipe_file", temporary, body.getvalue())
-            await self._call("_mv", temporary, path)
+            await self._rename(temporary, path)
         except BaseException:
             # What made the write fail is raised, not what fails here.
             with suppress(Exception):
                 await self._call("_rm_file", temporary)
             raise
+
+    async def _rename(self, temporary: str, path: str) -> None:
+        if type(self._blocking_fs).mv is not AbstractFileSystem.mv:
+            await self._call("_mv", temporary, path)
+            return
+        # fsspec's own way would take `?`, `*` and `[` in a path for a pattern.
+        await self._call("_cp_file", temporary, path)
+        await self._call("_rm_file", temporary)
+
+    async def commit(self, name: str, data: bytes) -> None:
+        """Write the object under another name, rename it, and see that it came: some servers refuse silently.
+
+        Raises:
+            StoreError: What was there before is there still.
+        """
+        before = await self._held(name)
+        await super().commit(name, data)
+        if before != data and await self._held(name) == before:
+            raise self._failures.error("commit", name, "a rename that reported no error changed nothing")
+
+    async def _held(self, name: str) -> bytes | None:
+        try:
+            return await self.get(name)
+        except ObjectNotFound:
+            return None
 
     async def _list_entries(self) -> Iterable[dict[str, Any]]:
         self._blocking_fs.invalidate_cache()
