@@ -1,3 +1,4 @@
+import itertools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -206,3 +207,26 @@ def test_each_rank_s_objects_are_told_apart_and_the_manifest_counts_the_ranks(tm
     dcp.load(merged, storage_reader=AsyncStorageReader(tmp_path))
     assert all((merged[f"rank_{rank}"] == rank).all() for rank in range(3))
     assert sorted(name.name.split("-")[1] for name in tmp_path.glob("*.zst")) == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_a_save_that_fails_leaves_no_objects_behind(tmp_path, monkeypatch, asynchronous):
+    """As a full disk makes it fail: the next save needs the room."""
+    save(tmp_path, 1)
+    before = sorted(tmp_path.iterdir())
+    real, calls = LocalStore.put, itertools.count(1)
+
+    async def put(store, name, batches):
+        if next(calls) == 3:
+            raise StoreError("no space left")
+        return await real(store, name, batches)
+
+    monkeypatch.setattr(LocalStore, "put", put)
+    writer = AsyncStorageWriter(tmp_path, transfer=SMALL)
+    begin = dcp.async_save if asynchronous else dcp.save
+    with pytest.raises(CheckpointException, match="no space left"):
+        saved = begin(state_of(2), storage_writer=writer, no_dist=True)
+        saved.result(60)
+    assert next(calls) > 3
+    assert sorted(tmp_path.iterdir()) == before
+    assert loaded_value(tmp_path) == 1

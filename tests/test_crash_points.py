@@ -42,18 +42,18 @@ def test_every_operation_that_matters_is_a_point(lab):
 
 
 def test_a_library_that_deletes_before_it_commits_is_found_out(lab, monkeypatch):
-    async def hasty(store, manifest):
+    async def hasty(store, manifest, *, replace):
         await store.delete(await replaced_objects(store))
-        await commit_manifest(store, manifest)
+        await commit_manifest(store, manifest, replace=replace)
 
     monkeypatch.setattr(writer, "_commit", hasty)
     assert "damaged" in {point.found for point in break_commit(lab)}
 
 
 def test_a_library_that_swallows_an_error_is_found_out(lab, monkeypatch):
-    async def careless(store, manifest):
+    async def careless(store, manifest, *, replace):
         with suppress(StoreError):
-            await commit_manifest(store, manifest)
+            await commit_manifest(store, manifest, replace=replace)
 
     monkeypatch.setattr(writer, "_commit", careless)
     assert "found save 1, not one of {8}" in {fault for point in break_commit(lab) for fault in point.wrong}

@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from itertools import chain
@@ -205,19 +206,29 @@ class AsyncStorageWriter(StorageWriter):
         return future
 
     def _put(self, save: _Save, sources: Sequence[Source]) -> list[list[StoredSegment]]:
-        name = partial(data_object, save.token, save.rank, compression=self._codec.compression)
+        begun: list[str] = []
+
+        def name(number: int) -> str:
+            begun.append(data_object(save.token, save.rank, number, compression=self._codec.compression))
+            return begun[-1]
 
         async def put(store: Store) -> list[list[StoredSegment]]:
             with observed(self._observer, "save", store.url, sum(source.nbytes for source in sources)):
-                return await save_items(
-                    store,
-                    sources,
-                    name,
-                    self._codec,
-                    transfer=gentle(self._transfer, remote=store.remote),
-                    apart=training_runs_here(),
-                    observer=self._observer,
-                )
+                try:
+                    return await save_items(
+                        store,
+                        sources,
+                        name,
+                        self._codec,
+                        transfer=gentle(self._transfer, remote=store.remote),
+                        apart=training_runs_here(),
+                        observer=self._observer,
+                    )
+                except Exception:
+                    # Nothing names them, and the next save may need the room. What failed the save is raised.
+                    with suppress(StoreError):
+                        await store.delete(begun)
+                    raise
 
         return save.location.run(put)
 
