@@ -269,6 +269,18 @@ def test_a_stager_of_the_users_own_keeps_working(tmp_path):
     stager.close()
 
 
+def test_other_writers_do_not_store_what_could_not_be_staged(tmp_path):
+    options = {"storage_writer": dcp.FileSystemWriter(tmp_path), "async_stager": AsyncStorageWriter(tmp_path / "no")}
+    future = async_save({"odd": TwoTensor(torch.ones(3), torch.ones(3))}, **options)
+    with pytest.raises(CheckpointException, match="odd is a TwoTensor"):
+        future.result(100)
+    assert not (tmp_path / ".metadata").exists()
+    async_save({"w": torch.arange(3)}, **options).result(100)
+    loaded = {"w": torch.zeros(3, dtype=torch.int64)}
+    dcp.load(loaded, storage_reader=dcp.FileSystemReader(tmp_path))
+    assert loaded["w"].tolist() == [0, 1, 2]
+
+
 def receive(pipe):
     state = pipe.recv()
     pipe.send(

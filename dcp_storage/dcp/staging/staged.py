@@ -77,6 +77,16 @@ class _Shards(NamedTuple):
     dtype: torch.dtype
 
 
+class _Unstaged:
+    """In place of a state that could not be staged: a writer that does not ask for the error cannot store it."""
+
+    def __init__(self, error: DcpStorageError) -> None:
+        self._error = error
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise self._error
+
+
 class _Thread(threading.local):
     state: "StagedState | None" = None
 
@@ -93,7 +103,7 @@ class StagedState(dict[str, Any]):
     def __init__(
         self, values: dict[str, Any], memory: Memory | None = None, error: DcpStorageError | None = None
     ) -> None:
-        super().__init__(values)
+        super().__init__({"the state": _Unstaged(error)} if error else values)
         self.error = error
         self._memory = memory
 
@@ -103,12 +113,14 @@ class StagedState(dict[str, Any]):
         return super().items()
 
     def __reduce_ex__(self, protocol: Any) -> Any:
+        if self.error:
+            return StagedState, ({}, None, self.error)
         if self._memory is None:
-            return StagedState, (dict(self), None, self.error)
+            return StagedState, (dict(self), None, None)
         try:
             shared = self._shared(self._memory)
         except (AttributeError, OSError):  # no such memory: each tensor goes as torch sends it
-            return StagedState, (dict(self), None, self.error)
+            return StagedState, (dict(self), None, None)
         base, nbytes = self._memory.array.ctypes.data, len(self._memory.array)
         parts = walk(dict(self), lambda _, tensor: _placed(tensor, base, nbytes), lambda _, value: value)
         assert shared.file is not None, "shared memory is that of a file"
