@@ -2,9 +2,12 @@
 
 import itertools
 from collections.abc import Iterator
+from datetime import timedelta
 
 import boto3
 import pytest
+import torch
+import torch.distributed as dist
 from moto.server import ThreadedMotoServer
 
 from tests.store_suite import Place
@@ -49,3 +52,26 @@ def moto_bucket(moto_endpoint: str) -> str:
 def moto_s3(moto_bucket: str, moto_options: dict[str, str]) -> Place:
     """An empty prefix in a fresh bucket: `url` and `storage_options`."""
     return Place(f"s3://{moto_bucket}/runs/step-1", dict(moto_options))
+
+
+@pytest.fixture
+def as_rank():
+    """Pose as a rank of a process group that is not there."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def pose(rank, world):
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+
+    yield pose
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def process_group(monkeypatch):
+    """This process alone, which the PROCESS executor needs."""
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
+    yield
+    dist.destroy_process_group()

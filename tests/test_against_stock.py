@@ -13,13 +13,11 @@ import sys
 import tempfile
 import warnings
 from concurrent.futures import Future
-from datetime import timedelta
 from math import prod
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
@@ -503,14 +501,6 @@ def run(examples):
 
 def test_what_stock_gets_right_ours_does_or_says_why_not():
     run(EXAMPLES)
-
-
-@pytest.fixture
-def process_group(monkeypatch):
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.usefixtures("process_group")

@@ -26,20 +26,6 @@ WHOLE = torch.arange(66, dtype=torch.float32).view(SHAPE)
 STOCK_KNOWS_ATTRIBUTES = hasattr(dcp, "CheckpointableTensor")
 
 
-@pytest.fixture
-def as_rank():
-    """Pose as a rank of a process group that is not there."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    def pose(rank, world):
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-
-    yield pose
-    torch.distributed.destroy_process_group()
-
-
 def checkpointable(local, boxes, local_offsets, shape=SHAPE):
     local.global_shape = shape
     local.global_offsets = tuple(box.offsets for box in boxes)

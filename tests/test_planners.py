@@ -84,20 +84,6 @@ def test_a_bare_wrapper_of_no_shards_is_no_missing_key(tmp_path):
 # DTensors whose rows lie apart
 
 
-@pytest.fixture
-def as_rank():
-    """Pose as a rank of a process group that is not there."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    def pose(rank, world):
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-        torch.distributed.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-
-    yield pose
-    torch.distributed.destroy_process_group()
-
-
 def fsdp_over_tp(index, shape, at):
     """What FSDP (first dimension of the mesh) leaves a rank of what TP (second) left."""
     return chunk(chunk(index, shape[1])[at[1]], shape[0])[at[0]]

@@ -3,12 +3,10 @@
 import ast
 import multiprocessing
 import threading
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
@@ -22,13 +20,6 @@ ROOT = Path(dcp_storage.__file__).parent
 MODULES = sorted(
     path.relative_to(ROOT).as_posix() for floor in ("dcp", "demo") for path in (ROOT / floor).rglob("*.py")
 )
-
-
-@pytest.fixture
-def one_rank():
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60))
-    yield
-    dist.destroy_process_group()
 
 
 def private_names(source):
@@ -82,14 +73,14 @@ def test_a_kind_that_is_missing_has_no_instances():
     assert undocumented._kind("torch.never_there", "X").__name__ == "X"
 
 
-def test_hooks_have_the_names_that_dcp_calls(one_rank):
+def test_hooks_have_the_names_that_dcp_calls(process_group):
     value = distribute_tensor(torch.ones(2, 2), DeviceMesh("cpu", [0]), [Replicate()])
     for hook in ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard__"):
         assert callable(getattr(value, hook))
         assert callable(getattr(undocumented.LocalShardsWrapper, hook))
 
 
-def test_local_tensors(one_rank):
+def test_local_tensors(process_group):
     value = distribute_tensor(torch.ones(2, 2), DeviceMesh("cpu", [0]), [Shard(0)]).requires_grad_()
     held = undocumented.local_tensor(value)
     assert held.equal(torch.ones(2, 2))
@@ -113,7 +104,7 @@ def test_placements_split():
     assert undocumented.split_as(strided, torch.arange(8), 2)[1].tolist() == [2, 3, 6, 7]
 
 
-def test_device_of_the_process_group(one_rank):
+def test_device_of_the_process_group(process_group):
     assert undocumented.group_device() == torch.device("cpu")
 
 
@@ -133,7 +124,7 @@ class Where(dcp.FileSystemWriter):
 
 
 @pytest.mark.parametrize("kind", [None, *AsyncCheckpointerType], ids=str)
-def test_saves_know_where_they_run(tmp_path, one_rank, kind):
+def test_saves_know_where_they_run(tmp_path, process_group, kind):
     state, writer = {"x": torch.ones(1)}, Where(tmp_path)
     if kind is None:
         dcp.save(state, storage_writer=writer)

@@ -128,11 +128,11 @@ class StagedState(dict[str, Any]):
 
     @staticmethod
     def _shared(memory: Memory) -> Memory:
-        POOL.shares = True
         if memory.file is not None:
             return memory
         copy = shared_memory(len(memory.array))
         copy.array[:] = memory.array
+        POOL.shares = True
         return copy
 
 
