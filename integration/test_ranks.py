@@ -172,3 +172,21 @@ def test_cached_plans_are_right_across_changed_paths_dtypes_and_keys(tmp_path, h
         planner = ShardedLoadPlanner(dtype_policy="error")
         dcp.load(state, storage_reader=AsyncStorageReader(tmp_path / str(step)), planner=planner)
         assert_same(state, expected)
+
+
+def save_stock_without_collectives(rank, place):
+    dcp.save(sharded_state(place["value"]), storage_writer=dcp.FileSystemWriter(place["url"]), use_collectives=False)
+    rank.report("saved", True)
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_stock_saves_without_collectives_load_on_any_number_of_ranks(tmp_path, world):
+    place = {"url": str(tmp_path), "value": 4}
+    assert run_ranks(world, save_stock_without_collectives, place) == dict.fromkeys(range(world), True)
+    assert not (tmp_path / ".metadata").exists()
+    for count in (1, 2, 4):
+        assert run_ranks(count, load_on, place) == dict.fromkeys(range(count), True)
+    if world > 1:
+        (tmp_path / "__0.metadata").unlink()
+        with pytest.raises(CheckpointException, match=r"of which these ranks lack: \[0\]"):
+            dcp.load(blank_like(full_state(4)), storage_reader=AsyncStorageReader(tmp_path))

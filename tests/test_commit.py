@@ -57,6 +57,22 @@ def test_overwrite_of_another_codec_and_of_a_stock_checkpoint(tmp_path):
     assert loaded_value(tmp_path) == 3
 
 
+def test_overwrite_of_a_stock_checkpoint_without_collectives(tmp_path):
+    dcp.save(state_of(1), storage_writer=dcp.FileSystemWriter(tmp_path), use_collectives=False)
+    assert loaded_value(tmp_path) == 1
+    save(tmp_path, 2)
+    assert not list(tmp_path.glob("__*"))
+    assert loaded_value(tmp_path) == 2
+
+
+def test_parts_of_stock_s_and_of_ours_do_not_merge(tmp_path):
+    dcp.save(state_of(1), storage_writer=dcp.FileSystemWriter(tmp_path), use_collectives=False)
+    dcp.save(state_of(2), storage_writer=AsyncStorageWriter(tmp_path / "x", transfer=SMALL), use_collectives=False)
+    (tmp_path / "x" / "__0.metadata").rename(tmp_path / "__1.metadata")
+    with pytest.raises(CheckpointException, match="parts of DCP's own writers and of this package, mixed"):
+        loaded_value(tmp_path)
+
+
 def test_files_that_no_manifest_names_are_never_deleted(tmp_path):
     save(tmp_path, 1)
     other_save_in_flight = tmp_path / "0123456789abcdef-0-0.distcp.zst"

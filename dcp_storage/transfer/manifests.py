@@ -15,7 +15,7 @@ from dcp_storage.errors import (
 )
 from dcp_storage.format.legacy import StockManifest, decode_stock_metadata
 from dcp_storage.format.manifest import Manifest, decode, encode, is_manifest
-from dcp_storage.format.merge import merge
+from dcp_storage.format.merge import merge, merge_stock
 from dcp_storage.format.names import MANIFEST, is_data_object, is_stock_object, parse_rank_manifest, rank_manifest
 from dcp_storage.format.validate import validate
 from dcp_storage.store.base import Store
@@ -51,12 +51,7 @@ async def read_manifest(store: Store) -> Manifest | StockManifest:
 
 
 async def _read_whole(store: Store) -> Manifest | StockManifest:
-    where = f"{store.url}/{MANIFEST}"
-
-    def decode_either(data: bytes) -> Manifest | StockManifest:
-        return _decode(data, where) if is_manifest(data) else decode_stock_metadata(data, where=where)
-
-    return await _read(store, MANIFEST, decode_either)
+    return await _read(store, MANIFEST, partial(_decode, where=f"{store.url}/{MANIFEST}"))
 
 
 async def _read(store: Store, name: str, parse: Callable[[bytes], R]) -> R:
@@ -67,7 +62,7 @@ async def _read(store: Store, name: str, parse: Callable[[bytes], R]) -> R:
         return parse(await store.get(name))
 
 
-async def _read_rank_manifests(store: Store) -> Manifest:
+async def _read_rank_manifests(store: Store) -> Manifest | StockManifest:
     try:
         names = await store.list()
     except ObjectNotFound:
@@ -79,17 +74,22 @@ async def _read_rank_manifests(store: Store) -> Manifest:
             f"no checkpoint at {store.url}: {found} (no {MANIFEST}). Check the path, or list the steps beside it",
             url=store.url,
         )
-    parts = await asyncio.gather(*(_read_part(store, rank) for rank in ranks))
-    return validate(merge(parts, store.url), store.url)
+    parts = dict(zip(ranks, await asyncio.gather(*(_read_part(store, rank) for rank in ranks)), strict=True))
+    ours = [part for part in parts.values() if isinstance(part, Manifest)]
+    if not ours:
+        return merge_stock({rank: part for rank, part in parts.items() if isinstance(part, StockManifest)}, store.url)
+    if len(ours) < len(parts):
+        raise ManifestCorrupt(f"{store.url} holds parts of DCP's own writers and of this package, mixed", url=store.url)
+    return validate(merge(ours, store.url), store.url)
 
 
-async def _read_part(store: Store, rank: int) -> Manifest:
+async def _read_part(store: Store, rank: int) -> Manifest | StockManifest:
     name = rank_manifest(rank)
     return await _read(store, name, partial(_decode, where=f"{store.url}/{name}"))
 
 
-def _decode(data: bytes, where: str) -> Manifest:
-    return validate(decode(data, where), where)
+def _decode(data: bytes, where: str) -> Manifest | StockManifest:
+    return validate(decode(data, where), where) if is_manifest(data) else decode_stock_metadata(data, where=where)
 
 
 async def commit_manifest(store: Store, manifest: Manifest, *, replace: bool = True) -> None:
@@ -127,7 +127,7 @@ async def replaced_objects(store: Store) -> list[str]:
     except (ManifestCorrupt, UnsupportedFormat) as error:
         logger.warning("the checkpoint that is being replaced cannot be read, so its objects are left: %s", error)
         return []
-    if isinstance(old, StockManifest):
-        return sorted(filter(is_stock_object, {item.object_name for item in old.storage.values()}))
     parts = [name for name in await store.list() if parse_rank_manifest(name) is not None]
+    if isinstance(old, StockManifest):
+        return [*parts, *sorted(filter(is_stock_object, {item.object_name for item in old.storage.values()}))]
     return [*parts, *(stored.name for stored in old.objects if is_data_object(stored.name))]
