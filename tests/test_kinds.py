@@ -161,6 +161,13 @@ def test_shards_by_attributes_with_dcp_s_own_planner_are_right_or_refused(tmp_pa
     assert torch.equal(loaded["w"], WHOLE)
 
 
+def test_attributes_that_say_what_is_so_anyway_do_no_harm(tmp_path):
+    dcp.save({"w": one_rank(pad=0)}, storage_writer=AsyncStorageWriter(tmp_path), no_dist=True)
+    loaded = {"w": torch.zeros(SHAPE)}
+    dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path), no_dist=True)
+    assert torch.equal(loaded["w"], WHOLE)
+
+
 @pytest.mark.skipif(not STOCK_KNOWS_ATTRIBUTES, reason="this torch's planner does not know them")
 def test_shards_by_attributes_load_with_dcp_s_own_planner(tmp_path):
     dcp.save({"w": one_rank()}, storage_writer=AsyncStorageWriter(tmp_path), no_dist=True)

@@ -3,6 +3,7 @@
 import io
 
 import torch
+from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from dcp_storage.collector import uncollected
@@ -11,6 +12,7 @@ from dcp_storage.dcp.entries import refuse_shards
 from dcp_storage.dcp.kinds.plain import Checkpointable
 from dcp_storage.dcp.tensors import BytesSource, TensorSource
 from dcp_storage.errors import CoverageError, DtypeMismatch, UnsupportedTensor
+from dcp_storage.geometry import whole
 from dcp_storage.transfer.save import Source
 
 
@@ -51,7 +53,7 @@ def _source(item: WriteItem, planner: SavePlanner, *, byte_planes: bool) -> Sour
             "was it changed since its plan was cached?",
             fqn=item.index.fqn,
         )
-    if item.type is WriteItemType.TENSOR and Checkpointable.takes(data):
+    if item.type is WriteItemType.TENSOR and _is_a_part(item.index.fqn, data):
         raise UnsupportedTensor(
             f"{item.index.fqn} is a shard by its attributes (CheckpointableTensor), and the planner takes it for all "
             "of its tensor: save with ShardedSavePlanner",
@@ -59,3 +61,11 @@ def _source(item: WriteItem, planner: SavePlanner, *, byte_planes: bool) -> Sour
         )
     wait_for_device(data)
     return TensorSource(data, item.index.fqn, byte_planes=byte_planes)
+
+
+def _is_a_part(fqn: str, data: Tensor) -> bool:
+    """Tell whether the attributes of a tensor say that it is something else than all of its tensor."""
+    if not Checkpointable.takes(data):
+        return False
+    kind, shape = Checkpointable(fqn, data), tuple(data.shape)
+    return kind.shape != shape or kind.boxes() != [whole(shape)]
