@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 import dcp_storage
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedSavePlanner
 from dcp_storage.dcp import undocumented
 
 ROOT = Path(dcp_storage.__file__).parent
@@ -132,3 +133,51 @@ def test_saves_know_where_they_run(tmp_path, process_group, kind):
         dcp.async_save(state, storage_writer=writer, async_checkpointer_type=kind).result(100)
     expected = (kind is AsyncCheckpointerType.THREAD, kind is AsyncCheckpointerType.PROCESS)
     assert (tmp_path / "where").read_text() == repr(expected)
+
+
+def test_results_of_collectives_are_waited_for(process_group):
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor, all_reduce
+
+    pending = all_reduce(torch.ones(3), "sum", torch.distributed.group.WORLD)
+    made = AsyncCollectiveTensor(pending.wait() if isinstance(pending, AsyncCollectiveTensor) else pending)
+    assert undocumented.AsyncCollectiveTensor is AsyncCollectiveTensor
+    assert type(undocumented.settled(made)) is torch.Tensor
+    plain = torch.ones(2)
+    assert undocumented.settled(plain) is plain
+
+
+def test_a_result_of_a_collective_is_saved(tmp_path, process_group):
+    from torch.distributed._functional_collectives import AsyncCollectiveTensor
+
+    for save in (dcp.save, dcp.async_save):
+        state = {"w": AsyncCollectiveTensor(torch.arange(3.0))}
+        saved = save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner())
+        if save is dcp.async_save:
+            saved.result(60)
+        loaded = {"w": torch.zeros(3)}
+        dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path))
+        assert loaded["w"].tolist() == [0, 1, 2]
+
+
+def test_zeros_without_memory_are_known():
+    assert undocumented.is_zero_tensor(torch._efficientzerotensor(2))
+    assert not undocumented.is_zero_tensor(torch.zeros(2))
+
+
+def test_a_tensor_without_memory_is_of_its_class_and_the_host_s():
+    class Own(torch.Tensor):
+        @classmethod
+        def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+            raise NotImplementedError
+
+    made = undocumented.without_memory(Own, torch.Size([2, 3]), torch.int16)
+    assert (type(made), made.shape, made.dtype, made.device.type) == (Own, (2, 3), torch.int16, "cpu")
+
+
+def test_stock_writers_of_urls():
+    url = "memory://undocumented/step-1"
+    dcp.save({"w": torch.arange(3)}, storage_writer=undocumented.stock_url_writer(url))
+    loaded = {"w": torch.zeros(3, dtype=torch.int64)}
+    dcp.load(loaded, storage_reader=undocumented.stock_url_reader(url))
+    assert loaded["w"].tolist() == [0, 1, 2]
+    assert undocumented.stock_zstandard().get_descriptor().startswith("stream.zstd/1")
