@@ -21,6 +21,9 @@ from integration.servers import S3Server
 _START_S = 30
 _CURRENT = "current"
 
+_LATE_S = 3
+"""What a client had sent when it was killed, a server may still put: an orphan that comes after those were listed."""
+
 
 @dataclass
 class _Place:
@@ -74,6 +77,8 @@ class Soak:
 
     def end(self) -> tuple[int, list[str]]:
         """Look at every path once more, clear away what the dead left, and look again; return how much that was."""
+        if self._server is not None:
+            time.sleep(_LATE_S)
         orphans, wrong = 0, self._look_at(set(self._places), [])[1]
         for name, place in self._places.items():
             if place.done is None and find(self._contestant, f"{self._url}/{name}", 1) is None:
