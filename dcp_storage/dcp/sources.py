@@ -23,7 +23,7 @@ def plan_sources(plan: SavePlan, planner: SavePlanner, *, byte_planes: bool) -> 
     Raises:
         CoverageError: The planner resolved an item to another shape than it planned.
         DtypeMismatch: ... or to another dtype.
-        UnsupportedTensor: An item is no plain strided memory, or an object holds a part of a distributed tensor.
+        UnsupportedTensor: An item is not plain strided memory, or an object holds a part of a distributed tensor.
     """
     return [_source(item, planner, byte_planes=byte_planes) for item in plan.items]
 

@@ -148,7 +148,7 @@ def dispatches(tensor: Tensor) -> bool:
 
 
 def check_plain(fqn: str, tensor: Tensor) -> None:
-    """Refuse a tensor that is no plain strided memory.
+    """Refuse a tensor that is not plain strided memory.
 
     Raises:
         UnsupportedTensor: It is sparse, quantized, on the meta device, or a subclass with operations of its own.

@@ -34,7 +34,7 @@ def item_box(item: WriteItem) -> Box:
     """Return the box that an item writes.
 
     Raises:
-        ValueError: It is no box.
+        ValueError: It is not a box.
     """
     assert item.tensor_data is not None
     return chunk_box(item.tensor_data.chunk)

@@ -60,7 +60,7 @@ class Hooked(Kind):
         """Return the chunks that the value's hook returns.
 
         Raises:
-            CoverageError: Those are no chunks.
+            CoverageError: Those are not chunks.
             UnsupportedTensor: The hook failed.
         """
         hook = "__create_chunk_list__"
@@ -79,7 +79,7 @@ class Hooked(Kind):
         """Return what the value's hook finds.
 
         Raises:
-            CoverageError: That is no tensor.
+            CoverageError: That is not a tensor.
             UnsupportedTensor: The hook failed.
         """
         hook = "__get_tensor_shard__"
@@ -123,7 +123,7 @@ class Wrapper(Hooked):
         """Return an item for each shard.
 
         Raises:
-            UnsupportedTensor: A shard is no plain strided memory.
+            UnsupportedTensor: A shard is not plain strided memory.
         """
         for shard in self.value.local_shards():
             check_plain(self.fqn, shard)

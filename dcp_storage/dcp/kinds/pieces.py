@@ -1,4 +1,4 @@
-"""Which boxes of its global tensor a DTensor holds whose placements are no plain shards: they are asked, row by row."""
+"""Which boxes of its global tensor a DTensor holds whose placements are not plain: they are asked, row by row."""
 
 from itertools import product
 from math import prod

@@ -30,7 +30,7 @@ class Plain(Kind):
         """Return one item.
 
         Raises:
-            UnsupportedTensor: It is no plain strided memory.
+            UnsupportedTensor: It is not plain strided memory.
         """
         check_plain(self.fqn, self.value)
         shape = tuple(self.value.shape)
@@ -62,7 +62,7 @@ class Checkpointable(Kind):
         """Return a view of each shard.
 
         Raises:
-            CoverageError: The attributes are no such boxes.
+            CoverageError: The attributes are not such boxes.
         """
         try:
             return [self._part(*places) for places in self._places()]
