@@ -83,7 +83,7 @@ class UnsupportedTensor(DcpStorageError, TypeError):
 
 
 class UnsupportedEntry(DcpStorageError, TypeError):
-    """An object that is no tensor and cannot be stored."""
+    """An object that is not a tensor and cannot be stored."""
 
 
 class StagingError(DcpStorageError):

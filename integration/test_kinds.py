@@ -13,7 +13,7 @@ from torch.distributed._shard.sharded_tensor import init_from_local_shards
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
@@ -124,6 +124,50 @@ def test_hooks_of_local_tensors_survive_every_way_to_save(tmp_path):
         state = {"w": torch.zeros(6, 2)}
         dcp.load(state, storage_reader=AsyncStorageReader(path), planner=ShardedLoadPlanner())
         assert torch.equal(state["w"], WHOLE), path
+
+
+def shard_by_attributes(fill):
+    """This rank's rows at the beginning of a buffer, with two rows of padding after them."""
+    first, stop = rows_of(dist.get_rank(), dist.get_world_size())
+    local = torch.full((stop - first + 2, 2), torch.nan)
+    if fill:
+        local[: stop - first] = WHOLE[first:stop]
+    local.global_shape, local.global_offsets = (6, 2), ((first, 0),)
+    local.local_offsets, local.local_sizes = ((0, 0),), ((stop - first, 2),)
+    return local
+
+
+def dtensor(fill):
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return distribute_tensor(WHOLE if fill else torch.zeros(6, 2), mesh, [Shard(0)])
+
+
+def save_attributes_and_dtensors(rank, place):
+    for name, make in (("attributes", shard_by_attributes), ("dtensor", dtensor)):
+        for number, how in enumerate(HOWS):
+            save({"w": make(fill=True)}, f"{place['path']}/{name}-{number}", how, ShardedSavePlanner())
+    rank.report("saved", True)
+
+
+def load_attributes_and_dtensors(rank, place):
+    first, stop = rows_of(dist.get_rank(), dist.get_world_size())
+    for path in sorted(Path(place["path"]).iterdir()):
+        state = {"w": dtensor(fill=False)}
+        dcp.load(state, storage_reader=AsyncStorageReader(path), planner=ShardedLoadPlanner())
+        assert torch.equal(state["w"].full_tensor(), WHOLE), path
+        state = {"w": shard_by_attributes(fill=False)}
+        dcp.load(state, storage_reader=AsyncStorageReader(path), planner=ShardedLoadPlanner())
+        assert torch.equal(state["w"][: stop - first], WHOLE[first:stop]), path
+        assert state["w"][stop - first :].isnan().all(), "padding was written to"
+    rank.report("loaded", True)
+
+
+@pytest.mark.parametrize("world", [1, 3, 4])
+def test_shards_by_attributes_and_dtensors_load_into_each_other(tmp_path, world):
+    place = {"path": str(tmp_path)}
+    assert run_ranks(world, save_attributes_and_dtensors, place) == dict.fromkeys(range(world), True)
+    for count in (1, 2, 4):
+        assert run_ranks(count, load_attributes_and_dtensors, place) == dict.fromkeys(range(count), True)
 
 
 def fail_staging(rank, place):

@@ -1,7 +1,6 @@
 """The names of torch that no documentation promises: each exists on this torch, and means what is built on it."""
 
 import ast
-import multiprocessing
 import threading
 from pathlib import Path
 
@@ -120,7 +119,6 @@ class Where(dcp.FileSystemWriter):
         thread = threading.current_thread()
         here = undocumented.in_async_thread(thread), undocumented.in_async_process()
         (self.path / "where").write_text(repr(here))
-        (self.path / "parent").write_text(repr(multiprocessing.parent_process() is not None))
         return super().write_data(plan, planner)
 
 

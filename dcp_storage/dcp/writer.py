@@ -1,5 +1,6 @@
 """`AsyncStorageWriter`: DCP's `StorageWriter` on this package's format, pipelines and stores."""
 
+import asyncio
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -34,6 +35,9 @@ from dcp_storage.transfer.manifests import commit_manifest, is_committed, replac
 from dcp_storage.transfer.save import Source, StoredSegment, save_items
 
 logger = logging.getLogger(__name__)
+
+_CLEAN_UP_S = 5
+"""How long a save that failed may try to delete its objects: the store may be what failed it."""
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -226,8 +230,9 @@ class AsyncStorageWriter(StorageWriter):
                     )
                 except Exception:
                     # Nothing names them, and the next save may need the room. What failed the save is raised.
-                    with suppress(StoreError):
-                        await store.delete(begun)
+                    with suppress(StoreError, TimeoutError):
+                        async with asyncio.timeout(_CLEAN_UP_S):
+                            await store.delete(begun)
                     raise
 
         return save.location.run(put)

@@ -121,7 +121,7 @@ class _Machine:
         self.stack.append(int.from_bytes(self.take(width), "little", signed=True))
 
     def text(self, width: int) -> None:
-        # Half a surrogate pair is no damage: pickle writes any str.
+        # Half a surrogate pair is not damage: pickle writes any str.
         self.stack.append(self.take(self.number(width)).decode(errors="surrogatepass"))
 
     def mark(self) -> None:

@@ -118,7 +118,7 @@ async def replaced_objects(store: Store) -> list[str]:
     """Return what a new manifest makes superfluous: objects, and rank manifests, of the checkpoint that it replaces.
 
     A manifest that cannot be read names nothing: what it stood for stays where it is. So does what one names that is
-    not of the form of a save's objects: a manifest is no reason to delete a file of somebody else's.
+    not of the form of a save's objects: a manifest must not make a save delete somebody else's file.
     """
     try:
         old = await read_manifest(store)

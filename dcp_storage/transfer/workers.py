@@ -73,7 +73,7 @@ async def for_each(concurrency: int, jobs: Iterable[T], do: Callable[[T], Awaita
         error = errors.exceptions[0]
     try:
         if error is not None:
-            raise error  # here, where the group is no longer its context: it keeps its own cause
+            raise error  # outside of `except`: the group must not become its context, nor hide its cause
     finally:
         del error  # else a circle with its traceback holds this frame, and its callers' state
 
