@@ -56,7 +56,7 @@ class CheckpointExists(DcpStorageError, FileExistsError):
 
 
 class CheckpointReplaced(DcpStorageError):
-    """Another save replaced the checkpoint while it was read, and deleted the old one. Load again."""
+    """Another save committed in between: over the checkpoint that is read, or that is being replaced. Begin again."""
 
 
 class ManifestCorrupt(DcpStorageError):
@@ -107,7 +107,7 @@ class ObjectNotFound(StoreError, FileNotFoundError):
 
 
 class ObjectExists(StoreError, FileExistsError):
-    """An object that should have been new is in the store already."""
+    """An object stands where none, or another version of it, was expected."""
 
 
 class ConfigError(DcpStorageError, ValueError):

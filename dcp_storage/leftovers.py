@@ -5,12 +5,12 @@ from collections.abc import Iterable
 
 from dcp_storage.format.legacy import StockManifest
 from dcp_storage.format.manifest import Manifest
-from dcp_storage.format.names import MANIFEST, parse_rank_manifest
+from dcp_storage.format.names import MANIFEST, parse_part_manifest
 
 _TOKEN = "[0-9a-f]{16}"  # noqa: S105 - no password
 _TEMPORARY = rf"\.tmp-{_TOKEN}"
 _DATA_OBJECT = re.compile(rf"({_TOKEN})-\d+-\d+\.distcp(?:\.zst)?(?:{_TEMPORARY})?")
-_MANIFEST_TEMPORARY = re.compile(rf"(?:__\d+)?\.metadata{_TEMPORARY}")
+_MANIFEST_TEMPORARY = re.compile(rf"(?:__\d+(?:-{_TOKEN})?)?\.metadata{_TEMPORARY}")
 
 
 def save_of(name: str) -> str | None:
@@ -21,7 +21,7 @@ def save_of(name: str) -> str | None:
     """
     if match := _DATA_OBJECT.fullmatch(name):
         return match[1]
-    return name if _MANIFEST_TEMPORARY.fullmatch(name) or parse_rank_manifest(name) is not None else None
+    return name if _MANIFEST_TEMPORARY.fullmatch(name) or parse_part_manifest(name) else None
 
 
 def object_names(manifest: Manifest | StockManifest | None) -> set[str]:
@@ -36,11 +36,13 @@ def object_names(manifest: Manifest | StockManifest | None) -> set[str]:
 def split(listed: Iterable[str], manifest: Manifest | StockManifest | None) -> tuple[list[str], list[str]]:
     """Return what is there and not part of the checkpoint: orphans of this package's saves, and foreign objects.
 
-    The manifests of single ranks are the checkpoint where there is no `.metadata`, and left over where there is one.
+    The manifests of single ranks are the checkpoint where there is no `.metadata` and they are of the attempt that is
+    loaded, and left over elsewhere.
     """
     listed = set(listed)
     unnamed = sorted(listed - object_names(manifest) - {MANIFEST})
     if MANIFEST not in listed:
-        unnamed = [name for name in unnamed if parse_rank_manifest(name) is None]
+        loaded = getattr(manifest, "attempt", None)
+        unnamed = [name for name in unnamed if not (part := parse_part_manifest(name)) or part.attempt != loaded]
     orphans = [name for name in unnamed if save_of(name)]
     return orphans, [name for name in unnamed if not save_of(name)]

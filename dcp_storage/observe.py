@@ -1,31 +1,44 @@
 """What a save or a load tells of itself while it runs. No user interface: `progress.py` is one observer of many."""
 
-from typing import Literal, Protocol
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Literal
 
 Operation = Literal["save", "load", "verify"]
 
+Advance = Callable[[int, int], None]
+"""Is told of blocks that are done: their size in memory, before compression, and in the store, in bytes."""
 
-class Observer(Protocol):
-    """Told of one rank's transfers, on the thread that runs them: every method must return at once."""
+Observer = Callable[[Operation, str, int], AbstractContextManager[Advance]]
+"""Is called for each transfer of a rank, with its operation, its URL and the bytes that it will move, in memory.
 
-    def start(self, operation: Operation, url: str, raw_bytes: int) -> None:
-        """Begin a transfer of this rank that will move `raw_bytes` of tensors and objects, before compression."""
+It returns a context manager, which is entered when the transfer begins and left when it ends, with the error that
+failed it. What that yields is called in between. All of it happens on the thread that runs the transfer, and has to
+return at once. Several transfers may run at the same time, each with a context manager of its own.
 
-    def advance(self, raw_bytes: int, stored_bytes: int) -> None:
-        """Count blocks done since the last call: their size in memory, and in the store."""
+    @contextmanager
+    def log(operation, url, raw_bytes):
+        began = time.monotonic()
+        yield lambda raw_bytes, stored_bytes: None
+        print(f"{operation} {url}: {raw_bytes / (time.monotonic() - began):.0f} bytes/s")
+"""
 
-    def finish(self, error: BaseException | None) -> None:
-        """End the transfer; `error` is what failed it."""
+
+@contextmanager
+def silent(operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:  # noqa: ARG001 - an `Observer`
+    """Tell nobody: the observer where none is given."""
+    yield lambda raw_bytes, stored_bytes: None  # noqa: ARG005
 
 
-class Silent:
-    """The observer that tells nobody."""
-
-    def start(self, operation: Operation, url: str, raw_bytes: int) -> None:
-        """Do nothing."""
-
-    def advance(self, raw_bytes: int, stored_bytes: int) -> None:
-        """Do nothing."""
-
-    def finish(self, error: BaseException | None) -> None:
-        """Do nothing."""
+@contextmanager
+def observed(observer: Observer, operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
+    """Tell an observer of a transfer. What fails the transfer is raised whatever the observer makes of it."""
+    failure: BaseException | None = None
+    with observer(operation, url, raw_bytes) as advance:
+        try:
+            yield advance
+        except BaseException as error:
+            failure = error
+            raise
+    if failure:
+        raise failure

@@ -11,7 +11,7 @@ from dcp_storage.errors import CheckpointNotFound, StoreError
 from dcp_storage.format.legacy import StockManifest
 from dcp_storage.format.manifest import Manifest, Segment
 from dcp_storage.leftovers import object_names, split
-from dcp_storage.observe import Observer, Silent
+from dcp_storage.observe import Observer, observed, silent
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
 from dcp_storage.transfer.check import check_blocks
@@ -92,7 +92,7 @@ def verify(
         StoreError: It could not be read, or another save replaced it meanwhile.
         ConfigError: The path or the options are impossible.
     """
-    return run_async(_verify(open_store(path, storage_options), transfer, observer or Silent()))
+    return run_async(_verify(open_store(path, storage_options), transfer, observer or silent))
 
 
 async def _verify(closed: Store, transfer: Transfer, observer: Observer) -> Verification:
@@ -197,13 +197,8 @@ async def _block_damage(
     items = list(_items(manifest))
     blocks = _blocks(manifest, items, sizes)
     names = [name for name, _ in _table(manifest)]
-    observer.start("verify", store.url, sum(block.stop - block.start for block in blocks))
-    try:
-        damaged = await check_blocks(store, blocks, names, manifest.codec, transfer=transfer, observer=observer)
-    except BaseException as error:
-        observer.finish(error)
-        raise
-    observer.finish(None)
+    with observed(observer, "verify", store.url, sum(block.stop - block.start for block in blocks)) as advance:
+        damaged = await check_blocks(store, blocks, names, manifest.codec, transfer=transfer, advance=advance)
     return blocks, [
         Damage(names[block.object], block.offset, (items[block.item].fqn,), f"a damaged block of {block.length} bytes")
         for block in damaged

@@ -20,7 +20,6 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.demo.ranks import Ranks
 from dcp_storage.errors import StoreError
-from dcp_storage.observe import Silent
 from dcp_storage.store.local import LocalStore
 from tests.test_async_save import loaded_value
 
@@ -82,14 +81,16 @@ def test_a_failure_in_the_background_of_one_rank_is_raised_on_all(tmp_path, fail
     assert_value(tmp_path, 2)
 
 
-class Niceness(Silent):
+class Niceness:
     """Leaves a file that tells how nice the thread is that saves."""
 
     def __init__(self, path):
         self._path = path
 
-    def start(self, operation, url, raw_bytes):
+    @contextmanager
+    def __call__(self, operation, url, raw_bytes):
         (self._path / f"nice-{os.getpriority(os.PRIO_PROCESS, threading.get_native_id())}").touch()
+        yield lambda raw_bytes, stored_bytes: None
 
 
 def save_in_a_process(rank, place):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dcp_storage.errors import ConfigError, ObjectExists, ObjectNotFound, StoreError
-from dcp_storage.store.base import Batch, Store
+from dcp_storage.store.base import ABSENT, Batch, Store
 from dcp_storage.store.open import open_store
 
 NAMES = ["0a1b2c3d4e5f6071-0-0.distcp.zst", "0a1b2c3d4e5f6071-1023-65535.distcp.zst", ".metadata", "__3.metadata"]
@@ -139,17 +139,17 @@ class StoreSuite:
 
     def test_create_makes_what_is_not_there_and_replaces_nothing(self, place: Place):
         async def use(store: Store):
-            await store.create(".metadata", b"first")
+            await store.commit(".metadata", b"first", over=ABSENT)
             for data in (b"second", b""):
-                with pytest.raises(ObjectExists, match=r"cannot create .*/\.metadata: it is there already") as caught:
-                    await store.create(".metadata", data)
+                with pytest.raises(ObjectExists, match=r"cannot commit .*/\.metadata: it is there already") as caught:
+                    await store.commit(".metadata", data, over=ABSENT)
                 assert caught.value.url == store.url
             assert await store.get(".metadata") == b"first"
             assert set(await store.list()) == {".metadata"}
             await store.commit(".metadata", b"third")
             assert await store.get(".metadata") == b"third"
             await store.delete([".metadata"])
-            await store.create(".metadata", b"fourth")
+            await store.commit(".metadata", b"fourth", over=ABSENT)
             assert await store.get(".metadata") == b"fourth"
 
         run(place, use)
@@ -159,7 +159,9 @@ class StoreSuite:
 
         async def use(store: Store):
             made = [bytes([65 + n]) * 50_000 for n in range(6)]
-            results = await asyncio.gather(*(store.create(".metadata", data) for data in made), return_exceptions=True)
+            results = await asyncio.gather(
+                *(store.commit(".metadata", data, over=ABSENT) for data in made), return_exceptions=True
+            )
             assert all(result is None or isinstance(result, ObjectExists) for result in results), results
             winners = [data for data, result in zip(made, results, strict=True) if result is None]
             assert await store.get(".metadata") in winners

@@ -8,7 +8,7 @@ import pytest
 
 from dcp_storage.dcp import writer
 from dcp_storage.errors import StoreError
-from dcp_storage.transfer.manifests import commit_manifest, replaced_objects
+from dcp_storage.transfer.manifests import replaced_objects, write_manifest
 from integration.faults.disk import Disk
 from integration.faults.faults import Fault, Op
 from integration.faults.oracle import NOT_SYNCED, OURS
@@ -42,20 +42,20 @@ def test_every_operation_that_matters_is_a_point(lab):
 
 
 def test_a_library_that_deletes_before_it_commits_is_found_out(lab, monkeypatch):
-    async def hasty(store, manifest, *, replace):
+    async def hasty(store, manifest, *, overwrite):
         await store.delete(await replaced_objects(store))
-        await commit_manifest(store, manifest, replace=replace)
+        await write_manifest(store, manifest, over=None)
 
-    monkeypatch.setattr(writer, "_commit", hasty)
+    monkeypatch.setattr(writer, "commit", hasty)
     assert "damaged" in {point.found for point in break_commit(lab)}
 
 
 def test_a_library_that_swallows_an_error_is_found_out(lab, monkeypatch):
-    async def careless(store, manifest, *, replace):
+    async def careless(store, manifest, *, overwrite):
         with suppress(StoreError):
-            await commit_manifest(store, manifest, replace=replace)
+            await write_manifest(store, manifest, over=None)
 
-    monkeypatch.setattr(writer, "_commit", careless)
+    monkeypatch.setattr(writer, "commit", careless)
     assert "found save 1, not one of {8}" in {fault for point in break_commit(lab) for fault in point.wrong}
 
 

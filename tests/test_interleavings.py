@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 from xxhash import xxh3_64_hexdigest
 
-from dcp_storage.dcp.writer import _commit
-from dcp_storage.errors import CheckpointNotFound, ObjectExists, ObjectNotFound
+from dcp_storage.dcp.saves.commit import commit
+from dcp_storage.errors import CheckpointExists, CheckpointNotFound, CheckpointReplaced, ObjectExists, ObjectNotFound
 from dcp_storage.format.manifest import BytesEntry, Manifest, Segment, StoredCodec, StoredObject, decode, encode
 from dcp_storage.format.names import MANIFEST, data_object
-from dcp_storage.store.base import Store
+from dcp_storage.store.base import ABSENT, Store
 from dcp_storage.transfer.manifests import read_manifest
 
 
@@ -22,14 +22,19 @@ class Turn:
 
 
 class SteppedStore(Store):
-    """A dictionary; each operation is one atomic step."""
+    """A dictionary; each operation is one atomic step.
+
+    `versions`: It knows conditional commits. `sends`: How often a commit is sent, of which all answers but the last are
+    lost.
+    """
 
     url = "stepped://"
     remote = True
     put_bytes = read_bytes = 1 << 20
 
-    def __init__(self, objects: dict[str, bytes]) -> None:
-        self.objects = objects
+    def __init__(self, versions: bool, sends: int) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.versions, self.sends = versions, sends
 
     async def __aenter__(self):
         return self
@@ -40,15 +45,20 @@ class SteppedStore(Store):
     async def put(self, name, batches):
         raise NotImplementedError
 
-    async def commit(self, name, data):
+    async def version(self, name):
         await Turn()
-        self.objects[name] = data
+        return self._version(name) if self.versions else None
 
-    async def create(self, name, data):
-        await Turn()
-        if name in self.objects:
-            raise ObjectExists(name)
-        self.objects[name] = data
+    async def commit(self, name, data, over=None):
+        for _ in range(self.sends):
+            await Turn()
+            if over in {None, self._version(name)}:
+                self.objects[name] = data
+            elif self.objects.get(name) != data:
+                raise ObjectExists(name)
+
+    def _version(self, name):
+        return xxh3_64_hexdigest(self.objects[name]) if name in self.objects else ABSENT
 
     async def get(self, name):
         await Turn()
@@ -105,9 +115,19 @@ async def load(store: Store) -> str:
 class Scene:
     """Some saves, whose objects are put and which are about to commit, and perhaps a load."""
 
-    def __init__(self, old: bool, saves: str, objects: int, loads: bool, replace: bool = True) -> None:
+    def __init__(
+        self,
+        *,
+        old: bool,
+        saves: str,
+        objects: int,
+        loads: bool,
+        replace: bool = True,
+        versions: bool = False,
+        sends: int = 1,
+    ) -> None:
         self.saves, self.refused = saves, set()
-        self.store = SteppedStore({})
+        self.store = SteppedStore(versions, sends)
         manifests = {token: manifest_of(token, objects) for token in [*saves, "old"]}
         for token, manifest in manifests.items():
             if token != "old" or old:
@@ -115,7 +135,7 @@ class Scene:
         if old:
             self.store.objects[MANIFEST] = encode(manifests["old"])
         self.tasks: dict[int, Any] = dict(
-            enumerate(_commit(self.store, manifests[token], replace=replace) for token in saves)
+            enumerate(commit(self.store, manifests[token], overwrite=replace) for token in saves)
         )
         if loads:
             self.tasks[len(self.tasks)] = load(self.store)
@@ -126,7 +146,7 @@ class Scene:
     def step(self, who: int) -> None:
         try:
             self.tasks[who].send(None)
-        except ObjectExists:
+        except (CheckpointExists, CheckpointReplaced):
             del self.tasks[who]
             self.refused.add(self.saves[who])
         except StopIteration as end:
@@ -162,16 +182,34 @@ def every_order(make: Callable[[], Scene]) -> Iterator[Scene]:
 
 @pytest.mark.parametrize("old", [True, False], ids=["over-an-old-one", "first"])
 def test_of_two_saves_one_stands_whole_at_every_moment(old):
-    scenes = list(every_order(lambda: Scene(old, "ab", objects=2, loads=False)))
+    scenes = list(every_order(lambda: Scene(old=old, saves="ab", objects=2, loads=False)))
     assert len(scenes) > 50
     assert {scene.standing().save_id for scene in scenes} == {"a", "b"}
     for scene in scenes:
         assert not any(name.startswith(f"{ord('o'):016x}") for name in scene.store.objects)
 
 
+@pytest.mark.parametrize("sends", [1, 2])
+@pytest.mark.parametrize("old", [True, False], ids=["over-an-old-one", "first"])
+def test_of_two_conditional_commits_one_stands_whole_though_answers_are_lost(old, sends):
+    scenes = list(every_order(lambda: Scene(old=old, saves="ab", objects=1, loads=False, versions=True, sends=sends)))
+    assert len(scenes) > 50
+    assert {scene.standing().save_id for scene in scenes} == {"a", "b"}
+    for scene in scenes:
+        assert scene.standing().save_id not in scene.refused
+        assert len(scene.refused) < 2
+        orphans = {name for name in scene.store.objects if name != MANIFEST} - {scene.standing().objects[0].name}
+        assert len(orphans) <= len(scene.refused), "what was replaced is deleted"
+
+
+def test_a_commit_that_is_sent_twice_needs_a_condition():
+    with pytest.raises(AssertionError):
+        list(every_order(lambda: Scene(old=True, saves="ab", objects=1, loads=False, sends=2)))
+
+
 @pytest.mark.parametrize("old", [True, False], ids=["where-one-stands", "first"])
 def test_of_two_saves_that_may_not_replace_at_most_one_commits_and_nothing_is_deleted(old):
-    for scene in every_order(lambda: Scene(old, "ab", objects=2, loads=False, replace=False)):
+    for scene in every_order(lambda: Scene(old=old, saves="ab", objects=2, loads=False, replace=False)):
         assert len(scene.refused) == 1 + old
         assert scene.standing().save_id == "old" if old else scene.standing().save_id not in scene.refused
         assert len(scene.store.objects) == 1 + 2 * (2 + old)
@@ -179,5 +217,5 @@ def test_of_two_saves_that_may_not_replace_at_most_one_commits_and_nothing_is_de
 
 @pytest.mark.parametrize("old", [True, False], ids=["over-an-old-one", "first"])
 def test_a_load_beside_two_saves_is_of_one_or_none(old):
-    loaded = {scene.loaded for scene in every_order(lambda: Scene(old, "ab", objects=1, loads=True))}
+    loaded = {scene.loaded for scene in every_order(lambda: Scene(old=old, saves="ab", objects=1, loads=True))}
     assert loaded == {"a", "b", "ObjectNotFound", "old" if old else "CheckpointNotFound"}

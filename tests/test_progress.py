@@ -1,4 +1,7 @@
 import sys
+import threading
+import time
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -6,8 +9,7 @@ import torch.distributed.checkpoint as dcp
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter
 from dcp_storage.errors import StoreError
-from dcp_storage.observe import Silent
-from dcp_storage.progress import ProgressBar
+from dcp_storage.progress import progress_bar
 from dcp_storage.store.local import LocalStore
 
 STATE = {"weight": torch.zeros(1000)}
@@ -47,20 +49,38 @@ def test_only_one_rank_of_a_machine_draws(tmp_path, monkeypatch, capsys):
 def test_a_failed_transfer_ends_the_bar_and_tells_the_observer_behind_it(tmp_path, monkeypatch):
     on_a_terminal(monkeypatch)
 
-    class Log(Silent):
-        error = None
+    raised = []
 
-        def finish(self, error):
-            self.error = error
+    @contextmanager
+    def log(operation, url, raw_bytes):
+        try:
+            yield lambda raw_bytes, stored_bytes: None
+        except StoreError as error:  # and keeps it to itself
+            raised.append(error)
 
     async def full(store, *args):
         raise StoreError("no space left")
 
     monkeypatch.setattr(LocalStore, "put", full)
-    log = Log()
     with pytest.raises(BaseException, match="no space left"):
         dcp.save(STATE, storage_writer=AsyncStorageWriter(tmp_path, progress=True, observer=log))
-    assert isinstance(log.error, StoreError)
-    bar = ProgressBar(log)
-    bar.finish(None)
-    assert log.error is None
+    assert [type(error) for error in raised] == [StoreError]
+
+
+def test_transfers_that_overlap_have_a_bar_each_and_leave_no_thread(tmp_path, monkeypatch, capsys):
+    on_a_terminal(monkeypatch)
+    threads, told = threading.active_count(), []
+
+    @contextmanager
+    def log(operation, url, raw_bytes):
+        yield lambda raw_bytes, stored_bytes: told.append((url, raw_bytes))
+
+    show = progress_bar(log)
+    with show("save", "one", 10) as first, show("load", "two", 20) as second:
+        first(3, 1)
+        second(5, 1)
+        first(7, 1)
+    assert told == [("one", 3), ("two", 5), ("one", 7)]
+    deadline = time.monotonic() + 10
+    while threading.active_count() > threads:  # rich does not wait for them
+        assert time.monotonic() < deadline

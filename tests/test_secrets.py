@@ -5,6 +5,7 @@ import logging
 import pickle
 import traceback
 import uuid
+from contextlib import contextmanager
 from urllib.parse import quote
 
 import fsspec
@@ -192,7 +193,7 @@ def test_when_all_is_well(leaky, caplog):
         copy = pickle.loads(pickle.dumps(one))
         assert_silent(repr(one), repr(copy), repr(vars(copy)), str(one.checkpoint_id), repr(one._location))
     writer.set_up_storage_writer(is_coordinator=True)
-    assert_silent(repr(writer._save), repr(writer.storage_meta()))
+    assert_silent(repr(writer._begun()), repr(writer.storage_meta()))
     stored = [bytes(file.getbuffer()) for path, file in Blocking.store.items() if url.rpartition("/")[2] in path]
     manifests = [zstandard.decompress(data) for data in stored if b"dcp_storage" in zstandard.decompress(data)[:100]]
     assert manifests
@@ -218,14 +219,13 @@ def test_an_observer_is_told_no_credential(leaky):
     url, _ = leaky
     seen = []
 
-    class Watch:
-        def start(self, *told):
-            seen.append(repr(told))
+    @contextmanager
+    def watch(*told):
+        seen.append(repr(told))
+        yield lambda *told: seen.append(repr(told))
 
-        advance = finish = start
-
-    dcp.save(STATE, storage_writer=AsyncStorageWriter(url, storage_options=OPTIONS, observer=Watch()))
-    verify(url, storage_options=OPTIONS, observer=Watch())
+    dcp.save(STATE, storage_writer=AsyncStorageWriter(url, storage_options=OPTIONS, observer=watch))
+    verify(url, storage_options=OPTIONS, observer=watch)
     assert any("leaky://host/" in text for text in seen)
     assert_silent(*seen)
 

@@ -19,7 +19,7 @@ from fsspec.config import conf
 
 from dcp_storage.errors import ObjectExists, ObjectNotFound, StoreError
 from dcp_storage.store import s3
-from dcp_storage.store.base import Store
+from dcp_storage.store.base import ABSENT, Store
 from dcp_storage.store.open import open_store
 from dcp_storage.store.s3 import S3Store
 from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run
@@ -314,7 +314,7 @@ def lose_answers(monkeypatch, meanwhile=None):
 
 def test_a_create_whose_answer_was_lost_is_known_for_what_it_did(moto_s3: Place, monkeypatch):
     lost = lose_answers(monkeypatch)
-    run(moto_s3, lambda store: store.create(".metadata", b"mine"))
+    run(moto_s3, lambda store: store.commit(".metadata", b"mine", over=ABSENT))
     assert len(lost) == 1, "the second attempt is refused, and what is there is ours"
     assert run(moto_s3, lambda store: store.get(".metadata")) == b"mine"
 
@@ -325,15 +325,15 @@ def test_a_create_whose_answer_was_lost_does_not_replace_what_came_after_it(moto
 
     lose_answers(monkeypatch, replace)
     with pytest.raises(ObjectExists):
-        run(moto_s3, lambda store: store.create(".metadata", b"mine"))
+        run(moto_s3, lambda store: store.commit(".metadata", b"mine", over=ABSENT))
     assert run(moto_s3, lambda store: store.get(".metadata")) == b"another writer's"
 
 
 def test_a_client_too_old_for_conditions_only_has_the_look_before(moto_s3: Place, monkeypatch):
-    async def unknown(store):
+    async def unknown(store, over):
         return {}
 
-    monkeypatch.setattr(S3Store, "_only_if_absent", unknown)
-    run(moto_s3, lambda store: store.create(".metadata", b"first"))
+    monkeypatch.setattr(S3Store, "_only_over", unknown)
+    run(moto_s3, lambda store: store.commit(".metadata", b"first", over=ABSENT))
     with pytest.raises(ObjectExists):
-        run(moto_s3, lambda store: store.create(".metadata", b"second"))
+        run(moto_s3, lambda store: store.commit(".metadata", b"second", over=ABSENT))

@@ -6,8 +6,7 @@ from dataclasses import asdict
 from rich.table import Table
 
 from dcp_storage.commands.common import add_place, counted, print_json, show, size_text, storage_options
-from dcp_storage.observe import Silent
-from dcp_storage.progress import ProgressBar
+from dcp_storage.progress import progress_bar
 from dcp_storage.verify import Verification, verify
 
 _ROWS = 20
@@ -21,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Verify a checkpoint and return the exit code: 0 when it is sound, 1 when it is damaged."""
-    found = verify(args.path, storage_options=storage_options(args), observer=ProgressBar(Silent()))
+    found = verify(args.path, storage_options=storage_options(args), observer=progress_bar())
     if args.json:
         print_json({"sound": found.sound} | asdict(found))
     else:

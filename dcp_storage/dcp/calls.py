@@ -1,14 +1,13 @@
 """What the writer and the reader share: one call's event loop, store and observer."""
 
-import contextlib
 import os
-from collections.abc import Callable, Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from dcp_storage.errors import ConfigError
-from dcp_storage.observe import Observer, Operation, Silent
-from dcp_storage.progress import ProgressBar
+from dcp_storage.observe import Observer, silent
+from dcp_storage.progress import progress_bar
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store, resolve
 from dcp_storage.store.redact import strip_userinfo
@@ -54,19 +53,6 @@ class Location:
         return run_async(with_store())
 
 
-@contextlib.contextmanager
-def observed(observer: Observer, operation: Operation, url: str, raw_bytes: int) -> Iterator[None]:
-    """Tell an observer of a transfer's start and end."""
-    observer.start(operation, url, raw_bytes)
-    try:
-        yield
-    except BaseException as error:
-        observer.finish(error)
-        raise
-    observer.finish(None)
-
-
 def choose_observer(observer: Observer | None, *, progress: bool) -> Observer:
     """Return the observer that a writer or reader is to tell."""
-    chosen = observer or Silent()
-    return ProgressBar(chosen) if progress else chosen
+    return progress_bar(observer or silent) if progress else observer or silent

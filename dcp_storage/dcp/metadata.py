@@ -36,6 +36,7 @@ def build_manifest(
     save_id: str,
     world_size: int,
     rank: int | None,
+    attempt: str | None,
 ) -> Manifest:
     """Join what the planner planned with what the ranks stored.
 
@@ -65,10 +66,11 @@ def build_manifest(
         raise CoverageError(f"{fqn} was written but the plan has no such item", fqn=fqn)
     return Manifest(
         save_id=save_id,
-        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        created=datetime.now(UTC).isoformat(timespec="microseconds"),
         libraries={"dcp_storage": version("dcp-storage"), "torch": str(torch.__version__)},
         world_size=world_size,
         rank=rank,
+        attempt=attempt,
         codec=StoredCodec(codec.compression, codec.block_bytes, codec.level),
         objects=table.objects(),
         tensors=tensors,

@@ -14,7 +14,7 @@ from torch.futures import Future
 
 from dcp_storage.collector import uncollected
 from dcp_storage.config import Transfer
-from dcp_storage.dcp.calls import Location, Path, choose_observer, observed
+from dcp_storage.dcp.calls import Location, Path, choose_observer
 from dcp_storage.dcp.metadata import find_chunk, to_metadata
 from dcp_storage.dcp.planners.default_plans import check_default_plan
 from dcp_storage.dcp.stock import load_stock
@@ -25,7 +25,7 @@ from dcp_storage.format.legacy import StockManifest
 from dcp_storage.format.manifest import Manifest
 from dcp_storage.format.names import new_token
 from dcp_storage.geometry import contains
-from dcp_storage.observe import Observer
+from dcp_storage.observe import Observer, observed
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.load import LoadItem, load_items
 from dcp_storage.transfer.manifests import read_manifest
@@ -198,8 +198,8 @@ class AsyncStorageReader(StorageReader):
     async def _load(self, store: Store, manifest: Manifest, items: list[LoadItem]) -> None:
         raw_bytes = sum(item.wanted_bytes(manifest.codec.block_bytes) for item in items)
         names = [stored.name for stored in manifest.objects]
-        with observed(self._observer, "load", store.url, raw_bytes):
-            await load_items(store, items, names, manifest.codec, transfer=self._transfer, observer=self._observer)
+        with observed(self._observer, "load", store.url, raw_bytes) as advance:
+            await load_items(store, items, names, manifest.codec, transfer=self._transfer, advance=advance)
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from dcp_storage.config import Transfer
-from dcp_storage.dcp.calls import observed
 from dcp_storage.dcp.entries import hand_over
 from dcp_storage.dcp.stock_items import (
     Item,
@@ -24,7 +23,7 @@ from dcp_storage.dcp.tensors import dtype_from_name, read_box
 from dcp_storage.errors import CoverageError
 from dcp_storage.format.legacy import StockManifest, StorageKey
 from dcp_storage.geometry import contains
-from dcp_storage.observe import Observer
+from dcp_storage.observe import Advance, Observer, observed
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.budget import Budget
 from dcp_storage.transfer.workers import CodecThreads, for_each
@@ -56,10 +55,10 @@ async def load_stock(
         check_item(item)
     raw_bytes = sum(item.raw_bytes for item, _ in jobs)
     with (
-        observed(observer, "load", store.url, raw_bytes),
+        observed(observer, "load", store.url, raw_bytes) as advance,
         CodecThreads(transfer.resolve_threads(), make_decompressor) as threads,
     ):
-        loader = _Loader(store, planner, transfer, threads, observer)
+        loader = _Loader(store, planner, transfer, threads, advance)
         await for_each(transfer.concurrency, {item.stored.object_name for item, _ in jobs}, loader.measure)
         await for_each(transfer.concurrency, jobs, loader.load)
 
@@ -103,13 +102,13 @@ class _Loader:
         planner: LoadPlanner,
         transfer: Transfer,
         threads: CodecThreads[zstandard.ZstdDecompressor],
-        observer: Observer,
+        advance: Advance,
     ) -> None:
         self._store = store
         self._planner = planner
         self._transfer = transfer
         self._threads = threads
-        self._observer = observer
+        self._advance = advance
         self._sizes: dict[str, int] = {}
         self._budget = Budget(transfer.concurrency * transfer.object_bytes)
 
@@ -126,7 +125,7 @@ class _Loader:
                     hand_over(self._planner, read, io.BytesIO(raw))
             else:
                 await self._fill(item, item.kind, reads, data)
-            self._observer.advance(item.raw_bytes, item.stored.length)
+            self._advance(item.raw_bytes, item.stored.length)
 
     async def _fetch(self, item: Item) -> bytes:
         """Read an item, a large one in several requests; never more than its object holds."""

@@ -8,6 +8,7 @@ not have stands here as a class without instances.
 
 import atexit
 import multiprocessing
+import sys
 import threading
 from collections.abc import Callable
 from importlib import import_module
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
+from torch.distributed.checkpoint.utils import _DistWrapper
 from torch.distributed.tensor import DTensor, Shard
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "ShardedTensor",
     "StridedShard",
     "call_before_executors_end",
+    "first_to_say",
     "group_device",
     "in_async_process",
     "in_async_thread",
@@ -38,6 +41,7 @@ __all__ = [
     "stock_zstandard",
     "with_local_tensor",
     "without_memory",
+    "world_size_of_save",
 ]
 
 T = TypeVar("T", bound=Tensor)
@@ -77,6 +81,25 @@ def call_before_executors_end(call: Callable[[], None]) -> None:
     import_module("concurrent.futures.thread")  # what is registered after its own call is called before it
     register = getattr(threading, "_register_atexit", atexit.register)  # at its worst, saves fail there, which is told
     register(call)
+
+
+def world_size_of_save() -> int:
+    """Return how many ranks take part in the save whose hook calls this: DCP tells a writer its rank alone."""
+    frame = sys._getframe(1)  # noqa: SLF001
+    while frame.f_back:
+        frame = frame.f_back
+        group = frame.f_locals.get("distW")
+        if isinstance(group, _DistWrapper):
+            return group.get_world_size()
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def first_to_say(key: str, value: str) -> str | None:
+    """Return the value that the first rank gave for a key, or `None` where the default process group has no store."""
+    if not dist.is_initialized() or (store := dist.distributed_c10d._get_default_store()) is None:  # noqa: SLF001
+        return None
+    said: bytes = store.compare_set(key, "", value)
+    return said.decode()
 
 
 def stock_url_reader(url: str, **storage_options: Any) -> StorageReader:

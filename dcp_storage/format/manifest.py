@@ -102,6 +102,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
         libraries: Versions of the packages that wrote it.
         world_size: Ranks that took part in the save.
         rank: The rank whose part this is, in a save without collectives; else `None`.
+        attempt: What the parts of that save share, as no others.
         codec: How blocks are encoded.
         objects: The data objects.
         tensors: By fully qualified name.
@@ -117,6 +118,7 @@ class Manifest(Struct, frozen=True, kw_only=True):
     libraries: dict[str, str]
     world_size: int
     rank: int | None = None
+    attempt: str | None = None
     codec: StoredCodec
     objects: tuple[StoredObject, ...]
     tensors: dict[str, TensorEntry]

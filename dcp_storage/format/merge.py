@@ -1,6 +1,6 @@
 """One manifest out of those that the ranks of a save without collectives each committed by themselves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from itertools import islice
 
 from msgspec.structs import replace
@@ -11,6 +11,11 @@ from dcp_storage.format.manifest import BytesEntry, Chunk, Manifest, Segment, St
 
 _MOST_MISSING = 1000
 """Ranks that an error names: a manifest may claim any number of them."""
+
+
+def is_complete(part: Manifest, ranks: Collection[int]) -> bool:
+    """Return whether these are all the ranks of the save that a part is of."""
+    return len(ranks) == part.world_size and max(ranks) == part.world_size - 1
 
 
 def merge(parts: Sequence[Manifest], where: str) -> Manifest:
@@ -98,7 +103,7 @@ def _check_complete(parts: Sequence[Manifest], where: str) -> None:
     if missing:
         raise ManifestCorrupt(
             f"{where} is a save without collectives by {max(sizes)} ranks, of which these did not commit: {missing}. "
-            "Load another checkpoint, or bring their __<rank>.metadata and objects here",
+            "Load another checkpoint, or bring their manifests (__<rank>-<attempt>.metadata) and objects here",
             url=where,
             ranks=missing,
         )

@@ -2,6 +2,7 @@
 
 import re
 import secrets
+from typing import NamedTuple
 
 MANIFEST = ".metadata"
 SUFFIXES = {"zstd": ".distcp.zst", "none": ".distcp"}
@@ -9,7 +10,7 @@ SUFFIXES = {"zstd": ".distcp.zst", "none": ".distcp"}
 _SAFE = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f:]{1,255}")
 _DATA_OBJECT = re.compile(r"[0-9a-f]{16}-\d+-\d+\.distcp(?:\.zst)?")
 _STOCK_OBJECT = re.compile(r"__\d+_\d+\.distcp")
-_RANK_MANIFEST = re.compile(r"__(\d+)\.metadata")
+_PART = re.compile(r"__(\d+)(?:-([0-9a-f]{16}))?\.metadata")
 
 
 def new_token() -> str:
@@ -32,15 +33,25 @@ def is_stock_object(name: str) -> bool:
     return _STOCK_OBJECT.fullmatch(name) is not None
 
 
-def rank_manifest(rank: int) -> str:
+class Part(NamedTuple):
+    """Whose part of a save without collectives a manifest is.
+
+    `attempt` is what the parts of one save share, as no others; those of DCP's own writers have none.
+    """
+
+    attempt: str | None
+    rank: int
+
+
+def part_manifest(part: Part) -> str:
     """Return the name of the manifest that a rank commits by itself in a save without collectives."""
-    return f"__{rank}{MANIFEST}"
+    return f"__{part.rank}-{part.attempt}{MANIFEST}"
 
 
-def parse_rank_manifest(name: str) -> int | None:
-    """Return the rank whose own manifest this name is, or `None`."""
-    match = _RANK_MANIFEST.fullmatch(name)
-    return int(match[1]) if match else None
+def parse_part_manifest(name: str) -> Part | None:
+    """Return whose part this name is that of, or `None`."""
+    match = _PART.fullmatch(name)
+    return Part(match[2], int(match[1])) if match else None
 
 
 def is_safe(name: str) -> bool:

@@ -9,6 +9,9 @@ from dcp_storage.config import KIB
 Batch = bytes | memoryview
 """Bytes of an object, in order. Their memory is used again once the next batch is asked for."""
 
+ABSENT = ""
+"""The version of an object that is not there."""
+
 PAGE_BYTES = 4 * KIB
 """Batches that begin and end at pages, in memory and in the object, reach local disks without a copy."""
 
@@ -50,19 +53,19 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def commit(self, name: str, data: bytes) -> None:
+    async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
         """Atomically create or replace an object, durable together with everything put before it.
 
-        A concurrent reader sees the whole old object or the whole new one.
-        """
-
-    @abstractmethod
-    async def create(self, name: str, data: bytes) -> None:
-        """Do as `commit` does, unless an object of that name is there already; of several callers one succeeds.
+        A concurrent reader sees the whole old object or the whole new one. `over` is the only version that may be
+        replaced, or `ABSENT`; of several callers that name the same one, one succeeds.
 
         Raises:
-            ObjectExists: It is there, and of other bytes.
+            ObjectExists: There is another version, of other bytes.
         """
+
+    async def version(self, name: str) -> str | None:  # noqa: ARG002 - where there are versions
+        """Return what tells an object from all that may replace it, for `commit`; `None` where nothing does."""
+        return None
 
     @abstractmethod
     async def get(self, name: str) -> bytes:

@@ -12,7 +12,7 @@ from aiofiles.os import wrap
 from dcp_storage.config import MIB
 from dcp_storage.errors import ObjectExists, ObjectNotFound
 from dcp_storage.store import files
-from dcp_storage.store.base import Batch, Store
+from dcp_storage.store.base import ABSENT, Batch, Store
 from dcp_storage.store.failures import Failures
 from dcp_storage.store.names import check_name
 
@@ -59,26 +59,16 @@ class LocalStore(Store):
                 await _in_thread(file.finish)
         return size
 
-    async def commit(self, name: str, data: bytes) -> None:
-        """Write a temporary file beside the object and rename it over the object."""
+    async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
+        """Write a temporary file beside the object, and rename it over the object or, over `ABSENT`, link it there."""
         path = self._path(name)
+        write = files.create_file if over == ABSENT else files.replace_file
         with self._failures.mapped("commit", name):
             await self._make_directory()
-            await _in_thread(files.replace_file, path, data, sync=self._sync_files)
-
-    async def create(self, name: str, data: bytes) -> None:
-        """Write a temporary file beside the object and link it to the object's name.
-
-        Raises:
-            ObjectExists: A file of that name is there, of other bytes.
-        """
-        path = self._path(name)
-        with self._failures.mapped("create", name):
-            await self._make_directory()
             try:
-                await _in_thread(files.create_file, path, data, sync=self._sync_files)
+                await _in_thread(write, path, data, sync=self._sync_files)
             except FileExistsError as error:
-                raise self._failures.error("create", name, "it is there already", ObjectExists) from error
+                raise self._failures.error("commit", name, "it is there already", ObjectExists) from error
 
     async def get(self, name: str) -> bytes:
         """Read the whole file."""

@@ -10,7 +10,7 @@ from fsspec.config import apply_config
 
 from dcp_storage.config import MIB
 from dcp_storage.errors import ObjectExists, ObjectNotFound
-from dcp_storage.store.base import Batch, Store
+from dcp_storage.store.base import ABSENT, Batch, Store
 from dcp_storage.store.bodies import Bodies
 from dcp_storage.store.failures import Failures, is_range_beyond_end
 from dcp_storage.store.names import check_name
@@ -65,29 +65,23 @@ class RemoteStore(Store):
                 await self._write(path, body)
             return body.getbuffer().nbytes
 
-    async def commit(self, name: str, data: bytes) -> None:
-        """Write the object with one request, which replaces an older one as a whole."""
+    async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
+        """Write the object with one request, which replaces an older one as a whole.
+
+        Over `ABSENT` it looks before: fsspec has no request that does both at once.
+        """
         path = self._path(name)
+        if over == ABSENT and await self._is_there(name):
+            raise self._failures.error("commit", name, "it is there already", ObjectExists)
         with self._failures.mapped("commit", name):
             await self._write(path, io.BytesIO(data))
 
-    async def create(self, name: str, data: bytes) -> None:
-        """Look whether the object is there, and write it if not; fsspec has no request that does both at once.
-
-        Raises:
-            ObjectExists: It is there.
-        """
+    async def _is_there(self, name: str) -> bool:
         try:
             await self.size(name)
         except ObjectNotFound:
-            await self.commit(name, data)
-        else:
-            raise self._exists(name)
-
-    def _exists(self, name: str) -> ObjectExists:
-        error = self._failures.error("create", name, "it is there already", ObjectExists)
-        assert isinstance(error, ObjectExists)
-        return error
+            return False
+        return True
 
     async def get(self, name: str) -> bytes:
         """Read a whole object with one request."""

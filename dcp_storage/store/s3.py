@@ -24,7 +24,8 @@ from botocore.exceptions import (
 )
 from botocore.loaders import create_loader
 
-from dcp_storage.errors import ObjectNotFound
+from dcp_storage.errors import ObjectExists
+from dcp_storage.store.base import ABSENT
 from dcp_storage.store.failures import error_code, http_status
 from dcp_storage.store.remote import RemoteStore
 
@@ -47,6 +48,7 @@ _PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 4
 
 _PRECONDITION_FAILED = 412
+_NOT_IMPLEMENTED = 501
 
 _TIMED_OUT = (ConnectTimeoutError, ReadTimeoutError)
 _BROKEN = (NoConnectionError, HTTPClientError, IncompleteReadError, ClientConnectionError, ClientPayloadError)
@@ -124,34 +126,53 @@ class S3Store(RemoteStore):
             kwargs["Body"].seek(0)  # the try before has read it
         return await super()._call(method, *args, **kwargs)
 
-    async def create(self, name: str, data: bytes) -> None:
-        """Write the object with a request that the server refuses where it is there: `If-None-Match: *`.
+    async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
+        """Write the object with a request that the server refuses where it is of another version than `over`.
 
-        A server that does not know this header, or a botocore that is too old for it, only has the look before.
-
-        Raises:
-            ObjectExists: It is there, and of other bytes.
+        A server that does not know `If-Match` and `If-None-Match`, or a botocore that is too old for them, only has the
+        look before.
         """
-        try:
-            await self.size(name)
-        except ObjectNotFound:
-            pass
-        else:
-            raise self._exists(name)
         path = self._path(name)
-        with self._failures.mapped("create", name):
+        if over == ABSENT and await self._is_there(name):
+            raise self._failures.error("commit", name, "it is there already", ObjectExists)
+        with self._failures.mapped("commit", name):
             try:
-                await self._write(path, io.BytesIO(data), **await self._only_if_absent())
+                await self._write_over(path, data, await self._only_over(over))
             except Exception as error:
-                if http_status(error) != _PRECONDITION_FAILED:
+                if not _has_changed(error):
                     raise
-                if await self._read(path) != data:  # else an attempt of ours whose answer was lost
-                    raise self._exists(name) from error
+                if await self._held(path) != data:  # else an attempt of ours whose answer was lost
+                    why = "another one was written meanwhile"
+                    raise self._failures.error("commit", name, why, ObjectExists) from error
 
-    async def _only_if_absent(self) -> dict[str, str]:
+    async def version(self, name: str) -> str | None:
+        """Return the object's ETag."""
+        with self._failures.mapped("look up", name):
+            try:
+                info = await self._call("_info", self._path(name))
+            except FileNotFoundError:
+                return ABSENT
+        return info.get("ETag") or None  # not every server has them
+
+    async def _write_over(self, path: str, data: bytes, conditions: Mapping[str, str]) -> None:
+        try:
+            await self._write(path, io.BytesIO(data), **conditions)
+        except Exception as error:
+            if not conditions or http_status(error) != _NOT_IMPLEMENTED:
+                raise
+            await self._write(path, io.BytesIO(data))
+
+    async def _only_over(self, over: str | None) -> dict[str, str]:
         client = await self._fs.get_s3(self._fs.split_path(self._prefix)[0])
         known = client.meta.service_model.operation_model("PutObject").input_shape.members
-        return {"IfNoneMatch": "*"} if "IfNoneMatch" in known else {}
+        header, value = ("IfNoneMatch", "*") if over == ABSENT else ("IfMatch", over)
+        return {header: value} if value is not None and header in known else {}
+
+    async def _held(self, path: str) -> bytes | None:
+        try:
+            return await self._read(path)
+        except FileNotFoundError:
+            return None
 
     async def _write(self, path: str, body: io.BytesIO, **conditions: str) -> None:
         # The server checks what arrived. botocore would compute this on the event loop's thread.
@@ -197,6 +218,11 @@ def _pause(attempt: int) -> float:
     """Return the seconds to wait after an attempt: twice as long each time, and not as long as others that failed."""
     longest: float = min(_PAUSE_SECONDS * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS)
     return random.uniform(0.5, 1) * longest  # noqa: S311 - no secret
+
+
+def _has_changed(error: Exception) -> bool:
+    """Tell whether a server refused a request because the object is of another version, or is not there any more."""
+    return http_status(error) == _PRECONDITION_FAILED or error_code(error) == "NoSuchKey"
 
 
 def _is_transient(error: Exception) -> bool:

@@ -50,14 +50,14 @@ class ThreadedStore(RemoteStore):
         await self._call("_cp_file", temporary, path)
         await self._call("_rm_file", temporary)
 
-    async def commit(self, name: str, data: bytes) -> None:
+    async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
         """Write the object under another name, rename it, and see that it came: some servers refuse silently.
 
         Raises:
             StoreError: What was there before is there still.
         """
         before = await self._held(name)
-        await super().commit(name, data)
+        await super().commit(name, data, over)
         if before != data and await self._held(name) == before:
             raise self._failures.error("commit", name, "a rename that reported no error changed nothing")
 

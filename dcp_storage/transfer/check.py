@@ -7,7 +7,7 @@ from dcp_storage.config import Transfer
 from dcp_storage.errors import BlockCorrupt, ObjectNotFound
 from dcp_storage.format.blocks import BlockDecoder
 from dcp_storage.format.manifest import StoredCodec
-from dcp_storage.observe import Observer
+from dcp_storage.observe import Advance
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.ranges import Block, Fetch, coalesce
 from dcp_storage.transfer.workers import CodecThreads, for_each
@@ -20,7 +20,7 @@ async def check_blocks(
     codec: StoredCodec,
     *,
     transfer: Transfer,
-    observer: Observer,
+    advance: Advance,
 ) -> list[Block]:
     """Read and decode all blocks, and return those that failed their check in two readings.
 
@@ -30,7 +30,7 @@ async def check_blocks(
     fetches = coalesce(blocks, 0, min(transfer.object_bytes, store.read_bytes))
     make = partial(_BlockChecker, codec.compression, codec.block_bytes)
     with CodecThreads(transfer.resolve_threads(), make) as threads:
-        checker = _Checker(store, object_names, threads, observer)
+        checker = _Checker(store, object_names, threads, advance)
         await for_each(transfer.concurrency, fetches, checker.check)
     return checker.damaged
 
@@ -52,19 +52,19 @@ class _BlockChecker:
 
 class _Checker:
     def __init__(
-        self, store: Store, object_names: Sequence[str], threads: CodecThreads[_BlockChecker], observer: Observer
+        self, store: Store, object_names: Sequence[str], threads: CodecThreads[_BlockChecker], advance: Advance
     ) -> None:
         self.damaged: list[Block] = []
         self._store = store
         self._names = object_names
         self._threads = threads
-        self._observer = observer
+        self._advance = advance
 
     async def check(self, fetch: Fetch) -> None:
         for block in await self._find_damaged(fetch):
             alone = Fetch(block.object, block.offset, block.offset + block.length, [block])
             self.damaged += await self._find_damaged(alone)
-        self._observer.advance(sum(b.stop - b.start for b in fetch.blocks), sum(b.length for b in fetch.blocks))
+        self._advance(sum(b.stop - b.start for b in fetch.blocks), sum(b.length for b in fetch.blocks))
 
     async def _find_damaged(self, fetch: Fetch) -> list[Block]:
         try:

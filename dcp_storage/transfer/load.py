@@ -10,7 +10,7 @@ from dcp_storage.config import MIB, Transfer
 from dcp_storage.errors import BlockCorrupt
 from dcp_storage.format.blocks import BlockDecoder
 from dcp_storage.format.manifest import Segment, StoredCodec
-from dcp_storage.observe import Observer
+from dcp_storage.observe import Advance
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.layout import target_bytes
 from dcp_storage.transfer.memory import Memories
@@ -72,7 +72,7 @@ async def load_items(
     codec: StoredCodec,
     *,
     transfer: Transfer,
-    observer: Observer,
+    advance: Advance,
 ) -> None:
     """Fetch, check and decode the wanted blocks of all items, each once.
 
@@ -92,7 +92,7 @@ async def load_items(
     decoder = partial(BlockDecoder, codec.compression, codec.block_bytes)
     with CodecThreads(useful_threads(transfer, len(items), raw_bytes), decoder) as threads:
         raw = codec.compression == "none"
-        loader = _Loader(store, items, object_names, threads, observer, memories=Memories(), raw=raw)
+        loader = _Loader(store, items, object_names, threads, advance, memories=Memories(), raw=raw)
         loader.finish_empty()
         await for_each(transfer.concurrency, fetches, loader.load)
 
@@ -104,7 +104,7 @@ class _Loader:
         items: Sequence[LoadItem],
         object_names: Sequence[str],
         threads: CodecThreads[BlockDecoder],
-        observer: Observer,
+        advance: Advance,
         *,
         memories: Memories,
         raw: bool,
@@ -115,7 +115,7 @@ class _Loader:
         self._raw = raw
         self._threads = threads
         self._memories = memories
-        self._observer = observer
+        self._advance = advance
         self._waiting = [len(item.wanted) for item in items]  # blocks still to come
         self._opened: set[int] = set()
 
@@ -189,7 +189,7 @@ class _Loader:
             ) from error
 
     def _count(self, unit: Sequence[Block]) -> None:
-        self._observer.advance(sum(b.stop - b.start for b in unit), sum(b.length for b in unit))
+        self._advance(sum(b.stop - b.start for b in unit), sum(b.length for b in unit))
         for block in unit:
             self._waiting[block.item] -= 1
             if not self._waiting[block.item]:

@@ -1,28 +1,19 @@
 """The manifest in its store: found, read and committed."""
 
-import asyncio
 import logging
-from collections.abc import Callable
-from functools import partial
-from typing import TypeVar
 
-from dcp_storage.errors import (
-    CheckpointNotFound,
-    DcpStorageError,
-    ManifestCorrupt,
-    ObjectNotFound,
-    UnsupportedFormat,
-)
-from dcp_storage.format.legacy import StockManifest, decode_stock_metadata
-from dcp_storage.format.manifest import Manifest, decode, encode, is_manifest
-from dcp_storage.format.merge import merge, merge_stock
-from dcp_storage.format.names import MANIFEST, is_data_object, is_stock_object, parse_rank_manifest, rank_manifest
-from dcp_storage.format.validate import validate
+from dcp_storage.errors import CheckpointNotFound, DcpStorageError, ManifestCorrupt, ObjectNotFound, UnsupportedFormat
+from dcp_storage.format.legacy import StockManifest
+from dcp_storage.format.manifest import Manifest, encode
+from dcp_storage.format.names import MANIFEST, Part, is_data_object, is_stock_object, parse_part_manifest, part_manifest
 from dcp_storage.store.base import Store
+from dcp_storage.transfer.fetch_manifest import fetch_manifest
+from dcp_storage.transfer.parts import complete_attempts, group_parts, read_attempt, read_parts
 
 logger = logging.getLogger(__name__)
 
-R = TypeVar("R")
+_LISTINGS = 5
+"""How often parts are listed anew because a newer save deleted what was listed."""
 
 
 async def read_manifest(store: Store) -> Manifest | StockManifest:
@@ -36,86 +27,49 @@ async def read_manifest(store: Store) -> Manifest | StockManifest:
         UnsupportedFormat: It is of a later format, or a pickle that names what no stock checkpoint does.
         StoreError: It could not be read.
     """
-    try:
-        return await _read_whole(store)
-    except ObjectNotFound:
-        pass
-    try:
-        return await _read_rank_manifests(store)
-    except DcpStorageError as error:
-        # A commit may have replaced them by one for all while they were listed and read.
+    for listings_left in reversed(range(_LISTINGS)):
         try:
-            return await _read_whole(store)
+            return await fetch_manifest(store, MANIFEST)
         except ObjectNotFound:
-            raise error from error.__cause__
+            pass
+        try:
+            return await read_parts(store)
+        except ObjectNotFound:
+            if not listings_left:
+                raise
+        except DcpStorageError as error:
+            # A commit may have replaced them by one for all while they were listed and read.
+            try:
+                return await fetch_manifest(store, MANIFEST)
+            except ObjectNotFound:
+                raise error from error.__cause__
+    raise AssertionError("the last listing returns or raises")
 
 
-async def _read_whole(store: Store) -> Manifest | StockManifest:
-    return await _read(store, MANIFEST, partial(_decode, where=f"{store.url}/{MANIFEST}"))
-
-
-async def _read(store: Store, name: str, parse: Callable[[bytes], R]) -> R:
-    """Read and parse; what is damaged is read once more, as a block is."""
-    try:
-        return parse(await store.get(name))
-    except ManifestCorrupt:
-        return parse(await store.get(name))
-
-
-async def _read_rank_manifests(store: Store) -> Manifest | StockManifest:
-    try:
-        names = await store.list()
-    except ObjectNotFound:
-        names = {}
-    ranks = sorted(rank for name in names if (rank := parse_rank_manifest(name)) is not None)
-    if not ranks:
-        found = f"the {len(names)} objects there are no committed checkpoint" if names else "nothing is there"
-        raise CheckpointNotFound(
-            f"no checkpoint at {store.url}: {found} (no {MANIFEST}). Check the path, or list the steps beside it",
-            url=store.url,
-        )
-    parts = dict(zip(ranks, await asyncio.gather(*(_read_part(store, rank) for rank in ranks)), strict=True))
-    ours = [part for part in parts.values() if isinstance(part, Manifest)]
-    if not ours:
-        return merge_stock({rank: part for rank, part in parts.items() if isinstance(part, StockManifest)}, store.url)
-    if len(ours) < len(parts):
-        raise ManifestCorrupt(f"{store.url} holds parts of DCP's own writers and of this package, mixed", url=store.url)
-    return validate(merge(ours, store.url), store.url)
-
-
-async def _read_part(store: Store, rank: int) -> Manifest | StockManifest:
-    name = rank_manifest(rank)
-    return await _read(store, name, partial(_decode, where=f"{store.url}/{name}"))
-
-
-def _decode(data: bytes, where: str) -> Manifest | StockManifest:
-    return validate(decode(data, where), where) if is_manifest(data) else decode_stock_metadata(data, where=where)
-
-
-async def commit_manifest(store: Store, manifest: Manifest, *, replace: bool = True) -> None:
+async def write_manifest(store: Store, manifest: Manifest, *, over: str | None) -> None:
     """Make a checkpoint of the objects that a manifest names: the last act of a save, and an atomic one.
 
+    `over` is the version of the manifest that may be replaced, `ABSENT`, or `None` for any.
+
     Raises:
-        ObjectExists: One was committed meanwhile, and `replace` is false.
+        ObjectExists: There is one of another version.
     """
-    name = MANIFEST if manifest.rank is None else rank_manifest(manifest.rank)
-    await (store.commit if replace else store.create)(name, encode(manifest))
+    name = MANIFEST if manifest.rank is None else part_manifest(Part(manifest.attempt, manifest.rank))
+    await store.commit(name, encode(manifest), over)
 
 
-async def is_committed(store: Store, rank: int | None) -> bool:
-    """Return whether a checkpoint stands here: any at all, or for a rank by itself, one that its own would change."""
-    names = {MANIFEST, rank_manifest(0)} if rank is None else {MANIFEST, rank_manifest(rank)}
-    for name in names:
-        try:
-            await store.size(name)
-        except ObjectNotFound:
-            continue
-        return True
-    return False
+async def is_committed(store: Store, *, parts: bool) -> bool:
+    """Return whether a `.metadata` stands here, or parts that no part of this package's may be put beside.
+
+    With `parts`, so does a complete set of this package's own.
+    """
+    names = await store.list()
+    attempts = group_parts(names)
+    return MANIFEST in names or None in attempts or (parts and bool(await complete_attempts(store, attempts)))
 
 
 async def replaced_objects(store: Store) -> list[str]:
-    """Return what a new manifest makes superfluous: objects, and rank manifests, of the checkpoint that it replaces.
+    """Return what a new manifest makes superfluous: objects, and parts, of the checkpoint that it replaces.
 
     A manifest that cannot be read names nothing: what it stood for stays where it is. So does what one names that is
     not of the form of a save's objects: a manifest must not make a save delete somebody else's file.
@@ -127,7 +81,26 @@ async def replaced_objects(store: Store) -> list[str]:
     except (ManifestCorrupt, UnsupportedFormat) as error:
         logger.warning("the checkpoint that is being replaced cannot be read, so its objects are left: %s", error)
         return []
-    parts = [name for name in await store.list() if parse_rank_manifest(name) is not None]
+    parts = [name for name in await store.list() if parse_part_manifest(name) is not None]
     if isinstance(old, StockManifest):
         return [*parts, *sorted(filter(is_stock_object, {item.object_name for item in old.storage.values()}))]
-    return [*parts, *(stored.name for stored in old.objects if is_data_object(stored.name))]
+    return [*parts, *_data_objects(old)]
+
+
+async def superseded_objects(store: Store, part: Manifest) -> list[str]:
+    """Return what a part makes superfluous that was the last of its attempt: older complete attempts."""
+    attempts = group_parts(await store.list())
+    complete = await complete_attempts(store, attempts)
+    if part.attempt not in {first.attempt for first in complete}:
+        return []
+    superfluous: list[str] = []
+    for old in complete[complete.index(next(first for first in complete if first.attempt == part.attempt)) + 1 :]:
+        names = attempts[old.attempt]
+        superfluous += names.values()
+        for each in await read_attempt(store, old.attempt, names):
+            superfluous += _data_objects(each)
+    return superfluous
+
+
+def _data_objects(manifest: Manifest) -> list[str]:
+    return [stored.name for stored in manifest.objects if is_data_object(stored.name)]

@@ -10,7 +10,7 @@ from msgspec import Struct
 from dcp_storage.collector import uncollected
 from dcp_storage.config import MIB, Codec, Transfer
 from dcp_storage.format.blocks import Encoded, Raw, encoded_limit
-from dcp_storage.observe import Observer
+from dcp_storage.observe import Advance
 from dcp_storage.store.base import PAGE_BYTES, Batch, Store
 from dcp_storage.transfer.encoders import APART_UNIT_BYTES, Encoder, encoder_apart, encoder_here, pays_apart
 from dcp_storage.transfer.layout import Piece, lay_out, split_units, target_bytes
@@ -53,7 +53,7 @@ async def save_items(
     *,
     transfer: Transfer,
     apart: bool,
-    observer: Observer,
+    advance: Advance,
 ) -> list[list[StoredSegment]]:
     """Encode and put all items; return each one's segments, in the order of their blocks.
 
@@ -73,7 +73,7 @@ async def save_items(
 
         async def put(numbered: tuple[int, list[Piece]]) -> None:
             number, pieces = numbered
-            writer = _ObjectWriter(name(number), sources, codec, threads=threads, memories=memories, observer=observer)
+            writer = _ObjectWriter(name(number), sources, codec, threads=threads, memories=memories, advance=advance)
             await store.put(writer.name, writer.batches(split_units(pieces, codec.block_bytes, unit_bytes)))
             stored.update(writer.stored)
 
@@ -100,7 +100,7 @@ class _ObjectWriter:
         *,
         threads: CodecThreads[Encoder],
         memories: Memories,
-        observer: Observer,
+        advance: Advance,
     ) -> None:
         self.name = name
         self.stored: dict[Piece, StoredSegment] = {}
@@ -109,7 +109,7 @@ class _ObjectWriter:
         self._compression = codec.compression
         self._threads = threads
         self._memories = memories
-        self._observer = observer
+        self._advance = advance
         self._offset = 0
 
     async def batches(self, units: Sequence[Sequence[Piece]]) -> AsyncIterator[Batch]:
@@ -144,4 +144,4 @@ class _ObjectWriter:
             self.stored[piece] = StoredSegment(self.name, self._offset, blocks.lengths, blocks.checks)
             self._offset += sum(blocks.lengths)
             raw_bytes += piece.stop - piece.start
-        self._observer.advance(raw_bytes, self._offset - before)
+        self._advance(raw_bytes, self._offset - before)

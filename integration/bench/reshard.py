@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner
 from dcp_storage.config import KIB, MIB
 from dcp_storage.geometry import Box
-from dcp_storage.observe import Silent
+from dcp_storage.observe import Advance, Operation
 from integration.bench.contestants import OURS, OURS_RAW, STOCK, Place
 from integration.bench.processes import bytes_read, in_fresh_process
 from integration.bench.results import Reshard
@@ -80,13 +81,17 @@ def _grid(shape: tuple[int, int], down: int, across: int) -> list[Box]:
     return [Box((row * height, column * width), (height, width)) for row, column in product(range(down), range(across))]
 
 
-class _Decoded(Silent):
+class _Decoded:
     """Adds up the raw bytes of decoded blocks."""
 
     def __init__(self) -> None:
         self.raw_bytes = 0
 
-    def advance(self, raw_bytes: int, stored_bytes: int) -> None:
+    @contextmanager
+    def __call__(self, operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
+        yield self._advance
+
+    def _advance(self, raw_bytes: int, stored_bytes: int) -> None:
         self.raw_bytes += raw_bytes
 
 

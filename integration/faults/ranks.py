@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.utils import _DistWrapper
 
-from dcp_storage.dcp import background
+from dcp_storage.dcp.saves import order
 from integration.faults.faults import Injector
 
 LIMIT_S = 20
@@ -118,7 +118,7 @@ def ranks_are_threads() -> Iterator[None]:
         mock.patch.object(state_dict_saver, "_DistWrapper", make),
         mock.patch.object(asyncio.base_events.BaseEventLoop, "run_in_executor", _run_here),
         # A save waits for those that began before it in its process, which here are the other ranks'.
-        mock.patch.object(background, "_earlier", return_value=[]),
+        mock.patch.object(order, "_earlier", return_value=[]),
     ):
         yield
 

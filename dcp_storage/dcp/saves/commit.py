@@ -1,0 +1,86 @@
+"""The commit of a save."""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from dcp_storage.errors import CheckpointExists, CheckpointReplaced, ManifestCorrupt, ObjectExists, StoreError
+from dcp_storage.format.manifest import Manifest
+from dcp_storage.format.names import MANIFEST
+from dcp_storage.store.base import ABSENT, Store
+from dcp_storage.transfer.manifests import is_committed, replaced_objects, superseded_objects, write_manifest
+
+logger = logging.getLogger(__name__)
+
+
+async def check_vacant(store: Store, *, overwrite: bool) -> None:
+    """See that no checkpoint stands here: with `overwrite`, none that parts of single ranks cannot replace.
+
+    Raises:
+        CheckpointExists: One does.
+    """
+    if await is_committed(store, parts=not overwrite):
+        raise _exists(store, overwrite=overwrite)
+
+
+async def commit(store: Store, manifest: Manifest, *, overwrite: bool = True) -> None:
+    """Write the manifest, and only then delete what the one that it replaced had named.
+
+    Raises:
+        CheckpointExists: Another save committed here meanwhile, and this one may not replace it.
+        CheckpointReplaced: Another save committed here in the same moment, and may have deleted this one's objects.
+        StoreError: The manifest could not be written; the checkpoint that was there before still stands.
+    """
+    if manifest.attempt is not None:
+        await _commit_part(store, manifest, overwrite=overwrite)
+    elif overwrite:
+        await _replace(store, manifest)
+    else:
+        await _create(store, manifest, overwrite=False)
+
+
+async def _replace(store: Store, manifest: Manifest) -> None:
+    # The version is looked up first: what is replaced must not be newer than what is read of it.
+    over = await store.version(MANIFEST)
+    superfluous = await replaced_objects(store)
+    try:
+        await write_manifest(store, manifest, over=over)
+    except ObjectExists as error:
+        raise CheckpointReplaced(
+            f"another save committed at {store.url} in the same moment, and this one does not stand: let one job at a "
+            "time save to a path, and save again",
+            url=store.url,
+        ) from error
+    with _warning():
+        await store.delete(superfluous)
+
+
+async def _commit_part(store: Store, part: Manifest, *, overwrite: bool) -> None:
+    await check_vacant(store, overwrite=overwrite)
+    await _create(store, part, overwrite=overwrite)
+    if overwrite:
+        with _warning():
+            await store.delete(await superseded_objects(store, part))
+
+
+async def _create(store: Store, manifest: Manifest, *, overwrite: bool) -> None:
+    try:
+        await write_manifest(store, manifest, over=ABSENT)
+    except ObjectExists as error:
+        raise _exists(store, overwrite=overwrite) from error
+
+
+@contextmanager
+def _warning() -> Iterator[None]:
+    """Only warn of what fails: the new checkpoint stands, and what is named by nothing `prune` removes."""
+    try:
+        yield
+    except (StoreError, ManifestCorrupt) as error:
+        logger.warning("the objects of the replaced checkpoint were not all deleted: %s", error)
+
+
+def _exists(store: Store, *, overwrite: bool) -> CheckpointExists:
+    why = "without collectives it cannot be replaced atomically" if overwrite else "overwrite=False"
+    return CheckpointExists(
+        f"Checkpoint already exists at {store.url} and {why}: choose another path, or delete it first", url=store.url
+    )

@@ -1,0 +1,97 @@
+"""A save that fails leaves no objects behind, neither on the rank that failed nor on those that DCP tells of it.
+
+DCP sends the error to all ranks and calls no hook there. So the error carries a mark, which ends the save of the thread
+that unpickles it.
+"""
+
+import asyncio
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from dcp_storage.dcp.saves.ending import ending
+from dcp_storage.dcp.saves.pace import Pace
+from dcp_storage.dcp.saves.save import Save
+from dcp_storage.errors import CheckpointExists, CheckpointNotFound, DcpStorageError
+from dcp_storage.leftovers import object_names
+from dcp_storage.store.base import Store
+from dcp_storage.transfer.manifests import read_manifest
+
+logger = logging.getLogger(__name__)
+
+_CLEAN_UP_S = 5
+"""How long a save that failed may try to delete its objects: the store may be what failed it."""
+
+
+class _Thread(threading.local):
+    save: Save | None = None
+
+
+_thread = _Thread()
+
+
+class _Mark:
+    """Is pickled with an error that ends a save on every rank."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _end_elsewhere, ()
+
+
+@contextmanager
+def ending_on_error(save: Save, *, commits: bool = False) -> Iterator[None]:
+    """End the save if a hook fails: log it where nobody may ever ask its future, and delete what it put.
+
+    `commits`: The hook writes the manifest. A network's answer may be lost: what was sent may yet arrive, and name the
+    objects, so that they are left where they are.
+    """
+    _thread.save = save
+    try:
+        yield
+    except BaseException as error:
+        _thread.save = None
+        _log(save, str(error))
+        if not commits or isinstance(error, CheckpointExists):
+            error.__dict__["_dcp_storage_mark"] = _Mark()
+            _discard(save, named_perhaps=False)
+        elif not save.location.store().remote:
+            error.__dict__["_dcp_storage_mark"] = _Mark()
+            _discard(save, named_perhaps=True)
+        raise
+
+
+def _end_elsewhere() -> None:
+    """End this thread's save, which failed on another rank."""
+    save, _thread.save = _thread.save, None
+    if save:
+        _log(save, "on another rank")
+        _discard(save, named_perhaps=True)
+
+
+def _log(save: Save, why: str) -> None:
+    if save.pace is Pace.IN_THREAD:
+        save.told = True
+        logger.error("the save to %s, in the background, failed: %s", save.url, why)
+        ending.note_failure()
+
+
+def _discard(save: Save, *, named_perhaps: bool) -> None:
+    """Delete the save's objects, as far as the store answers: the next save may need the room."""
+    if not save.objects:
+        return
+
+    async def discard(store: Store) -> None:
+        async with asyncio.timeout(_CLEAN_UP_S):
+            named = await _named(store) if named_perhaps else set()
+            await store.delete([name for name in save.objects if name not in named])
+
+    with suppress(DcpStorageError, TimeoutError):  # what failed the save is raised
+        save.location.run(discard)
+
+
+async def _named(store: Store) -> set[str]:
+    try:
+        return object_names(await read_manifest(store))
+    except CheckpointNotFound:
+        return set()
