@@ -133,7 +133,7 @@ def test_a_child_of_fork_saves_and_loads(tmp_path):
             signal.alarm(50)
             assert loaded_value(path / "before") == 1
             dcp.save(state_of(2), storage_writer=writer, checkpoint_id=path / "child", no_dist=True)
-            async_save(state_of(3), storage_writer=writer).result()
+            async_save(state_of(3), storage_writer=writer, checkpoint_id=path / "child").result()
             os._exit(loaded_value(path / "child") != 3)
         async_save(state_of(4), storage_writer=writer, checkpoint_id=path / "parent").result()
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

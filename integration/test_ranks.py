@@ -1,5 +1,6 @@
 """Several gloo ranks on this machine: every way to save, every rank's failure, and loads on other numbers of ranks."""
 
+import os
 import time
 
 import pytest
@@ -93,9 +94,62 @@ def test_s3(s3_server):
 def test_a_save_without_collectives_is_refused_when_a_rank_s_manifest_is_missing(tmp_path):
     place = {"url": str(tmp_path), "value": 3, "how": "without_collectives"}
     run_ranks(3, save_on, place)
-    (tmp_path / "__1.metadata").unlink()
+    next(tmp_path.glob("__1-*.metadata")).unlink()
     with pytest.raises(ManifestCorrupt, match=r"by 3 ranks, of which these did not commit: \[1\]"):
         AsyncStorageReader(tmp_path).read_metadata()
+
+
+def save_parts(rank, place):
+    """Save values 1, 2, ... to one path; ranks that the step does not name die before their commit."""
+    options = {"planner": ShardedSavePlanner(), "use_collectives": False}
+    real = LocalStore.commit
+
+    async def die(store, *args):
+        os._exit(9)
+
+    for value, committing in enumerate(place["steps"], 1):
+        LocalStore.commit = real if rank.rank in committing else die
+        rank.report("begun", value)
+        dcp.save(sharded_state(value), storage_writer=AsyncStorageWriter(place["url"]), **options)
+    rank.report("saved", True)
+
+
+def run_to_death(task, config, count=2):
+    """Run ranks that die."""
+    with pytest.raises(DcpStorageError), Ranks(count, task, config, limit_s=LIMIT_S) as ranks:
+        list(ranks.events())
+
+
+def test_a_restart_after_a_rank_died_saves_at_the_same_path(tmp_path):
+    run_to_death(save_parts, {"url": str(tmp_path), "steps": [[0]]})
+    assert len(list(tmp_path.glob("__*.metadata"))) == 1
+    assert run_ranks(2, save_parts, {"url": str(tmp_path), "steps": [[0, 1]]}) == {0: True, 1: True}
+    assert run_ranks(3, load_on, {"url": str(tmp_path), "value": 1}) == dict.fromkeys(range(3), True)
+    run_to_death(save_parts, {"url": str(tmp_path), "steps": [[0, 1], [0, 1], [1]]})
+    assert run_ranks(1, load_on, {"url": str(tmp_path), "value": 2}) == {0: True}
+    assert len(list(tmp_path.glob("__*.metadata"))) == 2 + 2, "the last complete one, and parts of those that died"
+
+
+def save_by_some(rank, place):
+    group = dist.new_group([1, 2])
+    state = {"mine": torch.full((4,), rank.rank), f"of_{rank.rank}": rank.rank}
+    options = {"planner": ShardedSavePlanner(), "use_collectives": False}
+    if rank.rank in {1, 2}:
+        dcp.save(state, storage_writer=AsyncStorageWriter(f"{place}/some"), process_group=group, **options)
+    dcp.save(state, storage_writer=AsyncStorageWriter(f"{place}/{rank.rank}"), no_dist=True, **options)
+    rank.report("saved", True)
+
+
+def test_without_collectives_some_ranks_or_one_save_by_themselves(tmp_path):
+    run_ranks(3, save_by_some, str(tmp_path))
+    for number in range(3):
+        state = {"mine": torch.zeros(4, dtype=torch.int64), f"of_{number}": None}
+        dcp.load(state, storage_reader=AsyncStorageReader(tmp_path / str(number)), planner=ShardedLoadPlanner())
+        assert state["mine"].tolist() == [number] * 4
+        assert state[f"of_{number}"] == number
+    state = {"of_1": None, "of_2": None}
+    dcp.load(state, storage_reader=AsyncStorageReader(tmp_path / "some"), planner=ShardedLoadPlanner())
+    assert state == {"of_1": 1, "of_2": 2}
 
 
 def fail_on(rank, place):
@@ -113,10 +167,13 @@ def fail_on(rank, place):
 @pytest.mark.parametrize(("rank", "method"), [(0, "put"), (1, "put"), (2, "put"), (0, "commit"), (0, "get")])
 def test_a_failure_on_any_rank_fails_the_save_on_every_rank(tmp_path, rank, method):
     run_ranks(3, save_on, {"url": str(tmp_path), "value": 1, "how": "sync"})
+    before = sorted(tmp_path.iterdir())
     reports = run_ranks(3, fail_on, {"url": str(tmp_path), "rank": rank, "method": method})
     assert len(reports) == 3
     for causes in reports.values():
         assert causes == [f"{tmp_path}: rank {rank} has no space left"]
+    if method != "get":  # else nothing tells whether the manifest names them
+        assert sorted(tmp_path.iterdir()) == before, "every rank deletes what it put: the next save needs the room"
     assert run_ranks(1, load_on, {"url": str(tmp_path), "value": 1}) == {0: True}
 
 

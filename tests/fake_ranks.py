@@ -1,13 +1,19 @@
 """Several ranks in one process: DCP's calls in DCP's order, without process groups."""
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict_saver
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.utils import _DistWrapper
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
+from dcp_storage.dcp.saves import order
 from dcp_storage.geometry import Box
 
 
@@ -60,6 +66,32 @@ def load(
     for rank, (planner, reader, plan) in enumerate(zip(planners, readers, plans, strict=True)):
         meanwhile("read", rank)
         reader.read_data(planner.finish_plan(plan), planner).wait()
+
+
+class Alone:
+    """Ranks that save without collectives, by DCP's own code, one after another in this process.
+
+    `begun` is what each of them counts in its own process: the saves that it began.
+    """
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        self.begun: list[Counter[str]] = [Counter() for _ in range(world)]
+
+    def save(self, rank: int, state: dict[str, Any], writer: AsyncStorageWriter, **options: Any) -> None:
+        """Save one rank's state."""
+
+        def make(group: Any, use_dist: bool, coordinator_rank: int) -> _DistWrapper:
+            wrapper = _DistWrapper(None, False, coordinator_rank)
+            wrapper.rank, wrapper.is_coordinator = rank, rank == 0
+            wrapper.get_world_size = lambda: self.world  # type: ignore[method-assign]
+            return wrapper
+
+        with (
+            mock.patch.object(state_dict_saver, "_DistWrapper", make),
+            mock.patch.object(order._saves, "begun", self.begun[rank]),
+        ):
+            dcp.save(state, storage_writer=writer, planner=ShardedSavePlanner(), use_collectives=False, **options)
 
 
 class Shards(torch.Tensor):

@@ -205,6 +205,16 @@ def test_one_writer_serves_saves_in_several_threads_at_once(tmp_path):
     assert [loaded_value(tmp_path / str(step)) for step in range(8)] == list(range(8))
 
 
+def test_a_checkpoint_id_is_the_place_of_one_save(tmp_path):
+    """Of that alone, also in the thread that named it, and of `async_save`."""
+    writer = AsyncStorageWriter(tmp_path / "own", transfer=SMALL)
+    for begin in (dcp.save, lambda *args, **kwargs: dcp.async_save(*args, **kwargs).result(60)):
+        begin(state_of(1), storage_writer=writer, checkpoint_id=tmp_path / "other", no_dist=True)
+        begin(state_of(2), storage_writer=writer, no_dist=True)
+        assert loaded_value(tmp_path / "other") == 1
+        assert loaded_value(tmp_path / "own") == 2
+
+
 def test_async_save_in_a_thread(tmp_path):
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:

@@ -15,6 +15,7 @@ import boto3
 import fsspec
 import pytest
 from aiohttp import ClientConnectionError
+from botocore.exceptions import ClientError
 from fsspec.config import conf
 
 from dcp_storage.errors import ObjectExists, ObjectNotFound, StoreError
@@ -327,6 +328,69 @@ def test_a_create_whose_answer_was_lost_does_not_replace_what_came_after_it(moto
     with pytest.raises(ObjectExists):
         run(moto_s3, lambda store: store.commit(".metadata", b"mine", over=ABSENT))
     assert run(moto_s3, lambda store: store.get(".metadata")) == b"another writer's"
+
+
+def test_a_commit_whose_answer_was_lost_does_not_replace_what_came_after_it(moto_s3: Place, monkeypatch):
+    async def commit(store):
+        await store.commit(".metadata", b"mine", await store.version(".metadata"))
+
+    run(moto_s3, lambda store: store.commit(".metadata", b"old"))
+    with monkeypatch.context() as patch:
+        lost = lose_answers(patch)
+        run(moto_s3, commit)
+        assert len(lost) == 1, "the second attempt is refused, and what is there is ours"
+    run(moto_s3, lambda store: store.commit(".metadata", b"old"))
+
+    async def replace(store, request):
+        await store._fs._call_s3("put_object", Bucket=request["Bucket"], Key=request["Key"], Body=b"another writer's")
+
+    lose_answers(monkeypatch, replace)
+    with pytest.raises(ObjectExists, match="another one was written meanwhile"):
+        run(moto_s3, commit)
+    assert run(moto_s3, lambda store: store.get(".metadata")) == b"another writer's"
+
+
+@pytest.mark.parametrize("rival", ["replaces", "deletes"])
+def test_a_commit_over_what_changed_meanwhile_is_refused(moto_s3: Place, rival):
+    async def commit(store):
+        version = await store.version(".metadata")
+        if rival == "replaces":
+            await store.commit(".metadata", b"another writer's")
+        else:
+            await store.delete([".metadata"])
+        await store.commit(".metadata", b"mine", version)
+
+    run(moto_s3, lambda store: store.commit(".metadata", b"old"))
+    with pytest.raises(ObjectExists):
+        run(moto_s3, commit)
+
+
+def test_a_bucket_that_is_missing_is_no_change(moto_s3: Place):
+    async def commit(store):
+        store._prefix = "no-such-bucket/run"
+        await store.commit(".metadata", b"mine", await store.version(".metadata"))
+
+    with pytest.raises(StoreError, match="bucket does not exist") as raised:
+        run(moto_s3, commit)
+    assert not isinstance(raised.value, ObjectExists)
+
+
+def test_a_server_that_does_not_implement_conditions_takes_commits_without(moto_s3: Place, monkeypatch):
+    real = S3Store._try
+
+    async def refuse(store, method, *args, **kwargs):
+        if "IfMatch" in kwargs or "IfNoneMatch" in kwargs:
+            answer = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
+            raise ClientError(answer, "PutObject")
+        return await real(store, method, *args, **kwargs)
+
+    async def commit(store):
+        for data in (b"first", b"second"):
+            await store.commit(".metadata", data, await store.version(".metadata"))
+
+    monkeypatch.setattr(S3Store, "_try", refuse)
+    run(moto_s3, commit)
+    assert run(moto_s3, lambda store: store.get(".metadata")) == b"second"
 
 
 def test_a_client_too_old_for_conditions_only_has_the_look_before(moto_s3: Place, monkeypatch):

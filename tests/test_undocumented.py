@@ -52,6 +52,39 @@ def test_the_search_finds_every_way_to_use_a_private_name():
     assert all(list(private_names(way)) for way in ways)
 
 
+@pytest.mark.parametrize("collectives", [True, False])
+@pytest.mark.parametrize("alone", [True, False])
+def test_a_hook_finds_the_ranks_of_its_save(process_group, tmp_path, collectives, alone):
+    """In a group of one, and in none: of more than one in the integration tests."""
+    sizes = []
+
+    class Planner(ShardedSavePlanner):
+        def create_global_plan(self, all_plans):
+            sizes.append(undocumented.world_size_of_save())
+            return super().create_global_plan(all_plans)
+
+    class Writer(AsyncStorageWriter):
+        def set_up_storage_writer(self, is_coordinator, *args, **kwargs):
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.distributed, "get_world_size", lambda group=None: 7)
+                sizes.append(undocumented.world_size_of_save())
+            super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+
+    options = {"no_dist": alone, "use_collectives": collectives}
+    dcp.save({"x": 1}, storage_writer=Writer(tmp_path), planner=Planner(), **options)
+    assert sizes == [1 if alone else 7, 1]
+
+
+def test_ranks_agree_on_what_the_first_of_them_says(process_group):
+    assert undocumented.first_to_say("key", "first") == "first"
+    assert undocumented.first_to_say("key", "second") == "first"
+    assert undocumented.first_to_say("another", "second") == "second"
+
+
+def test_where_there_is_no_group_nothing_is_agreed():
+    assert undocumented.first_to_say("key", "first") is None
+
+
 @pytest.mark.parametrize("module", [name for name in MODULES if name != "dcp/undocumented.py"])
 def test_no_other_module_uses_private_names_of_torch(module):
     assert not list(private_names((ROOT / module).read_text()))

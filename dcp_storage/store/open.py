@@ -1,7 +1,9 @@
 """From a path or URL to its store: the only place that looks at the protocol."""
 
+import logging
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,8 @@ from dcp_storage.store.local import LocalStore
 from dcp_storage.store.redact import strip_userinfo
 from dcp_storage.store.remote import RemoteStore
 from dcp_storage.store.threaded import MemoryStore, ThreadedStore
+
+logger = logging.getLogger(__name__)
 
 _LOCAL_URLS = ("file://", "local://")
 
@@ -76,6 +80,15 @@ def _open_remote(url: str, protocol: str, storage_options: Mapping[str, Any]) ->
     return _store_class(protocol, fs_class)(url, fs_class, storage_options)
 
 
+@cache
+def _warn_untried(protocol: str) -> None:
+    logger.warning(
+        "%s:// was never tried with dcp_storage: a commit is only as atomic as what fsspec makes of it, so kill a save "
+        "and load what is there before you rely on it",
+        protocol,
+    )
+
+
 def _store_class(protocol: str, fs_class: Any) -> type[RemoteStore]:
     if protocol in {"s3", "s3a"}:
         from dcp_storage.store.s3 import S3Store  # noqa: PLC0415 - botocore takes long to import
@@ -83,4 +96,5 @@ def _store_class(protocol: str, fs_class: Any) -> type[RemoteStore]:
         return S3Store
     if protocol == "memory":
         return MemoryStore
+    _warn_untried(protocol)
     return RemoteStore if fs_class.async_impl else ThreadedStore

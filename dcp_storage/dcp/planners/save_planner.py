@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
@@ -19,6 +18,7 @@ from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.planners import plan_cache
 from dcp_storage.dcp.planners.flatten import flatten
 from dcp_storage.dcp.planners.global_plan import make_global_plan
+from dcp_storage.dcp.undocumented import world_size_of_save
 
 if TYPE_CHECKING:
     from dcp_storage.dcp.kinds.base import Kind
@@ -96,7 +96,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
             self.global_plan = plan_cache.answer_unchanged(made)
             return self.global_plan, self.metadata
         # A save without collectives plans each rank by itself, and cannot tell a gap from what others hold.
-        is_all = len(local_plans) > 1 or not dist.is_initialized() or dist.get_world_size() == 1
+        is_all = len(local_plans) >= world_size_of_save()
         self.global_plan, self.metadata = make_global_plan(local_plans, is_all=is_all)
         if self._token:
             self.global_plan = plan_cache.answer(

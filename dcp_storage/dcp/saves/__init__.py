@@ -2,7 +2,7 @@
 
 A save is, in one thread, `reset` (where `dcp.save` was given a `checkpoint_id`), `storage_meta`,
 `set_up_storage_writer`, `prepare_local_plan`, on the coordinator `prepare_global_plan`, `write_data`, and on the
-coordinator `finish`. Without collectives every rank is a coordinator. DCP passes no handle from one hook to the next,
+coordinator `finish`; without collectives every rank calls all of them. DCP passes no handle from one hook to the next,
 so a writer looks its `Save` up by the thread. Where another rank fails, DCP calls no further hook (`failing.py`).
 
 `dcp.save` calls the hooks in the caller's thread. `dcp.async_save` calls `stage` there, if the writer is its stager,

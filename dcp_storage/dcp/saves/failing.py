@@ -61,12 +61,13 @@ def ending_on_error(save: Save, *, commits: bool = False) -> Iterator[None]:
         raise
 
 
-def _end_elsewhere() -> None:
-    """End this thread's save, which failed on another rank."""
+def _end_elsewhere() -> _Mark:
+    """End this thread's save, which failed on another rank; the coordinator sends the mark on to the rest."""
     save, _thread.save = _thread.save, None
     if save:
         _log(save, "on another rank")
         _discard(save, named_perhaps=True)
+    return _Mark()
 
 
 def _log(save: Save, why: str) -> None:
