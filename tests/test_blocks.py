@@ -4,9 +4,24 @@ import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp_storage.config import Codec
+from dcp_storage.config import MIB, Codec
 from dcp_storage.errors import BlockCorrupt
+from dcp_storage.format import planes as planes_module
+from dcp_storage.format import zstd
 from dcp_storage.format.blocks import CHECK_CHARS, BlockDecoder, BlockEncoder, encoded_limit, plane_count
+
+
+@pytest.fixture(params=["fast", "plain"], scope="module", autouse=True)
+def way(request):
+    """By the C libraries of the extra `fast`, and without them."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.param == "plain":
+            patch.setattr(zstd, "_LIB", None)
+            patch.setattr(planes_module, "_blosc2", lambda: None)
+        elif zstd._LIB is None or planes_module._blosc2() is None:
+            pytest.skip("the extra `fast` is not installed")
+        yield request.param
+
 
 BLOCK = 8192
 CODECS = [Codec(block_bytes=BLOCK), Codec("none", block_bytes=BLOCK), Codec(level=5, block_bytes=BLOCK)]
@@ -135,5 +150,75 @@ def test_plane_count(itemsize, expected):
 @pytest.mark.parametrize("plane", [1, 2, 4])
 def test_a_block_that_does_not_fit_is_never_cut_short(plane):
     raw = np.random.default_rng(0).bytes(1 << 20)
-    with pytest.raises((BufferError, ValueError)):
+    with pytest.raises((BufferError, ValueError, zstandard.ZstdError)):
         BlockEncoder(Codec()).encode(raw, plane, memoryview(bytearray(1 << 18)))
+
+
+@given(planes.filter(lambda count: count > 1), st.binary(min_size=1, max_size=500), st.integers(0, 64))
+def test_planes_are_the_same_by_every_way(count, seed, shift):
+    raw = memoryview(bytes(shift) + seed * count)[shift:]
+    ways = [planes_module.NumpyPlanes(), planes_module.make_planes()]
+    laid = [bytearray(len(raw)) for _ in ways]
+    back = [bytearray(len(raw) + shift) for _ in ways]
+    for one, out in zip(ways, laid, strict=True):
+        one.split(raw, count, memoryview(out))
+    assert laid[0] == laid[1] == b"".join(raw[byte::count].tobytes() for byte in range(count))
+    for one, out, again in zip(ways, laid, back, strict=True):
+        one.merge(memoryview(bytes(out)), count, memoryview(again)[shift:])
+    assert back[0][shift:] == back[1][shift:] == raw
+
+
+@given(codecs, planes, st.binary(min_size=1, max_size=BLOCK // 8))
+def test_what_one_way_encodes_the_other_decodes(codec, plane, seed):
+    raw = seed * 8
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zstd, "_LIB", None)
+        plainly, decoder = encode(codec, raw, plane), BlockDecoder(codec.compression, BLOCK)
+    out = bytearray(len(raw))
+    decoder.decode_into(*encode(codec, raw, plane), plane, memoryview(out))
+    assert out == raw
+    assert decoded(codec, *plainly, plane, len(raw)) == raw
+
+
+def states():
+    """Planes with and without matches: their elements, and what they may be stored in, of their size."""
+    rng = np.random.default_rng(0)
+    count = MIB // 4
+    normal = rng.normal(0, 0.02, count).astype(np.float32)
+    rows = np.where(rng.random((256, 1)) < 0.1, normal.reshape(256, -1), 0).astype(np.float32)
+    return {
+        "float32": (normal, 0.8351),
+        "moments": (normal**2, 0.8312),
+        "bfloat16": ((normal.view(np.uint32) >> 16).astype(np.uint16), 0.6704),
+        "zeros": (np.zeros(count, np.float32), 0.0001),
+        "mask": ((rng.random(count) < 0.1).astype(np.float32), 0.0619),
+        "repeated rows": (np.tile(normal[:1024], count // 1024), 0.0036),
+        "equal rows": (np.repeat(normal[:64], count // 64), 0.0008),
+        "sparse rows": (rows, 0.13),
+        "integers": (np.arange(MIB // 8), 0.0014),
+        "random integers": (rng.integers(0, 50_000, MIB // 8), 0.251),
+        "causal": (np.tril(np.ones((512, 512), np.float32)), 0.0012),
+    }
+
+
+@pytest.mark.parametrize("name", states())
+def test_what_a_search_for_matches_would_shrink_is_searched(name):
+    """The bounds are what zstd's level 1 with a small table for matches makes of them."""
+    elements, most = states()[name]
+    raw = elements.tobytes()
+    out = memoryview(bytearray(encoded_limit(len(raw), "zstd")))
+    blocks = BlockEncoder(Codec()).encode(raw, elements.dtype.itemsize, out)
+    assert sum(blocks.lengths) <= most * len(raw)
+
+
+def test_what_lies_behind_a_frame_is_damage():
+    stored, check = encode(CODECS[0], b"x" * 64, 1)
+    skippable = b"\x50\x2a\x4d\x18\x00\x00\x00\x00"
+    for more in (b"\0", stored, skippable, skippable[:5] + check_bytes(check)):
+        behind = stored + more
+        with pytest.raises(BlockCorrupt):
+            decoded(CODECS[0], behind, behind[-4:].hex(), 1, 64)
+
+
+def check_bytes(check):
+    return bytes.fromhex(check)

@@ -13,8 +13,9 @@ from dcp_storage.dcp.entries import hand_over
 from dcp_storage.dcp.kinds.base import check_plain, dispatches
 from dcp_storage.dcp.undocumented import is_zero_tensor
 from dcp_storage.errors import CoverageError, UnsupportedFormat, UnsupportedTensor
-from dcp_storage.format.blocks import Raw, plane_count
+from dcp_storage.format.blocks import plane_count
 from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
+from dcp_storage.format.raw import Raw
 from dcp_storage.geometry import Box, Shape, boxes_of_run, flat_extent, intersect
 
 _DTYPES = {name: dtype for name in ITEM_BYTES if isinstance(dtype := getattr(torch, name, None), torch.dtype)}

@@ -5,26 +5,37 @@ numpy on whole blocks) release the GIL.
 """
 
 from collections.abc import Sequence
-from functools import cache
-from typing import Any
 
 import zstandard
 from msgspec import Struct
-from numpy import array, copyto, empty, frombuffer, left_shift, may_share_memory, right_shift, uint8
-from numpy.typing import NDArray
+from numpy import empty, uint8
 from xxhash import xxh3_64
 
 from dcp_storage.config import Codec
 from dcp_storage.errors import BlockCorrupt
+from dcp_storage.format.planes import make_planes
+from dcp_storage.format.raw import Raw, copy_bytes
+from dcp_storage.format.zstd import (
+    MAGIC,
+    Compressor,
+    make_compressor,
+    make_decompressor,
+    make_entropy_coder,
+    make_glancing_compressor,
+)
 
-Raw = bytes | bytearray | memoryview
-
-ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 CHECK_CHARS = {"zstd": 8, "none": 16}
 """Hexadecimal characters of one block's check value, by compression."""
 
 _ZSTD_BLOCK_BYTES = 128 << 10
 """What zstd compresses with one set of tables, at most."""
+
+_LONG_SAMPLE = 64 << 10
+_SHORT_SAMPLES, _SHORT_SAMPLE = 4, 4 << 10
+_NOISE = 0.97
+"""Of its size, what a sample of bits at random is stored in, at least."""
+_CONSTANT_BYTES = 64
+"""What a sample of equal bytes is stored in, at most."""
 
 
 def plane_count(itemsize: int, *, byte_planes: bool) -> int:
@@ -51,12 +62,13 @@ class BlockEncoder:
     def __init__(self, codec: Codec) -> None:
         self._compression = codec.compression
         self._block_bytes = codec.block_bytes
-        self._laid = empty(codec.block_bytes, uint8)
-        self._searching = _compressor(codec.level)
+        self._planes = make_planes()
+        self._laid = memoryview(empty(codec.block_bytes, uint8).data)
+        self._searching = make_compressor(codec.level)
         # A search for matches in the planes of floating-point numbers finds nothing and takes half of the time.
-        self._entropy_only = (
-            _compressor(1, hash_log=6, chain_log=6, min_match=7) if codec.level == 1 else self._searching
-        )
+        self._glancing = make_glancing_compressor() if codec.level == 1 else self._searching
+        self._entropy_coder = make_entropy_coder() if codec.level == 1 else None
+        self._sampled = memoryview(bytearray(encoded_limit(_LONG_SAMPLE, "zstd")))
 
     def encode_items(self, items: Sequence[tuple[Raw, int]], out: memoryview) -> list[Encoded]:
         """Encode slices of items, each with its number of byte planes, one behind the other into `out`."""
@@ -77,41 +89,58 @@ class BlockEncoder:
         lengths, checks, filled = [], [], 0
         for start in range(0, len(data), self._block_bytes):
             block = data[start : start + self._block_bytes]
-            size, check = self._encode_block(block, planes, out[filled:])
+            size, check = self._encode_block(block, planes, out[filled:], first=not start)
             lengths.append(size)
             checks.append(check)
             filled += size
         return Encoded(tuple(lengths), "".join(checks))
 
-    def _encode_block(self, block: memoryview, planes: int, out: memoryview) -> tuple[int, str]:
+    def _encode_block(self, block: memoryview, planes: int, out: memoryview, *, first: bool) -> tuple[int, str]:
         if self._compression == "none":
             copy_bytes(block, out[: len(block)])
             return len(block), _check_value(block)
         if planes == 1:
-            size = _compress(self._searching, block, out)
+            size = self._searching.compress(block, out)
         else:
-            size = self._compress_planes(_split(block, planes, self._laid), planes, out)
+            laid = self._laid[: len(block)]
+            self._planes.split(block, planes, laid)
+            size = _compress_planes(laid, planes, self._choose(laid, planes, first=first), out)
         return size, out[size - 4 : size].hex()
 
-    def _compress_planes(self, laid: memoryview, planes: int, out: memoryview) -> int:
-        """Compress into one frame, whose zstd blocks end where the planes of exponents do.
+    def _choose(self, laid: memoryview, planes: int, *, first: bool) -> Compressor:
+        """Return what compresses these planes best: entropy coding alone where the lowest that says anything is noise.
 
-        Exponents and mantissas would otherwise share the tables of the zstd blocks that hold some of both. The planes
-        before hold mantissas only, and an end costs as much as the encoding of a small plane.
+        Numbers of which some are equal, zero or integers show it there. The first block's sample is long, so that it
+        holds rows that repeat; those of others tell whether they are like it.
         """
         stride = len(laid) // planes
-        if stride % _ZSTD_BLOCK_BYTES == 0:
-            return _compress(self._entropy_only, laid, out)
-        frame = self._entropy_only.compressobj(size=len(laid))
-        start = size = 0
-        for stop in range(stride * (planes - max(1, planes // 4)), len(laid) + 1, stride):
-            last = stop == len(laid)
-            end = zstandard.COMPRESSOBJ_FLUSH_FINISH if last else zstandard.COMPRESSOBJ_FLUSH_BLOCK
-            for part in (frame.compress(laid[start:stop]), frame.flush(end)):
-                out[size : size + len(part)] = part
-                size += len(part)
-            start = stop
-        return size
+        if self._entropy_coder is None or stride < _LONG_SAMPLE:
+            return self._glancing
+        for plane in range(0, len(laid), stride):
+            sample = _sample(laid[plane : plane + stride], first=first)
+            size = self._glancing.compress(sample, self._sampled)
+            if size > _CONSTANT_BYTES:
+                return self._entropy_coder if size > _NOISE * len(sample) else self._glancing
+        return self._glancing
+
+
+def _sample(plane: memoryview, *, first: bool) -> Raw:
+    if first:
+        return plane[:_LONG_SAMPLE]
+    step = (len(plane) - _SHORT_SAMPLE) // (_SHORT_SAMPLES - 1)
+    return b"".join(plane[at * step : at * step + _SHORT_SAMPLE] for at in range(_SHORT_SAMPLES))
+
+
+def _compress_planes(laid: memoryview, planes: int, compressor: Compressor, out: memoryview) -> int:
+    """Compress into one frame, whose zstd blocks end where the planes of exponents do.
+
+    Exponents and mantissas would otherwise share the tables of the zstd blocks that hold some of both. The planes
+    before hold mantissas only, and an end costs as much as the encoding of a small plane.
+    """
+    stride = len(laid) // planes
+    if stride % _ZSTD_BLOCK_BYTES == 0:
+        return compressor.compress(laid, out)
+    return compressor.compress_parts(laid, range(stride * (planes - max(1, planes // 4)), len(laid) + 1, stride), out)
 
 
 class BlockDecoder:
@@ -119,8 +148,9 @@ class BlockDecoder:
 
     def __init__(self, compression: str, block_bytes: int) -> None:
         self._compression = compression
-        self._shifted = empty(block_bytes, uint8)
-        self._decompressor = zstandard.ZstdDecompressor()
+        self._planes = make_planes()
+        self._laid = memoryview(empty(block_bytes, uint8).data)
+        self._decompressor = make_decompressor()
 
     def decode_into(self, stored: Raw, check: str, planes: int, out: memoryview) -> None:
         """Decode a block into `out`, whose length is the block's raw size; never allocate more than that.
@@ -132,76 +162,26 @@ class BlockDecoder:
             if len(stored) != len(out) or _check_value(stored) != check:
                 raise BlockCorrupt("the bytes do not match their check value")
             copy_bytes(stored, out)
-            return
-        raw = self._decompress(stored, check, len(out))
-        if planes == 1:
-            copy_bytes(raw, out)
+        elif planes == 1:
+            self._decompress(stored, check, out)
         else:
-            _merge(raw, planes, self._shifted, out)
+            laid = self._laid[: len(out)]
+            self._decompress(stored, check, laid)
+            self._planes.merge(laid, planes, out)
 
-    def _decompress(self, stored: Raw, check: str, raw_bytes: int) -> bytes:
+    def _decompress(self, stored: Raw, check: str, out: memoryview) -> None:
         frame = memoryview(stored)
-        if frame[:4] != ZSTD_MAGIC or frame[-4:].hex() != check:
+        if frame[:4] != MAGIC or frame[-4:].hex() != check:
             raise BlockCorrupt("the bytes are not the zstd frame that belongs here")
         try:
             header = zstandard.get_frame_parameters(frame)
-            if header.content_size != raw_bytes or not header.has_checksum:
+            if header.content_size != len(out) or not header.has_checksum:
                 raise BlockCorrupt("the zstd frame is of another size than its block")
-            return self._decompressor.decompress(frame, allow_extra_data=False)
+            self._decompressor.decompress(frame, out)
         except zstandard.ZstdError as error:
             raise BlockCorrupt(f"the zstd frame is damaged: {error}") from error
-
-
-def _split(raw: Raw, planes: int, out: NDArray[uint8]) -> memoryview:
-    """Return the bytes of `raw` plane by plane, in `out`: shifted and narrowed, several times as fast as byte copies.
-
-    One call, since each takes and gives the GIL, which costs the training beside it.
-    """
-    elements = frombuffer(raw, f"<u{planes}")
-    laid = out[: len(raw)]
-    lanes = laid.reshape(planes, -1)
-    right_shift(elements, _shifts(planes), out=lanes, dtype=elements.dtype, casting="unsafe")
-    return memoryview(laid.data)
-
-
-def _merge(laid: bytes, planes: int, scratch: NDArray[uint8], out: memoryview) -> None:
-    """Undo `_split` into `out`."""
-    lanes = frombuffer(laid, uint8).reshape(planes, -1)
-    elements = frombuffer(out, f"<u{planes}")
-    shifted = scratch[: len(laid)].view(elements.dtype)
-    copyto(elements, lanes[0])
-    for lane, shift in zip(lanes[1:], _shifts(planes)[1:], strict=True):
-        copyto(shifted, lane)
-        left_shift(shifted, shift, out=shifted)
-        elements |= shifted
-
-
-@cache
-def _shifts(planes: int) -> NDArray[Any]:
-    return array(range(0, 8 * planes, 8), f"<u{planes}").reshape(-1, 1)
 
 
 def _check_value(raw: Raw) -> str:
     # The object releases the GIL while it hashes; xxhash's functions do not.
     return xxh3_64(raw).hexdigest()
-
-
-def copy_bytes(raw: Raw, out: memoryview) -> None:
-    """Copy without the GIL, unless the bytes were read to where they belong."""
-    source, target = frombuffer(raw, uint8), frombuffer(out, uint8)
-    if not may_share_memory(source, target):
-        copyto(target, source)
-
-
-def _compressor(level: int, **parameters: int) -> zstandard.ZstdCompressor:
-    chosen = zstandard.ZstdCompressionParameters.from_level(
-        level, write_content_size=True, write_checksum=True, write_dict_id=False, **parameters
-    )
-    return zstandard.ZstdCompressor(compression_params=chosen)
-
-
-def _compress(compressor: zstandard.ZstdCompressor, raw: Raw, out: memoryview) -> int:
-    """Compress in one call, and copy: a quarter quicker than zstd's streams, which copy what goes in."""
-    frame = compressor.compress(raw)
-    copy_bytes(frame, out[: len(frame)])
-    return len(frame)

@@ -8,8 +8,8 @@ from msgspec import Struct
 
 from dcp_storage.collector import uncollected
 from dcp_storage.errors import ConfigError, ManifestCorrupt, UnsupportedFormat
-from dcp_storage.format.blocks import ZSTD_MAGIC
 from dcp_storage.format.dtypes import ITEM_BYTES
+from dcp_storage.format.zstd import MAGIC
 from dcp_storage.geometry import Box, Shape
 
 FORMAT = "dcp_storage"
@@ -146,7 +146,7 @@ def encode(manifest: Manifest) -> bytes:
 
 def is_manifest(data: bytes) -> bool:
     """Return whether these bytes begin as a manifest of this package does; a stock `.metadata` is a pickle."""
-    return data.startswith(ZSTD_MAGIC)
+    return data.startswith(MAGIC)
 
 
 @uncollected

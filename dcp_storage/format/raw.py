@@ -1,0 +1,18 @@
+"""Raw bytes in memory."""
+
+from numpy import copyto, frombuffer, may_share_memory, uint8
+
+Raw = bytes | bytearray | memoryview
+
+
+def copy_bytes(raw: Raw, out: memoryview) -> None:
+    """Copy without the GIL, unless the bytes were read to where they belong."""
+    source, target = frombuffer(raw, uint8), frombuffer(out, uint8)
+    if not may_share_memory(source, target):
+        copyto(target, source)
+
+
+def address_of(memory: Raw) -> int:
+    """Return where memory lies, for C libraries, as long as the caller holds it."""
+    address: int = frombuffer(memory, uint8).ctypes.data
+    return address
