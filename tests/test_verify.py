@@ -127,8 +127,8 @@ def test_missing_short_and_long_objects(saved):
 def test_a_block_that_only_one_reading_damaged_is_sound(saved, monkeypatch):
     real, seen = LocalStore.get_range, set()
 
-    async def flaky(store, name, start, stop):
-        data = await real(store, name, start, stop)
+    async def flaky(store, name, start, stop, room):
+        data = await real(store, name, start, stop, room)
         if name in seen:
             return data
         seen.add(name)

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Sequence
-from typing import ClassVar, Self
+from typing import ClassVar, NamedTuple, Self
 
 from dcp_storage.config import KIB
 
@@ -14,6 +14,23 @@ ABSENT = ""
 
 PAGE_BYTES = 4 * KIB
 """Batches that begin and end at pages, in memory and in the object, reach local disks without a copy."""
+
+
+class Room(NamedTuple):
+    """Memory for a read.
+
+    Attributes:
+        pages: Begins at a page, and holds at least `room_bytes` of the bytes that are read.
+        final: Where they belong as they are, if anywhere; as long as the read.
+    """
+
+    pages: memoryview
+    final: memoryview | None = None
+
+
+def room_bytes(nbytes: int) -> int:
+    """Return the size of the pages that a read of so many bytes needs, wherever it begins."""
+    return nbytes + 2 * PAGE_BYTES
 
 
 class Store(ABC):
@@ -72,12 +89,11 @@ class Store(ABC):
         """Return a whole object."""
 
     @abstractmethod
-    async def get_range(self, name: str, start: int, stop: int, into: memoryview | None = None) -> bytes | memoryview:
+    async def get_range(self, name: str, start: int, stop: int, room: Room | None = None) -> bytes | memoryview:
         """Return bytes `start` to `stop` (exclusive) of an object, or fewer where the object ends before `stop`.
 
         `0 <= start < stop`. An object that ends before `start` gives nothing. A store that has to copy reads into
-        `into`, which holds at least `stop - start` bytes, and returns the part of it that it filled; any other store
-        leaves `into` alone.
+        `room`, and returns what it filled: of `room.final`, if that is given. Any other store leaves it alone.
         """
 
     @abstractmethod

@@ -161,31 +161,6 @@ def _publish(path: Path, data: bytes, publish: Callable[[Path, Path], object], *
         sync_directory(path.parent)
 
 
-def read_range(path: Path, start: int, stop: int, into: memoryview | None) -> bytes | memoryview:
-    """Open, read and close in one go, so that a range costs one trip through a thread."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        return _pread(descriptor, start, stop) if into is None else _pread_into(descriptor, start, into[: stop - start])
-    finally:
-        os.close(descriptor)
-
-
-def _pread(descriptor: int, start: int, stop: int) -> bytes:
-    """Read until `stop` or the end of the file; one call may return less than it was asked for."""
-    parts = []
-    while start < stop and (part := os.pread(descriptor, stop - start, start)):
-        parts.append(part)
-        start += len(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _pread_into(descriptor: int, start: int, memory: memoryview) -> memoryview:
-    filled = 0
-    while filled < len(memory) and (count := os.preadv(descriptor, [memory[filled:]], start + filled)):
-        filled += count
-    return memory[:filled]
-
-
 def file_size(path: Path) -> int:
     """Return the size of a regular file in bytes."""
     status = path.stat()

@@ -11,8 +11,8 @@ from aiofiles.os import wrap
 
 from dcp_storage.config import MIB
 from dcp_storage.errors import ObjectExists, ObjectNotFound
-from dcp_storage.store import files
-from dcp_storage.store.base import ABSENT, Batch, Store
+from dcp_storage.store import files, reads
+from dcp_storage.store.base import ABSENT, Batch, Room, Store
 from dcp_storage.store.failures import Failures
 from dcp_storage.store.names import check_name
 
@@ -76,12 +76,12 @@ class LocalStore(Store):
         with self._failures.mapped("read", name, absent=ObjectNotFound):
             return await wrap(path.read_bytes)()
 
-    async def get_range(self, name: str, start: int, stop: int, into: memoryview | None = None) -> bytes | memoryview:
-        """Read a range of the file."""
+    async def get_range(self, name: str, start: int, stop: int, room: Room | None = None) -> bytes | memoryview:
+        """Read a range of the file; into `room`, past the page cache what is not in it."""
         path = self._path(name)
         with self._failures.mapped("read", name, absent=ObjectNotFound):
             # The thread writes to memory that its owner uses again once this call has ended.
-            return await _in_thread(files.read_range, path, start, stop, into)
+            return await _in_thread(reads.read_range, path, start, stop, room)
 
     async def size(self, name: str) -> int:
         """Return the file's size in bytes."""

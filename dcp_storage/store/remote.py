@@ -10,7 +10,7 @@ from fsspec.config import apply_config
 
 from dcp_storage.config import MIB
 from dcp_storage.errors import ObjectExists, ObjectNotFound
-from dcp_storage.store.base import ABSENT, Batch, Store
+from dcp_storage.store.base import ABSENT, Batch, Room, Store
 from dcp_storage.store.bodies import Bodies
 from dcp_storage.store.failures import Failures, is_range_beyond_end
 from dcp_storage.store.names import check_name
@@ -94,7 +94,7 @@ class RemoteStore(Store):
         name: str,
         start: int,
         stop: int,
-        into: memoryview | None = None,  # noqa: ARG002 - what HTTP clients return is theirs
+        room: Room | None = None,  # noqa: ARG002 - what HTTP clients return is theirs
     ) -> bytes:
         """Read a range with one request."""
         path = self._path(name)

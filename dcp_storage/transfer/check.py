@@ -8,7 +8,8 @@ from dcp_storage.errors import BlockCorrupt, ObjectNotFound
 from dcp_storage.format.blocks import BlockDecoder
 from dcp_storage.format.manifest import StoredCodec
 from dcp_storage.observe import Advance
-from dcp_storage.store.base import Store
+from dcp_storage.store.base import Room, Store, room_bytes
+from dcp_storage.transfer.memory import Memories
 from dcp_storage.transfer.ranges import Block, Fetch, coalesce
 from dcp_storage.transfer.workers import CodecThreads, for_each
 
@@ -59,6 +60,7 @@ class _Checker:
         self._names = object_names
         self._threads = threads
         self._advance = advance
+        self._memories = Memories()
 
     async def check(self, fetch: Fetch) -> None:
         for block in await self._find_damaged(fetch):
@@ -68,10 +70,12 @@ class _Checker:
 
     async def _find_damaged(self, fetch: Fetch) -> list[Block]:
         try:
-            data = memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop))
+            with self._memories.hold(room_bytes(fetch.stop - fetch.start)) as pages:
+                room = Room(pages)
+                data = memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop, room))
+                return await self._threads.run(partial(_find_damaged, fetch, data))
         except ObjectNotFound:
             return fetch.blocks
-        return await self._threads.run(partial(_find_damaged, fetch, data))
 
 
 def _find_damaged(fetch: Fetch, data: memoryview, checker: _BlockChecker) -> list[Block]:

@@ -1,7 +1,6 @@
 """The load pipeline: byte ranges are fetched, `concurrency` at once, and decoded in threads into their targets."""
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -11,7 +10,7 @@ from dcp_storage.errors import BlockCorrupt
 from dcp_storage.format.blocks import BlockDecoder
 from dcp_storage.format.manifest import Segment, StoredCodec
 from dcp_storage.observe import Advance
-from dcp_storage.store.base import Store
+from dcp_storage.store.base import Room, Store, room_bytes
 from dcp_storage.transfer.layout import target_bytes
 from dcp_storage.transfer.memory import Memories
 from dcp_storage.transfer.ranges import Block, Fetch, coalesce, locate
@@ -130,9 +129,9 @@ class _Loader:
         for number in {block.item for block in fetch.blocks} - self._opened:
             self._opened.add(number)
             self._items[number].target.open()
-        destination = self._destination(fetch)
-        with nullcontext(destination) if destination else self._memories.hold(fetch.stop - fetch.start) as memory:
-            data = memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop, memory))
+        with self._memories.hold(room_bytes(fetch.stop - fetch.start)) as pages:
+            room = Room(pages, self._destination(fetch))
+            data = memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop, room))
             for unit in _units(fetch.blocks):
                 damaged = await self._threads.run(partial(self._decode, unit, data, fetch.start))
                 for block in damaged:
