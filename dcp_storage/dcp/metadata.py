@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import version
 from typing import Any
 
@@ -67,7 +68,7 @@ def build_manifest(
     return Manifest(
         save_id=save_id,
         created=datetime.now(UTC).isoformat(timespec="microseconds"),
-        libraries={"dcp_storage": version("dcp-storage"), "torch": str(torch.__version__)},
+        libraries=_libraries(),
         world_size=world_size,
         rank=rank,
         attempt=attempt,
@@ -93,6 +94,11 @@ def to_metadata(manifest: Manifest | StockManifest) -> Metadata:
         entries[fqn] = TensorStorageMetadata(properties, torch.Size(tensor.size), chunks)
     version = manifest.version if isinstance(manifest, StockManifest) else METADATA_VERSION
     return Metadata(entries, planner_data=manifest.planner_data, storage_data=manifest, version=version)
+
+
+@cache
+def _libraries() -> dict[str, str]:
+    return {"dcp_storage": version("dcp-storage"), "torch": str(torch.__version__)}
 
 
 class _ObjectTable:

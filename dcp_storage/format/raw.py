@@ -1,5 +1,7 @@
 """Raw bytes in memory."""
 
+import ctypes
+
 from numpy import copyto, frombuffer, may_share_memory, uint8
 
 Raw = bytes | bytearray | memoryview
@@ -14,5 +16,7 @@ def copy_bytes(raw: Raw, out: memoryview) -> None:
 
 def address_of(memory: Raw) -> int:
     """Return where memory lies, for C libraries, as long as the caller holds it."""
-    address: int = frombuffer(memory, uint8).ctypes.data
-    return address
+    try:
+        return ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    except TypeError:  # memory that may not be written
+        return int(frombuffer(memory, uint8).ctypes.data)

@@ -2,6 +2,9 @@
 
 That writes straight into our memory, without the GIL, and can leave out the search for matches. Else by zstandard's
 other interface: slower, with frames of about the same size. Each coder is for one thread: shared ones crash.
+
+What `from_buffer` returns must not outlive a call: in a frame that an error's traceback holds, it crashes Python's
+collector of circles.
 """
 
 from collections.abc import Iterable
@@ -11,7 +14,7 @@ from typing import Any, Protocol
 
 import zstandard
 
-from dcp_storage.format.raw import Raw, address_of, copy_bytes
+from dcp_storage.format.raw import Raw, copy_bytes
 
 _FFI: Any = None
 _LIB: Any = None
@@ -75,23 +78,33 @@ class NativeCompressor:
         self._context = _FFI.gc(_LIB.ZSTD_createCCtx(), _LIB.ZSTD_freeCCtx)
         for name, value in {"compressionLevel": level, "checksumFlag": 1, **parameters}.items():
             _check(_LIB.ZSTD_CCtx_setParameter(self._context, getattr(_LIB, f"ZSTD_c_{name}"), value))
+        self._taken, self._made = _FFI.new("size_t *"), _FFI.new("size_t *")
 
     def compress(self, raw: Raw, out: memoryview) -> int:
         """Write one frame to the beginning of `out`, and return its size in bytes."""
-        return _check(_LIB.ZSTD_compress2(self._context, _at(out), len(out), _at(raw), len(raw)))
+        pointer = _FFI.from_buffer
+        return _check(_LIB.ZSTD_compress2(self._context, pointer(out), len(out), pointer(raw), len(raw)))
 
     def compress_parts(self, raw: memoryview, stops: Iterable[int], out: memoryview) -> int:
         """Do so, and end a zstd block at each of `stops`, the last of which is the end of `raw`."""
         _check(_LIB.ZSTD_CCtx_reset(self._context, _LIB.ZSTD_reset_session_only))
         _check(_LIB.ZSTD_CCtx_setPledgedSrcSize(self._context, len(raw)))
-        taken = _FFI.new("ZSTD_inBuffer *", {"src": _at(raw), "size": 0, "pos": 0})
-        made = _FFI.new("ZSTD_outBuffer *", {"dst": _at(out), "size": len(out), "pos": 0})
+        start = size = 0
         for stop in stops:
-            taken.size = stop
             end = _LIB.ZSTD_e_end if stop == len(raw) else _LIB.ZSTD_e_flush
-            if _check(_LIB.ZSTD_compressStream2(self._context, made, taken, end)):
-                raise zstandard.ZstdError("a frame is larger than zstd's own bound")
-        return int(made.pos)
+            size += self._take(raw[start:stop], end, out[size:])
+            start = stop
+        return size
+
+    def _take(self, raw: memoryview, end: int, out: memoryview) -> int:
+        pointer, taken, made = _FFI.from_buffer, self._taken, self._made
+        taken[0] = made[0] = 0
+        left = _LIB.ZSTD_compressStream2_simpleArgs(
+            self._context, pointer(out), len(out), made, pointer(raw), len(raw), taken, end
+        )
+        if _check(left):
+            raise zstandard.ZstdError("a frame is larger than zstd's own bound")
+        return int(made[0])
 
 
 class PlainCompressor:
@@ -131,9 +144,11 @@ class NativeDecompressor:
 
     def decompress(self, frame: memoryview, out: memoryview) -> None:
         """Fill `out` with what one frame holds, all of it."""
-        if _check(_LIB.ZSTD_findFrameCompressedSize(_at(frame), len(frame))) != len(frame):
+        pointer = _FFI.from_buffer
+        if _check(_LIB.ZSTD_findFrameCompressedSize(pointer(frame), len(frame))) != len(frame):
             raise zstandard.ZstdError("there is more behind the frame")
-        if _check(_LIB.ZSTD_decompressDCtx(self._context, _at(out), len(out), _at(frame), len(frame))) != len(out):
+        filled = _LIB.ZSTD_decompressDCtx(self._context, pointer(out), len(out), pointer(frame), len(frame))
+        if _check(filled) != len(out):
             raise zstandard.ZstdError("the frame holds less than it says")
 
 
@@ -146,11 +161,6 @@ class PlainDecompressor:
     def decompress(self, frame: memoryview, out: memoryview) -> None:
         """Fill `out` with what one frame holds, all of it."""
         copy_bytes(self._decompressor.decompress(frame, allow_extra_data=False), out)
-
-
-def _at(memory: Raw) -> Any:
-    """Return a pointer to memory that the caller holds: not `from_buffer`, whose objects crash Python's collector."""
-    return _FFI.cast("void *", address_of(memory))
 
 
 def _check(code: Any) -> int:

@@ -120,7 +120,8 @@ class ShardedSavePlanner(DefaultSavePlanner):
         if planned is None:
             data = super().resolve_data(write_item)
             assert isinstance(data, io.BytesIO)
-            _warn_if_unsafe(write_item.index.fqn, data)
+            if type(self.state_dict[write_item.index.fqn]) not in _PLAIN:
+                _warn_if_unsafe(write_item.index.fqn, data)
             return data
         box = item_box(write_item)
         if not box.numel:
@@ -142,6 +143,9 @@ class ShardedSavePlanner(DefaultSavePlanner):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _OF_ONE_SAVE}
+
+
+_PLAIN = {type(None), bool, int, float, complex, str, bytes}
 
 
 def _entry_item(fqn: str) -> WriteItem:
