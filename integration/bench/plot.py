@@ -3,10 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from integration.bench.results import Operation, Results
+from integration.bench.results import OPERATIONS, Operation, Results
 from integration.bench.summary import Table
-
-_OPERATIONS: tuple[Operation, ...] = ("save", "load warm", "load cold")
 
 
 def draw(path: Path, results: Results) -> None:
@@ -16,9 +14,9 @@ def draw(path: Path, results: Results) -> None:
     table = Table(results.timings)
     cells = table.cells()
     figure = Figure(figsize=(12, 0.5 + 2.4 * len(cells)), layout="constrained")
-    rows = figure.subplots(len(cells), len(_OPERATIONS), squeeze=False)
+    rows = figure.subplots(len(cells), len(OPERATIONS), squeeze=False)
     for (state, store), axes in zip(cells, rows, strict=True):
-        for operation, axis in zip(_OPERATIONS, axes, strict=True):
+        for operation, axis in zip(OPERATIONS, axes, strict=True):
             _bars(axis, table, state, store, operation)
     figure.suptitle(f"GB/s, {results.machine['cpu']}, {results.machine['cores']} cores")
     figure.savefig(path)

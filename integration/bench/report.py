@@ -7,11 +7,9 @@ from rich.table import Table as Grid
 
 from dcp_storage.config import MIB
 from integration.bench.contestants import OURS
-from integration.bench.results import Operation, Results
+from integration.bench.results import OPERATIONS, Operation, Results
 from integration.bench.summary import Table
 from integration.bench.targets import Check, growth_bytes
-
-_OPERATIONS: tuple[Operation, ...] = ("save", "load warm", "load cold")
 
 
 def show(console: Console, results: Results, checks: list[Check]) -> None:
@@ -25,11 +23,11 @@ def show(console: Console, results: Results, checks: list[Check]) -> None:
 
 def _speeds(results: Results) -> Grid:
     table = Table(results.timings)
-    columns = ["state", "store", "contestant", *(f"{each} GB/s" for each in _OPERATIONS), "stored"]
+    columns = ["state", "store", "contestant", *(f"{each} GB/s" for each in OPERATIONS), "stored"]
     grid = _grid("Speed, and how many times as fast dcp_storage (zstd) is: medians of paired rounds", columns)
     for state, store in table.cells():
         for name in table.contestants(state, store):
-            speeds = [_speed(table, state, store, name, operation) for operation in _OPERATIONS]
+            speeds = [_speed(table, state, store, name, operation) for operation in OPERATIONS]
             grid.add_row(state, store, name, *speeds, _number(table.stored(state, store, name)))
         grid.add_section()
     return grid

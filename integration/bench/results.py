@@ -3,9 +3,10 @@
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-Operation = Literal["save", "load warm", "load cold"]
+Operation = Literal["save", "load after save", "load warm", "load cold"]
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
 
 @dataclass(frozen=True)

@@ -61,6 +61,16 @@ def small(sizes: Sizes) -> State:
     return {f"tensor.{number:05}": row.clone() for number, row in enumerate(values)}
 
 
+def tiny(sizes: Sizes) -> State:
+    """A few small tensors: what is left is what any save and load costs."""
+    return {f"tensor.{number}": torch.randn(KIB, generator=_generator(number)) for number in range(4)}
+
+
+def few(sizes: Sizes) -> State:
+    """A model of 4 MB in a hundred tensors."""
+    return {f"tensor.{number}": torch.randn(10 * KIB, generator=_generator(number)) for number in range(100)}
+
+
 def huge(sizes: Sizes) -> State:
     """One fp32 tensor."""
     rows = max(1, sizes.huge // (4 * 4096))
@@ -73,7 +83,9 @@ def zeros(sizes: Sizes) -> State:
     return {f"tensor.{number}": torch.zeros(each // 4) for number in range(16)}
 
 
-STATES: dict[str, Callable[[Sizes], State]] = {each.__name__: each for each in (mixed, minilm, small, huge, zeros)}
+STATES: dict[str, Callable[[Sizes], State]] = {
+    each.__name__: each for each in (mixed, minilm, tiny, few, small, huge, zeros)
+}
 
 
 def raw_bytes(state: State) -> int:

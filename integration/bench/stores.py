@@ -1,10 +1,13 @@
 """Where checkpoints go: a directory, an S3 server on the loopback, and the same server far away."""
 
 import contextlib
+import mmap
 import os
 import shutil
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -15,6 +18,8 @@ from dcp_storage.config import MIB
 from integration.bench.contestants import Place
 from integration.bench.proxy import far_proxy
 from integration.servers import S3Server, seaweedfs
+
+_READ_BYTES, _READS = 8 * MIB, 6
 
 STORES = ("local", "s3", "far")
 
@@ -68,6 +73,22 @@ class LocalShelf(Shelf):
             with path.open("rb") as file:
                 os.fsync(file.fileno())
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def read_past_cache(self, place: Place) -> float:
+        """Return the seconds that plain reads of all of it take, as many and as large as those of a load."""
+        jobs = [(path, start) for path in _files(place) for start in range(0, path.stat().st_size, _READ_BYTES)]
+        began = time.perf_counter()
+        with ThreadPoolExecutor(_READS) as threads:
+            list(threads.map(_read_past_cache, jobs))
+        return time.perf_counter() - began
+
+
+def _read_past_cache(job: tuple[Path, int]) -> None:
+    path, start = job
+    memory = mmap.mmap(-1, _READ_BYTES)
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
+    os.preadv(descriptor, [memory], start)
+    os.close(descriptor)
 
 
 class S3Shelf(Shelf):
