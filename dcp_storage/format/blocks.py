@@ -30,12 +30,14 @@ CHECK_CHARS = {"zstd": 8, "none": 16}
 _ZSTD_BLOCK_BYTES = 128 << 10
 """What zstd compresses with one set of tables, at most."""
 
-_LONG_SAMPLE = 64 << 10
+_LONG_SAMPLE = 40 << 10
 _SHORT_SAMPLES, _SHORT_SAMPLE = 4, 4 << 10
-_NOISE = 0.97
+_NOISE = 0.995
 """Of its size, what a sample of bits at random is stored in, at least."""
 _CONSTANT_BYTES = 64
 """What a sample of equal bytes is stored in, at most."""
+_WORTH_A_SEARCH = 0.97
+"""Of a sample's size by the entropy coder alone: what a search for matches has to bring it to."""
 
 
 def plane_count(itemsize: int, *, byte_planes: bool) -> int:
@@ -86,46 +88,60 @@ class BlockEncoder:
         beginning of `out`, which must have room for `encoded_limit` bytes.
         """
         data = memoryview(raw)
+        compressor: Compressor | None = None
         lengths, checks, filled = [], [], 0
         for start in range(0, len(data), self._block_bytes):
-            block = data[start : start + self._block_bytes]
-            size, check = self._encode_block(block, planes, out[filled:], first=not start)
+            block, rest = data[start : start + self._block_bytes], out[filled:]
+            if self._compression == "none":
+                copy_bytes(block, rest[: len(block)])
+                size, check = len(block), _check_value(block)
+            else:
+                laid = self._lay(block, planes)
+                compressor = self._choose(laid, planes, compressor)
+                size = _compress_planes(laid, planes, compressor, rest)
+                check = rest[size - 4 : size].hex()
             lengths.append(size)
             checks.append(check)
             filled += size
         return Encoded(tuple(lengths), "".join(checks))
 
-    def _encode_block(self, block: memoryview, planes: int, out: memoryview, *, first: bool) -> tuple[int, str]:
-        if self._compression == "none":
-            copy_bytes(block, out[: len(block)])
-            return len(block), _check_value(block)
+    def _lay(self, block: memoryview, planes: int) -> memoryview:
         if planes == 1:
-            size = self._searching.compress(block, out)
-        else:
-            laid = self._laid[: len(block)]
-            self._planes.split(block, planes, laid)
-            size = _compress_planes(laid, planes, self._choose(laid, planes, first=first), out)
-        return size, out[size - 4 : size].hex()
+            return block
+        laid = self._laid[: len(block)]
+        self._planes.split(block, planes, laid)
+        return laid
 
-    def _choose(self, laid: memoryview, planes: int, *, first: bool) -> Compressor:
-        """Return what compresses these planes best: entropy coding alone where the lowest that says anything is noise.
+    def _choose(self, laid: memoryview, planes: int, before: Compressor | None) -> Compressor:
+        """Return what compresses a block best, by samples of its planes and by what was chosen for the block before it.
 
-        Numbers of which some are equal, zero or integers show it there. The first block's sample is long, so that it
-        holds rows that repeat; those of others tell whether they are like it.
+        Entropy coding alone is enough where the lowest plane that says anything is noise: numbers of which some are
+        equal, zero or integers show it there. The first block's sample is long, so that it holds rows that repeat; and
+        rows that are multiples of each other repeat in the exponents alone. Later samples tell whether a block is like
+        the first.
         """
         stride = len(laid) // planes
-        if self._entropy_coder is None or stride < _LONG_SAMPLE:
+        if planes == 1:
+            return self._searching
+        if self._entropy_coder is None or stride < _LONG_SAMPLE or before is self._glancing:
             return self._glancing
         for plane in range(0, len(laid), stride):
-            sample = _sample(laid[plane : plane + stride], first=first)
+            sample = _sample(laid[plane : plane + stride], long=before is None)
             size = self._glancing.compress(sample, self._sampled)
             if size > _CONSTANT_BYTES:
-                return self._entropy_coder if size > _NOISE * len(sample) else self._glancing
+                repeats = size < _NOISE * len(sample) or (before is None and self._repeats(laid[-stride:]))
+                return self._glancing if repeats else self._entropy_coder
         return self._glancing
 
+    def _repeats(self, exponents: memoryview) -> bool:
+        assert self._entropy_coder is not None, "there is no other choice"
+        sample = _sample(exponents, long=False)
+        searched = self._glancing.compress(sample, self._sampled)
+        return searched < _WORTH_A_SEARCH * self._entropy_coder.compress(sample, self._sampled)
 
-def _sample(plane: memoryview, *, first: bool) -> Raw:
-    if first:
+
+def _sample(plane: memoryview, *, long: bool) -> Raw:
+    if long:
         return plane[:_LONG_SAMPLE]
     step = (len(plane) - _SHORT_SAMPLE) // (_SHORT_SAMPLES - 1)
     return b"".join(plane[at * step : at * step + _SHORT_SAMPLE] for at in range(_SHORT_SAMPLES))
@@ -138,7 +154,7 @@ def _compress_planes(laid: memoryview, planes: int, compressor: Compressor, out:
     before hold mantissas only, and an end costs as much as the encoding of a small plane.
     """
     stride = len(laid) // planes
-    if stride % _ZSTD_BLOCK_BYTES == 0:
+    if planes == 1 or stride % _ZSTD_BLOCK_BYTES == 0:
         return compressor.compress(laid, out)
     return compressor.compress_parts(laid, range(stride * (planes - max(1, planes // 4)), len(laid) + 1, stride), out)
 
