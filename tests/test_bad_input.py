@@ -350,13 +350,13 @@ def test_every_error_pickles_with_its_cause(cause):
         assert (found.fqn, found.url, found.ranks) == (None, None, ())
 
 
-@pytest.mark.parametrize("call", ["NewFile", "replace_file", "read_range"])
+@pytest.mark.parametrize("call", ["files.NewFile", "files.replace_file", "reads.read_range"])
 def test_the_cause_of_a_failure_survives_a_whole_save_or_load(saved, monkeypatch, call):
     def broken(*args, **kwargs):
         raise OSError(errno.EIO, "the disk is gone")
 
-    monkeypatch.setattr(f"dcp_storage.store.files.{call}", broken)
-    error = load_error(saved) if call == "read_range" else save_error(saved)
+    monkeypatch.setattr(f"dcp_storage.store.{call}", broken)
+    error = load_error(saved) if call == "reads.read_range" else save_error(saved)
     assert isinstance(error, errors.StoreError)
     assert isinstance(error.__cause__, OSError)
     assert error.__cause__.errno == errno.EIO

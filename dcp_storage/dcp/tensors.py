@@ -15,8 +15,8 @@ from dcp_storage.dcp.undocumented import is_zero_tensor
 from dcp_storage.errors import CoverageError, UnsupportedFormat, UnsupportedTensor
 from dcp_storage.format.blocks import plane_count
 from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
-from dcp_storage.format.raw import Raw
 from dcp_storage.geometry import Box, Shape, boxes_of_run, flat_extent, intersect
+from dcp_storage.raw import Raw
 
 _DTYPES = {name: dtype for name in ITEM_BYTES if isinstance(dtype := getattr(torch, name, None), torch.dtype)}
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}

@@ -14,7 +14,6 @@ from xxhash import xxh3_64
 from dcp_storage.config import Codec
 from dcp_storage.errors import BlockCorrupt
 from dcp_storage.format.planes import make_planes
-from dcp_storage.format.raw import Raw, copy_bytes
 from dcp_storage.format.zstd import (
     MAGIC,
     Compressor,
@@ -23,6 +22,7 @@ from dcp_storage.format.zstd import (
     make_entropy_coder,
     make_glancing_compressor,
 )
+from dcp_storage.raw import Raw, copy_bytes
 
 CHECK_CHARS = {"zstd": 8, "none": 16}
 """Hexadecimal characters of one block's check value, by compression."""

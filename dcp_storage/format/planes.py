@@ -12,7 +12,7 @@ from typing import Any, Protocol
 from numpy import array, copyto, empty, frombuffer, left_shift, right_shift, uint8
 from numpy.typing import NDArray
 
-from dcp_storage.format.raw import Raw, address_of
+from dcp_storage.raw import Raw, address_of
 
 
 class Planes(Protocol):

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import zstandard
 
-from dcp_storage.format.raw import Raw, copy_bytes
+from dcp_storage.raw import Raw, copy_bytes
 
 _FFI: Any = None
 _LIB: Any = None

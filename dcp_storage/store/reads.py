@@ -10,7 +10,7 @@ import os
 from contextlib import suppress
 from pathlib import Path
 
-from dcp_storage.format.raw import copy_bytes
+from dcp_storage.raw import copy_bytes
 from dcp_storage.store.base import PAGE_BYTES, Room
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)

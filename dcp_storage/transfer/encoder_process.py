@@ -15,7 +15,7 @@ from multiprocessing.connection import Connection, Pipe
 
 from dcp_storage.config import Codec
 from dcp_storage.format.blocks import BlockEncoder, Encoded
-from dcp_storage.format.raw import Raw, copy_bytes
+from dcp_storage.raw import Raw, copy_bytes
 
 _PATIENCE_S = 60
 _LEAST_BYTES_A_SECOND = 100_000

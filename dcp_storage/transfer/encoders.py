@@ -9,7 +9,7 @@ from typing import Protocol
 
 from dcp_storage.config import MIB, Codec
 from dcp_storage.format.blocks import BlockEncoder, Encoded
-from dcp_storage.format.raw import Raw
+from dcp_storage.raw import Raw
 from dcp_storage.transfer.encoder_process import EncoderProcess
 
 logger = logging.getLogger(__name__)

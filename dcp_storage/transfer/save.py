@@ -10,8 +10,8 @@ from msgspec import Struct
 from dcp_storage.collector import uncollected
 from dcp_storage.config import MIB, Codec, Transfer
 from dcp_storage.format.blocks import Encoded, encoded_limit
-from dcp_storage.format.raw import Raw
 from dcp_storage.observe import Advance
+from dcp_storage.raw import Raw
 from dcp_storage.store.base import PAGE_BYTES, Batch, Store
 from dcp_storage.transfer.encoders import APART_UNIT_BYTES, Encoder, encoder_apart, encoder_here, pays_apart
 from dcp_storage.transfer.layout import Piece, lay_out, split_units, target_bytes
