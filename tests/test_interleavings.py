@@ -46,8 +46,10 @@ class SteppedStore(Store):
         raise NotImplementedError
 
     async def version(self, name):
+        if not self.versions:
+            return None
         await Turn()
-        return self._version(name) if self.versions else None
+        return self._version(name)
 
     async def commit(self, name, data, over=None):
         for _ in range(self.sends):
