@@ -80,22 +80,22 @@ def test_any_range_is_read_whatever_is_cached(file, wanted, final, dropped):
 
 
 @needs_nowait
-def test_what_is_not_cached_is_read_past_the_cache_and_what_is_cached_from_it(file):
-    file.read_bytes()
-    cached = is_cached(file)
-    drop(file)
-    if not cached or is_cached(file):
-        pytest.skip("this file system does not tell, or keeps everything")
-    drop(file)  # what that look made Linux read
+def test_what_is_not_cached_is_read_past_the_cache_and_what_is_cached_from_it(file, monkeypatch):
     direct, real = [], reads._read_direct
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reads, "_read_direct", lambda *args: direct.append(args[1]) or real(*args))
+    monkeypatch.setattr(reads, "_read_direct", lambda *args: direct.append(args[1]) or real(*args))
+    file.read_bytes()
+    if not is_cached(file):
+        pytest.skip("this file system does not tell")
+    assert read(file, 5000, 30_000) == DATA[5000:30_000]
+    assert direct == []
+    for _ in range(50):  # Linux drops what no processor is about to look at
+        drop(file)
         assert read(file, 5000, 30_000) == DATA[5000:30_000]
-        assert direct == [PAGE_BYTES]
-        assert not is_cached(file, 20_000)
-        file.read_bytes()
-        assert read(file, 5000, 30_000) == DATA[5000:30_000]
-        assert len(direct) == 1
+        if direct:
+            break
+    else:
+        pytest.skip("this file system keeps everything")
+    assert direct[0] % PAGE_BYTES == 0
 
 
 def refuse_nowait(monkeypatch):
