@@ -19,11 +19,14 @@ class Piece(Struct, frozen=True, order=True, gc=False):
     stop: int
 
 
-def target_bytes(total: int, object_bytes: int, concurrency: int, least: int = MIN_OBJECT_BYTES) -> int:
-    """Return how much raw data an object, or a request, should hold so that every worker has one, within the limits."""
+def target_bytes(total: int, object_bytes: int, concurrency: int, least: int | None = None) -> int:
+    """Return how much raw data an object should hold so that every worker has one, within the limits.
+
+    `least` is for what may be smaller than objects: requests to a disk.
+    """
     share = -(-total // concurrency)
     # A little more than its share: objects end with whole blocks, and what is left over would be one more.
-    return min(object_bytes, max(least, share + share // 8))
+    return min(object_bytes, max(MIN_OBJECT_BYTES if least is None else least, share + share // 8))
 
 
 @uncollected

@@ -11,7 +11,7 @@ from dcp_storage.format.blocks import BlockDecoder
 from dcp_storage.format.manifest import Segment, StoredCodec
 from dcp_storage.observe import Advance
 from dcp_storage.store.base import Room, Store, room_bytes
-from dcp_storage.transfer.layout import MIN_OBJECT_BYTES, target_bytes
+from dcp_storage.transfer.layout import target_bytes
 from dcp_storage.transfer.memory import Memories
 from dcp_storage.transfer.ranges import Block, Fetch, coalesce, locate
 from dcp_storage.transfer.workers import CodecThreads, for_each, useful_threads
@@ -88,7 +88,7 @@ async def load_items(
         for block in locate(number, item.wanted, item.segments, item.nbytes, codec)
     ]
     total = sum(block.length for block in blocks)
-    least = MIN_OBJECT_BYTES if store.remote else _LEAST_LOCAL_BYTES
+    least = None if store.remote else _LEAST_LOCAL_BYTES
     most = target_bytes(total, min(transfer.object_bytes, store.read_bytes), transfer.concurrency, least)
     fetches = coalesce(blocks, transfer.max_gap_bytes, most)
     raw_bytes = sum(block.stop - block.start for block in blocks)
