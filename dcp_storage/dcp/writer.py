@@ -61,7 +61,8 @@ class AsyncStorageWriter(StorageWriter):
 
     What a save raises reaches the caller of `dcp.save`, on every rank, inside of DCP's `CheckpointException`, whose
     `failures` hold the typed errors: `CheckpointExists`, `UnsupportedTensor`, `CoverageError`, `DtypeMismatch`,
-    `StoreError`. After any of them the checkpoint that was there before is untouched.
+    `StoreError`. After any of them the checkpoint that was there before is untouched; after `CheckpointReplaced`,
+    another save's stands there.
     """
 
     def __init__(
@@ -148,7 +149,7 @@ class AsyncStorageWriter(StorageWriter):
         Raises:
             CoverageError: The planner resolved an item to another shape than it planned.
             DtypeMismatch: ... or to another dtype.
-            UnsupportedTensor: An item is no plain strided memory.
+            UnsupportedTensor: An item is not plain strided memory.
             StoreError: The store failed.
         """
         save, part = self._current()

@@ -134,7 +134,7 @@ class BlockEncoder:
         return self._glancing
 
     def _repeats(self, exponents: memoryview) -> bool:
-        assert self._entropy_coder is not None, "there is no other choice"
+        assert self._entropy_coder is not None, "samples are taken to choose it"
         sample = _sample(exponents, long=False)
         searched = self._glancing.compress(sample, self._sampled)
         return searched < _WORTH_A_SEARCH * self._entropy_coder.compress(sample, self._sampled)

@@ -88,16 +88,15 @@ async def replaced_objects(store: Store) -> list[str]:
 
 
 async def superseded_objects(store: Store, part: Manifest) -> list[str]:
-    """Return what a part makes superfluous that was the last of its attempt: older complete attempts."""
+    """Return what a part makes superfluous if it completes its attempt: the older complete attempts."""
     attempts = group_parts(await store.list())
-    complete = await complete_attempts(store, attempts)
-    if part.attempt not in {first.attempt for first in complete}:
+    complete = [first.attempt for first in await complete_attempts(store, attempts)]
+    if part.attempt not in complete:
         return []
     superfluous: list[str] = []
-    for old in complete[complete.index(next(first for first in complete if first.attempt == part.attempt)) + 1 :]:
-        names = attempts[old.attempt]
-        superfluous += names.values()
-        for each in await read_attempt(store, old.attempt, names):
+    for older in complete[complete.index(part.attempt) + 1 :]:
+        superfluous += attempts[older].values()
+        for each in await read_attempt(store, older, attempts[older]):
             superfluous += _data_objects(each)
     return superfluous
 

@@ -59,6 +59,8 @@ def ending_on_error(save: Save, *, commits: bool = False) -> Iterator[None]:
             error.__dict__["_dcp_storage_mark"] = _Mark()
             _discard(save, named_perhaps=True)
         raise
+    if commits:
+        _thread.save = None
 
 
 def _end_elsewhere() -> _Mark:
