@@ -1,6 +1,5 @@
 """Several gloo ranks on this machine: every way to save, every rank's failure, and loads on other numbers of ranks."""
 
-import asyncio
 import os
 import time
 from pathlib import Path
@@ -101,6 +100,11 @@ def test_a_save_without_collectives_is_refused_when_a_rank_s_manifest_is_missing
         AsyncStorageReader(tmp_path).read_metadata()
 
 
+def wait_for(path):
+    while not path.exists():
+        time.sleep(0.01)
+
+
 def save_parts(rank, place):
     """Save values 1, 2, ... to one path; ranks that the step does not name die before their commit."""
     options = {"planner": ShardedSavePlanner(), "use_collectives": False}
@@ -108,8 +112,7 @@ def save_parts(rank, place):
 
     async def die(store, name, *args):
         others = Path(place["url"]) / name.replace(f"__{rank.rank}", f"__{1 - rank.rank}")
-        while not others.exists():  # a rank that dies takes the other with it
-            await asyncio.sleep(0.01)
+        wait_for(others)  # a rank that dies takes the other with it
         os._exit(9)
 
     for value, committing in enumerate(place["steps"], 1):
