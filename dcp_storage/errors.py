@@ -82,8 +82,8 @@ class UnsupportedTensor(DcpStorageError, TypeError):
     """A dtype, layout or planner value that cannot be stored without loss."""
 
 
-class UnsupportedEntry(DcpStorageError, TypeError):
-    """An object that is not a tensor and cannot be stored."""
+class UnsupportedEntry(UnsupportedFormat, TypeError):
+    """An object that is not a tensor and cannot be stored, or is of a type that a load does not trust."""
 
 
 class StagingError(DcpStorageError):

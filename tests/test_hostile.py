@@ -219,7 +219,7 @@ def payloads(sentinel):
     touch = f"touch {sentinel}"
     return {
         "posix.system": Call(os.system, touch),
-        "commands.check_output": Call(subprocess.check_output, ["touch", sentinel]),  # its name in pickles
+        "subprocess.check_output": Call(subprocess.check_output, ["touch", sentinel]),
         "builtins.eval": Call(builtins.eval, f"open({sentinel!r}, 'w')"),
         "builtins.exec": Call(builtins.exec, f"open({sentinel!r}, 'w')"),
         "io.open": Call(open, sentinel, "w"),

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 
 from dcp_storage.collector import uncollected
 from dcp_storage.dcp.device import wait_for_device
-from dcp_storage.dcp.entries import refuse_shards
+from dcp_storage.dcp.entry_bytes import encode_entry, warn_of_types
 from dcp_storage.dcp.kinds.plain import Checkpointable
 from dcp_storage.dcp.tensors import BytesSource, TensorSource
 from dcp_storage.errors import CoverageError, DtypeMismatch, UnsupportedTensor
@@ -24,11 +24,21 @@ def plan_sources(plan: SavePlan, planner: SavePlanner, *, byte_planes: bool) -> 
         CoverageError: The planner resolved an item to another shape than it planned.
         DtypeMismatch: ... or to another dtype.
         UnsupportedTensor: An item is not plain strided memory, or an object holds a part of a distributed tensor.
+        UnsupportedEntry: An object cannot be pickled.
     """
-    return [_source(item, planner, byte_planes=byte_planes) for item in plan.items]
+    asked: dict[str, list[str]] = {}
+    sources: list[Source] = []
+    for item in plan.items:
+        if item.tensor_data:
+            sources.append(_tensor_source(item, planner, byte_planes=byte_planes))
+            continue
+        data, asked[item.index.fqn] = encode_entry(item, planner)
+        sources.append(BytesSource(data))
+    warn_of_types(asked)
+    return sources
 
 
-def _source(item: WriteItem, planner: SavePlanner, *, byte_planes: bool) -> Source:
+def _tensor_source(item: WriteItem, planner: SavePlanner, *, byte_planes: bool) -> Source:
     planned = item.tensor_data
     if planned and item.type is WriteItemType.SHARD and 0 in planned.chunk.sizes:  # others may begin at its offset
         return TensorSource(
@@ -37,10 +47,8 @@ def _source(item: WriteItem, planner: SavePlanner, *, byte_planes: bool) -> Sour
             byte_planes=byte_planes,
         )
     data = planner.resolve_data(item)
-    if isinstance(data, io.BytesIO):
-        refuse_shards(item.index.fqn, data)
-        return BytesSource(data)
-    assert planned is not None, "DCP's planners resolve tensor items to tensors and others to BytesIO"
+    assert planned is not None
+    assert not isinstance(data, io.BytesIO), "DCP's planners resolve tensor items to tensors and others to BytesIO"
     if tuple(data.shape) != tuple(planned.chunk.sizes):
         raise CoverageError(
             f"{item.index.fqn}: a chunk of shape {list(planned.chunk.sizes)} was planned, the state dict holds "

@@ -1,6 +1,5 @@
 """Stock DCP checkpoints, loaded into a plan: each stored item is fetched and decoded once on a rank."""
 
-import io
 from collections.abc import Sequence
 from functools import partial
 
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from dcp_storage.config import Transfer
-from dcp_storage.dcp.entries import hand_over
+from dcp_storage.dcp.hand_over import hand_over
 from dcp_storage.dcp.stock_items import (
     Item,
     Kind,
@@ -122,7 +121,7 @@ class _Loader:
             if item.kind is None:
                 raw = await self._threads.run(partial(undo_transforms, item, data))
                 for read in reads:
-                    hand_over(self._planner, read, io.BytesIO(raw))
+                    hand_over(self._planner, read, raw)
             else:
                 await self._fill(item, item.kind, reads, data)
             self._advance(item.raw_bytes, item.stored.length)

@@ -1,6 +1,5 @@
 """Tensors as the pipelines see them: sources of bytes, and targets for bytes."""
 
-import io
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from dcp_storage.dcp.device import copying_from, host_memory
-from dcp_storage.dcp.entries import hand_over
+from dcp_storage.dcp.hand_over import hand_over
 from dcp_storage.dcp.kinds.base import check_plain, dispatches
 from dcp_storage.dcp.undocumented import is_zero_tensor
 from dcp_storage.errors import CoverageError, UnsupportedFormat, UnsupportedTensor
@@ -71,9 +70,9 @@ class BytesSource:
 
     planes = 1
 
-    def __init__(self, data: io.BytesIO) -> None:
-        self._data = data.getvalue()
-        self.nbytes = len(self._data)
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self.nbytes = len(data)
 
     def read(self, start: int, stop: int) -> Raw:
         """Return a view of a slice."""
@@ -171,7 +170,7 @@ class BytesTarget:
 
     def close(self) -> None:
         """Let the planner make an object of the bytes."""
-        hand_over(self._planner, self._read, io.BytesIO(self._data))
+        hand_over(self._planner, self._read, self._data)
 
 
 class _Part(NamedTuple):

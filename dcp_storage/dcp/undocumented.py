@@ -28,17 +28,22 @@ __all__ = [
     "ShardedTensor",
     "StridedShard",
     "call_before_executors_end",
+    "check_sparse_tensors",
     "first_to_say",
     "group_device",
     "in_async_process",
     "in_async_thread",
     "is_zero_tensor",
     "local_tensor",
+    "rebuild_from_type",
     "settled",
     "split_as",
     "stock_url_reader",
     "stock_url_writer",
     "stock_zstandard",
+    "torch_calls",
+    "torch_globals",
+    "typed_storage",
     "with_local_tensor",
     "without_memory",
     "world_size_of_save",
@@ -124,6 +129,38 @@ def _fsspec_module() -> ModuleType:
 def stock_zstandard() -> Any:
     """Return DCP's extension that compresses with zstd: an element of a writer's `_extensions`."""
     return import_module("torch.distributed.checkpoint._extension").ZStandard()
+
+
+def rebuild_from_type(function: Any, cls: type, arguments: tuple[Any, ...], state: Any) -> Any:
+    """Return a tensor of a class out of what a function returns: what `torch.save` pickles subclasses as."""
+    return torch._tensor._rebuild_from_type_v2(function, cls, arguments, state)  # type: ignore[no-untyped-call]  # noqa: SLF001
+
+
+def check_sparse_tensors() -> None:
+    """Check the invariants of the sparse tensors that were rebuilt: their own code trusts its arguments."""
+    torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]  # noqa: SLF001
+
+
+def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
+    """Return a storage as the functions that rebuild tensors take it."""
+    return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
+
+
+def torch_globals() -> dict[str, Any]:
+    """Return by its dotted name what of torch `torch.load(weights_only=True)` lets a pickle name."""
+    allowed: dict[str, Any] = import_module("torch._weights_only_unpickler")._get_allowed_globals()  # noqa: SLF001
+    names = {name: value for name, value in allowed.items() if name.startswith("torch.")}
+    return names | {"torch._tensor._rebuild_from_type_v2": rebuild_from_type}
+
+
+def torch_calls() -> dict[str, Any]:
+    """Return what of these may be called, and makes nothing larger than its arguments."""
+    return {
+        name: value
+        for name, value in torch_globals().items()
+        if name in {"torch.Size", "torch.device", "torch.serialization._get_layout"}
+        or (name.startswith("torch._utils._rebuild_") and not name.endswith("_qtensor"))
+    }
 
 
 def in_async_thread(thread: threading.Thread) -> bool:

@@ -1,7 +1,8 @@
 """Every global that a stock DCP manifest may name, each with a stand-in that is plain data."""
 
 from dcp_storage.format.dtypes import ITEM_BYTES
-from dcp_storage.format.unpickle import Class, Function, Refused
+from dcp_storage.format.pickles import Refused
+from dcp_storage.format.unpickle import Class, Function
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _METADATA_TO_2_2 = "torch.distributed._shard.sharded_tensor.metadata"

@@ -2,7 +2,7 @@
 
 import io
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from dcp_storage.collector import uncollected
-from dcp_storage.dcp.entries import load_entry
+from dcp_storage.dcp.entries import TrustPolicy, load_entry
 from dcp_storage.dcp.kinds.hooked import Wrapper
 from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.planners.coverage import StoredTensor
@@ -33,8 +33,10 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
             `skipped` names them afterwards.
         dtype_policy: What to do where a destination's dtype is not the stored one: `"cast"` converts, `"warn"` converts
             and warns once a load, `"error"` raises.
-        allowed_types: Types, beyond those that `torch.load(weights_only=True)` knows, that entries which are no tensors
-            may hold. List only what you trust: their constructors run.
+        allowed_types: Types and functions that entries which are not tensors may hold and call, beyond tensors and
+            what of Python's standard library and of NumPy runs no code of its own. `(Config, "old.module.Config")` is
+            a type that was stored under another name. List only what you trust: its own code runs.
+        trust: `"all"` loads entries of any type, which may run anything: only for checkpoints that you made yourself.
         flatten_state_dict: As it was in the save.
 
     Attributes:
@@ -46,7 +48,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         CoverageError: Shapes differ, or a box of a destination is not stored; names the tensor and the box.
         DtypeMismatch: See `dtype_policy`.
         UnsupportedTensor: A destination's own hooks failed, or it is on the meta device and cannot be given memory.
-        UnsupportedFormat: An entry that is no tensor holds a type that is not allowed.
+        UnsupportedEntry: An entry that is not a tensor holds a type that is not allowed, or cannot be rebuilt.
     """
 
     def __init__(
@@ -54,7 +56,8 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         *,
         allow_partial_load: bool = False,
         dtype_policy: DtypePolicy = "warn",
-        allowed_types: Sequence[type] = (),
+        allowed_types: Sequence[Callable[..., Any] | tuple[Callable[..., Any], str]] = (),
+        trust: TrustPolicy = "listed",
         flatten_state_dict: bool = True,
     ) -> None:
         super().__init__(
@@ -64,10 +67,13 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         )
         if dtype_policy not in {"cast", "warn", "error"}:
             raise ConfigError(f'dtype_policy is {dtype_policy!r}; choose "cast", "warn" or "error"')
+        if trust not in {"listed", "all"}:
+            raise ConfigError(f'trust is {trust!r}; choose "listed" or "all"')
         self.skipped: list[str] = []
         self.unexpected: list[str] = []
         self._dtype_policy = dtype_policy
         self._allowed_types = tuple(allowed_types)
+        self._trust = trust
         self._shards: dict[tuple[str, int | None], Tensor] = {}
         self._kinds: dict[str, Kind] = {}
 
@@ -179,11 +185,11 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         """Put an object that is no tensor in its place, without running code that the checkpoint names.
 
         Raises:
-            UnsupportedFormat: It holds a type that is neither torch's nor in `allowed_types`.
-            BlockCorrupt: It is no container that `torch.save` makes.
+            UnsupportedEntry: It holds a type that is not in `allowed_types` and may run code, or cannot be rebuilt.
+            BlockCorrupt: It is neither a value nor a container that `torch.save` makes.
         """
         fqn = read_item.dest_index.fqn
-        self._put(fqn, load_entry(fqn, value, self._allowed_types))
+        self._put(fqn, load_entry(fqn, value, self._allowed_types, trust=self._trust))
 
     def _put(self, fqn: str, value: object) -> None:
         self.state_dict[fqn] = value

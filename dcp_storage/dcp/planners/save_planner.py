@@ -2,7 +2,6 @@
 
 import dataclasses
 import io
-import warnings
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
@@ -120,8 +119,6 @@ class ShardedSavePlanner(DefaultSavePlanner):
         if planned is None:
             data = super().resolve_data(write_item)
             assert isinstance(data, io.BytesIO)
-            if type(self.state_dict[write_item.index.fqn]) not in _PLAIN:
-                _warn_if_unsafe(write_item.index.fqn, data)
             return data
         box = item_box(write_item)
         if not box.numel:
@@ -145,18 +142,5 @@ class ShardedSavePlanner(DefaultSavePlanner):
         return {name: value for name, value in self.__dict__.items() if name not in _OF_ONE_SAVE}
 
 
-_PLAIN = {type(None), bool, int, float, complex, str, bytes}
-
-
 def _entry_item(fqn: str) -> WriteItem:
     return WriteItem(MetadataIndex(fqn), WriteItemType.BYTE_IO)
-
-
-def _warn_if_unsafe(fqn: str, data: io.BytesIO) -> None:
-    data.seek(0)
-    types = torch.serialization.get_unsafe_globals_in_checkpoint(data)
-    if types:
-        warnings.warn(
-            f"{fqn} holds {', '.join(types)}: to load it, list these types in ShardedLoadPlanner(allowed_types=...)",
-            stacklevel=2,
-        )

@@ -1,0 +1,49 @@
+"""What may be hashed: a tuple's hash visits all that it holds, over and over, on the C stack."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from dcp_storage.format.pickles import Damaged
+
+_ATOMS = frozenset({str, int, bool, float, bytes, type(None)})
+_MOST_NESTED = 100
+
+
+class Hashing:
+    """Bounds the work of the hashes of one pickle by its size."""
+
+    def __init__(self, nbytes: int) -> None:
+        self._left = 1000 + nbytes
+        self._depths: dict[int, tuple[int, tuple[Any, ...]]] = {}
+
+    def nest(self, made: tuple[Any, ...]) -> None:
+        """Take note of a new tuple.
+
+        Raises:
+            Damaged: Tuples within tuples are nested too deeply: also the hash of a listed type may visit them.
+        """
+        if tuple in set(map(type, made)):
+            depth = 1 + max(self._depths.get(id(inner), (1, ()))[0] for inner in made if type(inner) is tuple)
+            if depth > _MOST_NESTED:
+                raise Damaged("tuples that are nested more than a pickler writes")
+            self._depths[id(made)] = depth, made  # kept alive, so that nothing else gets its id
+
+    def check(self, keys: Iterable[Any]) -> None:
+        """Count what the hashes of keys visit.
+
+        Raises:
+            Damaged: They visit more than the pickle has bytes, or are nested too deeply.
+        """
+        for key in keys:
+            if isinstance(key, tuple):
+                self._visit(key, _MOST_NESTED)
+
+    def _visit(self, key: tuple[Any, ...], levels: int) -> None:
+        self._left -= len(key) + 1
+        if self._left < 0 or not levels:
+            raise Damaged("keys that are nested more than a pickler writes")
+        if _ATOMS.issuperset(map(type, key)):
+            return
+        for inner in key:
+            if isinstance(inner, tuple):
+                self._visit(inner, levels - 1)

@@ -1,0 +1,49 @@
+"""What a caller trusts: the types and functions that pickles may name and call."""
+
+import sys
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch.serialization import get_safe_globals
+
+Allowed = Iterable[Callable[..., Any] | tuple[Callable[..., Any], str]]
+
+
+class Trust:
+    """The listed types and functions by the names under which pickles ask for them."""
+
+    def __init__(self, allowed: Allowed) -> None:
+        self._named = dict(map(_named, [*get_safe_globals(), *allowed]))
+        self._ids = {id(value) for value in self._named.values()}
+        self._outer = {name: owner for name in self._named for name, owner in _owners(name, self._named[name])}
+
+    def find(self, name: str) -> Any:
+        """Return what a name stands for, or `None`; the owner of a listed nested class may be named too."""
+        return self._named.get(name, self._outer.get(name))
+
+    def lists(self, value: object) -> bool:
+        """Tell whether exactly this object is listed."""
+        return id(value) in self._ids
+
+
+def _named(allowed: Any) -> tuple[str, Any]:
+    if isinstance(allowed, tuple):
+        value, name = allowed
+        return name, value
+    return f"{allowed.__module__}.{allowed.__qualname__}", allowed
+
+
+def _owners(name: str, value: Any) -> list[tuple[str, Any]]:
+    """Return the classes that a nested class or method stands in."""
+    module: str = getattr(value, "__module__", None) or ""
+    path: list[str] = getattr(value, "__qualname__", "").split(".")
+    owner: Any = sys.modules.get(module)
+    found: list[tuple[str, Any]] = []
+    if name != ".".join([module, *path]):
+        return []
+    for number, step in enumerate(path[:-1], 1):
+        owner = getattr(owner, step, None)
+        if not isinstance(owner, type):
+            return []
+        found.append((".".join([module, *path[:number]]), owner))
+    return found

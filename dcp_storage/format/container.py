@@ -1,0 +1,77 @@
+"""The zip containers that `torch.save` makes: a pickle, and a record for each storage."""
+
+import io
+import zipfile
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
+
+T = TypeVar("T")
+
+_SCRIPT = "constants.pkl"
+"""What tells a TorchScript archive, which `torch.load` would run."""
+
+
+class Container(NamedTuple):
+    """What a container holds.
+
+    Attributes:
+        pickled: Its pickle.
+        storages: The size of each storage in bytes, by its key.
+        read: Returns a storage by its key.
+        byteorder: Returns that of the storages' elements, `b"little"` or `b"big"`.
+    """
+
+    pickled: bytes
+    storages: Mapping[str, int]
+    read: Callable[[str], bytes]
+    byteorder: Callable[[], bytes]
+
+
+def read_container(data: bytes, *, most_records: int = 1 << 20) -> Container:
+    """Return what a container holds, none of whose records has to be inflated.
+
+    Raises:
+        ValueError: It is not a container that `torch.save` makes; the message says why.
+    """
+    return _typed(lambda: _read(data, most_records))
+
+
+def _typed(read: Callable[[], T]) -> T:
+    try:
+        return read()
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, OSError, KeyError) as error:
+        raise ValueError(f"it is no container of torch.save: {error}") from error
+
+
+def _read(data: bytes, most_records: int) -> Container:
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    records = archive.infolist()
+    if len(records) > most_records or not all(_is_stored(record, len(data)) for record in records):
+        raise ValueError("it is no container that torch.save made")
+    # By the name below the archive's own, which is the file's.
+    named = {record.filename.partition("/")[2]: record for record in records}
+    if "data.pkl" not in named or _SCRIPT in named or len(named) != len(records):
+        raise ValueError("it is no container that torch.save made")
+    storages = {name.removeprefix("data/"): record.file_size for name, record in named.items() if name[:5] == "data/"}
+
+    def read(name: str) -> bytes:
+        return _typed(lambda: _content(archive, named[name]))
+
+    return Container(
+        _content(archive, named["data.pkl"]),
+        storages,
+        read=lambda key: read(f"data/{key}"),
+        byteorder=lambda: read("byteorder") if "byteorder" in named else b"little",
+    )
+
+
+def _is_stored(record: zipfile.ZipInfo, available: int) -> bool:
+    """Say whether a record is stored as it is: torch would inflate a compressed one to any size."""
+    plain = record.compress_type == zipfile.ZIP_STORED and record.file_size == record.compress_size
+    return plain and record.header_offset + record.file_size <= available
+
+
+def _content(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bytes:
+    if not record.CRC and hasattr(record, "CRC"):  # torch.serialization.set_crc32_options(False)
+        del record.CRC
+    return archive.read(record)
