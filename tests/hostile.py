@@ -8,6 +8,7 @@ import io
 import json
 import pickle
 import struct
+import zipfile
 from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
@@ -225,6 +226,15 @@ def read_block(data: bytes, compression: str, planes: int) -> None:
     with contextlib.suppress(BlockCorrupt):
         BlockDecoder(compression, RAW_BYTES).decode_into(data, check, planes, out[16:-16])
     assert bytes(out[:16]) == bytes(out[-16:]) == bytes(16)
+
+
+def rezip(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> bytes:
+    """Return a zip archive of these records."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as new:
+        for name, data in records.items():
+            new.writestr(name, data)
+    return buffer.getvalue()
 
 
 def container(value: object) -> bytes:

@@ -256,14 +256,6 @@ def test_code_in_entries_is_refused_by_name(tmp_path, name, stock, make_planner)
     assert not sentinel.exists()
 
 
-def rezip(records, compression=zipfile.ZIP_STORED):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as new:
-        for name, data in records.items():
-            new.writestr(name, data)
-    return buffer.getvalue()
-
-
 def records_of(data):
     with zipfile.ZipFile(io.BytesIO(data)) as old:
         return {name: old.read(name) for name in old.namelist()}
@@ -274,18 +266,22 @@ ODD_ENTRIES = {
     "nothing": b"",
     "no container": b"\x80\x02K\x07.",
     "the old format of torch": pickle.dumps(0x1950A86A20F9469CFC6C, 2),
-    "a container that inflates": rezip(PLAIN | {"archive/data/0": bytes(50 << 20)}, zipfile.ZIP_DEFLATED),
+    "a container that inflates": hostile.rezip(PLAIN | {"archive/data/0": bytes(50 << 20)}, zipfile.ZIP_DEFLATED),
     "a truncated container": ENTRY[:-30],
-    "without a pickle": rezip({name: data for name, data in PLAIN.items() if not name.endswith("data.pkl")}),
-    "an empty pickle": rezip(PLAIN | {"archive/data.pkl": b""}),
-    "a pickle that ends early": rezip(PLAIN | {"archive/data.pkl": PLAIN["archive/data.pkl"][:-9]}),
-    "a pickle of garbage": rezip(PLAIN | {"archive/data.pkl": b"\x80\x02\xff\xff"}),
-    "an empty stack": rezip(PLAIN | {"archive/data.pkl": b"\x80\x02."}),
-    "a storage that is not there": rezip({name: data for name, data in PLAIN.items() if not name.endswith("data/0")}),
-    "a storage that is too short": rezip(PLAIN | {"archive/data/0": b"1"}),
-    "an extension": rezip(PLAIN | {"archive/data.pkl": b"\x80\x02\x82\x01."}),
-    "an instance": rezip(PLAIN | {"archive/data.pkl": b"(iposix\nsystem\n."}),
-    "a script": rezip({"archive/data.pkl": b"K\x01.", "archive/version": b"3", "archive/constants.pkl": b"K\x01."}),
+    "without a pickle": hostile.rezip({name: data for name, data in PLAIN.items() if not name.endswith("data.pkl")}),
+    "an empty pickle": hostile.rezip(PLAIN | {"archive/data.pkl": b""}),
+    "a pickle that ends early": hostile.rezip(PLAIN | {"archive/data.pkl": PLAIN["archive/data.pkl"][:-9]}),
+    "a pickle of garbage": hostile.rezip(PLAIN | {"archive/data.pkl": b"\x80\x02\xff\xff"}),
+    "an empty stack": hostile.rezip(PLAIN | {"archive/data.pkl": b"\x80\x02."}),
+    "a storage that is not there": hostile.rezip(
+        {name: data for name, data in PLAIN.items() if not name.endswith("data/0")}
+    ),
+    "a storage that is too short": hostile.rezip(PLAIN | {"archive/data/0": b"1"}),
+    "an extension": hostile.rezip(PLAIN | {"archive/data.pkl": b"\x80\x02\x82\x01."}),
+    "an instance": hostile.rezip(PLAIN | {"archive/data.pkl": b"(iposix\nsystem\n."}),
+    "a script": hostile.rezip(
+        {"archive/data.pkl": b"K\x01.", "archive/version": b"3", "archive/constants.pkl": b"K\x01."}
+    ),
 }
 
 

@@ -1,12 +1,15 @@
 """The zip containers that `torch.save` makes: a pickle, and a record for each storage."""
 
 import io
+import struct
 import zipfile
 from collections.abc import Callable, Mapping
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
 
+_LOCAL_HEADER = struct.Struct("<26xHH")
+"""What stands before a record: at its end how long name and extra field are, which follow."""
 _SCRIPT = "constants.pkl"
 """What tells a TorchScript archive, which `torch.load` would run."""
 
@@ -39,7 +42,7 @@ def read_container(data: bytes, *, most_records: int = 1 << 20) -> Container:
 def _typed(read: Callable[[], T]) -> T:
     try:
         return read()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, OSError, KeyError) as error:
+    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, OSError, KeyError, struct.error) as error:
         raise ValueError(f"it is no container of torch.save: {error}") from error
 
 
@@ -55,10 +58,10 @@ def _read(data: bytes, most_records: int) -> Container:
     storages = {name.removeprefix("data/"): record.file_size for name, record in named.items() if name[:5] == "data/"}
 
     def read(name: str) -> bytes:
-        return _typed(lambda: _content(archive, named[name]))
+        return _typed(lambda: _content(archive, named[name], data))
 
     return Container(
-        _content(archive, named["data.pkl"]),
+        _content(archive, named["data.pkl"], data),
         storages,
         read=lambda key: read(f"data/{key}"),
         byteorder=lambda: read("byteorder") if "byteorder" in named else b"little",
@@ -71,7 +74,10 @@ def _is_stored(record: zipfile.ZipInfo, available: int) -> bool:
     return plain and record.header_offset + record.file_size <= available
 
 
-def _content(archive: zipfile.ZipFile, record: zipfile.ZipInfo) -> bytes:
-    if not record.CRC and hasattr(record, "CRC"):  # torch.serialization.set_crc32_options(False)
-        del record.CRC
-    return archive.read(record)
+def _content(archive: zipfile.ZipFile, record: zipfile.ZipInfo, data: bytes) -> bytes:
+    if record.CRC:
+        return archive.read(record)
+    # torch.serialization.set_crc32_options(False) stores no checksums, and zipfile reads nothing without one.
+    header = data[record.header_offset : record.header_offset + _LOCAL_HEADER.size]
+    start = record.header_offset + len(header) + sum(_LOCAL_HEADER.unpack(header))
+    return data[start : start + record.file_size]

@@ -106,6 +106,8 @@ class Unpickler(Machine):
         """Tell whether a call runs the code of what is listed: itself, its class methods or its constructor."""
         if self._trusted().lists(function) or listed.is_call_of_class(function, self._trusts):
             return True
+        if function is collections.defaultdict:
+            return len(arguments) == 1 and self._trusted().lists(arguments[0])
         return not arguments and self._is_constructor(function)
 
     def make(self, cls: object, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> object:
@@ -122,7 +124,7 @@ class Unpickler(Machine):
         rule = arrays.state_rule(instance) or known.STATES.get(type(instance))
         if self._is_ours(instance):
             listed.run(type(instance), listed.set_state, (instance, state))
-        elif isinstance(instance, functools.partial) and id(instance.func) in self._constructors:
+        elif type(instance) is functools.partial:
             self._set_partial(instance, state)
         elif rule is None:
             raise Refused(f"sets the state of {listed.name_of(type(instance))}")
@@ -197,17 +199,20 @@ class Unpickler(Machine):
         return made
 
     def partial(self, *arguments: Any) -> object:
-        """Return what protocol 2 makes of `__getnewargs_ex__`; its state brings class and arguments."""
-        if len(arguments) != 1 or id(arguments[0]) not in self._constructors:
-            raise Refused("calls functools.partial")
-        return functools.partial(arguments[0])
+        """Return a partial of what is listed, or what protocol 2 makes of `__getnewargs_ex__`."""
+        match arguments:
+            case (function,) if id(function) in self._constructors or self._trusted().lists(function):
+                return functools.partial(function)
+        raise Refused("calls functools.partial for what is not listed")
 
     def _set_partial(self, instance: Any, state: object) -> None:
         match state:
-            case (function, (cls, *_), dict() | None, None) if function is instance.func and self._trusts(cls):
-                instance.__setstate__(state)
-            case _:
-                raise Refused("sets the state of functools.partial")
+            case (function, (*arguments,), dict() | None, dict() | None) if function is instance.func:
+                is_constructor = id(function) in self._constructors
+                if not is_constructor or (arguments and self._trusts(arguments[0])):
+                    instance.__setstate__(state)
+                    return
+        raise Refused("sets the state of functools.partial")
 
     def _is_constructor(self, function: object) -> bool:
         if type(function) is not functools.partial or id(function.func) not in self._constructors:
