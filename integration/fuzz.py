@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import atheris
+import torch
 
 _MEMORY_MB = 2000
 _SECONDS_AN_INPUT = 10
@@ -22,7 +23,9 @@ _SECONDS_AN_INPUT = 10
 with atheris.instrument_imports(include=["dcp_storage"]):
     from dcp_storage.dcp.entries import load_entry
     from dcp_storage.errors import BlockCorrupt, UnsupportedFormat
+    from dcp_storage.format.values import MAGIC, encode_value
     from tests import hostile
+    from tests.test_entries import SAFE
 
 BLOCKS = (("zstd", 4), ("zstd", 2), ("zstd", 1), ("none", 1))
 
@@ -55,11 +58,25 @@ def block(data: bytes) -> None:
 
 
 def entry(data: bytes) -> None:
-    """Bytes as an entry that is no tensor."""
+    """Bytes as an entry that is not a tensor."""
     try:
         load_entry("x", io.BytesIO(data))
     except (BlockCorrupt, UnsupportedFormat):
         return
+
+
+def value(data: bytes) -> None:
+    """Bytes as a value of built-in types."""
+    entry(MAGIC + data)
+
+
+def entry_pickle(data: bytes) -> None:
+    """Bytes as the pickle of an entry, in a sound archive."""
+    entry(hostile.rezip({"archive/data.pkl": data, "archive/data/0": bytes(32)}))
+
+
+def _entry_pickles() -> list[bytes]:
+    return [hostile.records_of(hostile.container(held))["archive/data.pkl"] for held in SAFE.values()]
 
 
 TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = {
@@ -67,7 +84,9 @@ TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = 
     "changed-manifest": (changed_manifest, lambda: [bytes(range(64))]),
     "stock": (stock, lambda: [hostile.stock_pickle()]),
     "block": (block, lambda: [hostile.sound_block(*kind) for kind in BLOCKS]),
-    "entry": (entry, lambda: [hostile.container([1, "two", {"three": 3.0}]), hostile.container({"t": (1, None)})]),
+    "entry": (entry, lambda: [hostile.container({1, "two"}), hostile.container((1, (torch.ones(8),)))]),
+    "entry-pickle": (entry_pickle, _entry_pickles),
+    "value": (value, lambda: [encode_value(held)[len(MAGIC) :] for held in SAFE.values() if encode_value(held)]),
 }
 
 

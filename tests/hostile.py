@@ -237,6 +237,12 @@ def rezip(records: dict[str, bytes], compression: int = zipfile.ZIP_STORED) -> b
     return buffer.getvalue()
 
 
+def records_of(data: bytes) -> dict[str, bytes]:
+    """Return the records of a zip archive."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
 def container(value: object) -> bytes:
     """Return what `torch.save` makes of a value."""
     buffer = io.BytesIO()

@@ -256,12 +256,7 @@ def test_code_in_entries_is_refused_by_name(tmp_path, name, stock, make_planner)
     assert not sentinel.exists()
 
 
-def records_of(data):
-    with zipfile.ZipFile(io.BytesIO(data)) as old:
-        return {name: old.read(name) for name in old.namelist()}
-
-
-PLAIN = records_of(ENTRY)
+PLAIN = hostile.records_of(ENTRY)
 ODD_ENTRIES = {
     "nothing": b"",
     "no container": b"\x80\x02K\x07.",

@@ -42,7 +42,16 @@ def read_container(data: bytes, *, most_records: int = 1 << 20) -> Container:
 def _typed(read: Callable[[], T]) -> T:
     try:
         return read()
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, RuntimeError, OSError, KeyError, struct.error) as error:
+    except (
+        zipfile.BadZipFile,
+        NotImplementedError,
+        EOFError,
+        RuntimeError,
+        OSError,
+        OverflowError,
+        KeyError,
+        struct.error,
+    ) as error:
         raise ValueError(f"it is no container of torch.save: {error}") from error
 
 
@@ -71,7 +80,7 @@ def _read(data: bytes, most_records: int) -> Container:
 def _is_stored(record: zipfile.ZipInfo, available: int) -> bool:
     """Say whether a record is stored as it is: torch would inflate a compressed one to any size."""
     plain = record.compress_type == zipfile.ZIP_STORED and record.file_size == record.compress_size
-    return plain and record.header_offset + record.file_size <= available
+    return plain and 0 <= record.header_offset <= available - record.file_size
 
 
 def _content(archive: zipfile.ZipFile, record: zipfile.ZipInfo, data: bytes) -> bytes:
