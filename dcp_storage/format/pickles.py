@@ -29,6 +29,7 @@ class Machine:
     def __init__(self, data: bytes) -> None:
         self.data = data
         self.pos = 0
+        self.protocol = 0
         self.stack: list[object] = []
         self.marks: list[int] = []
         self.memo: dict[int, object] = {}
@@ -125,8 +126,9 @@ class Machine:
 
     def proto(self) -> None:
         """Check the protocol."""
-        if (protocol := self.number(1)) > _NEWEST_PROTOCOL:
-            raise Refused(f"is of the unknown protocol {protocol}")
+        self.protocol = self.number(1)
+        if self.protocol > _NEWEST_PROTOCOL:
+            raise Refused(f"is of the unknown protocol {self.protocol}")
 
     def integer(self, width: int) -> None:
         """Push a signed number."""

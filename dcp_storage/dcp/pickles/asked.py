@@ -4,7 +4,7 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-from dcp_storage.dcp.pickles.machine import Unpickler, is_known, python3_name
+from dcp_storage.dcp.pickles.machine import Unpickler, is_known
 from dcp_storage.dcp.pickles.trust import Trust
 from dcp_storage.format.pickles import Damaged, Refused
 
@@ -35,7 +35,7 @@ class _Asking(Unpickler):
         self.names: list[str] = []
 
     def find(self, module: str, name: str) -> object:
-        self.names.append(python3_name(module, name))
+        self.names.append(self.dotted(module, name))
         return _Name(self.names[-1])
 
     def call(self, function: object, arguments: tuple[Any, ...]) -> object:

@@ -28,6 +28,7 @@ _KNOWN: dict[str, Any] = {
     "functools.partial": functools.partial,
     "builtins.getattr": guarded_getattr,
 }
+_PYTHON_2 = 2
 _CALLS = {id(value): (name, rule) for name, (value, rule) in reversed(known.CALLS.items())}
 _NEWS = {id(value): (name, rule) for name, (value, rule) in known.NEWS.items()}
 _TORCH_CALLS = {id(value): name for name, value in torch_calls().items()}
@@ -54,12 +55,6 @@ def is_known(name: str) -> bool:
     return name in _KNOWN
 
 
-def python3_name(module: str, name: str) -> str:
-    """Return a dotted name as Python 3 has it: protocol 2 writes Python 2's."""
-    module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
-    return f"{module}.{name}"
-
-
 class Unpickler(Machine):
     """Rebuilds the object in a pickle.
 
@@ -77,9 +72,15 @@ class Unpickler(Machine):
         self._made: dict[int, object] = {}  # by listed code; kept alive, so that nothing else gets its id
         self._constructors: dict[int, object] = {}
 
+    def dotted(self, module: str, name: str) -> str:
+        """Return a name as Python 3 has it: up to protocol 2 pickles have Python 2's."""
+        if self.protocol <= _PYTHON_2:
+            module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+        return f"{module}.{name}"
+
     def find(self, module: str, name: str) -> object:
         """Return what is listed or known under a name."""
-        dotted = python3_name(module, name)
+        dotted = self.dotted(module, name)
         found = self._trusted().find(dotted)
         if found is not None:
             return found

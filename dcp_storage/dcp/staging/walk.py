@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+_ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
+
 Change = Callable[[str, Any], Any]
 
 
@@ -17,9 +19,13 @@ def walk(value: Any, leaf: Change, other: Change, fqn: str = "") -> Any:
     if isinstance(value, Tensor):
         return leaf(fqn, value)
     if isinstance(value, Mapping):
+        if _ATOMS.issuperset(map(type, value.values())):
+            return _mapping_like(value, value.items())
         inner = ((key, walk(held, leaf, other, _below(fqn, key))) for key, held in value.items())
         return _mapping_like(value, inner)
     if type(value) is tuple or isinstance(value, list):
+        if _ATOMS.issuperset(map(type, value)):  # there may be millions
+            return _sequence_like(value, value)
         walked = (walk(held, leaf, other, _below(fqn, number)) for number, held in enumerate(value))
         return _sequence_like(value, walked)
     return other(fqn, value)
