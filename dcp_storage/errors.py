@@ -98,6 +98,10 @@ class DtypeMismatch(DcpStorageError, TypeError):
     """A tensor's dtype is not the one that the plan or the checkpoint says."""
 
 
+class ReplicaMismatch(DcpStorageError, ValueError):
+    """Ranks hold different data under one name, of which only one rank's copy would be saved."""
+
+
 class StoreError(DcpStorageError, OSError):
     """The storage system refused or failed an operation."""
 

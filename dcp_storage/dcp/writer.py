@@ -16,6 +16,7 @@ from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.calls import Location, Path, choose_observer
 from dcp_storage.dcp.metadata import build_manifest
 from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
+from dcp_storage.dcp.replicas.compare import Results, judge
 from dcp_storage.dcp.saves.attempt import name_attempt
 from dcp_storage.dcp.saves.commit import check_vacant, commit
 from dcp_storage.dcp.saves.failing import ending_on_error
@@ -156,12 +157,13 @@ class AsyncStorageWriter(StorageWriter):
         with ending_on_error(save):
             sources = plan_sources(plan, planner, byte_planes=self._codec.byte_planes)
             segments = self._put(save, part, sources) if sources else []
-            results = [
+            results = Results(
                 WriteResult(item.index, source.nbytes, stored)
                 for item, source, stored in zip(plan.items, sources, segments, strict=True)
-            ]
-        if isinstance(planner, ShardedSavePlanner):
-            planner.release()
+            )
+            if isinstance(planner, ShardedSavePlanner):
+                results.fingerprints = planner.fingerprints()
+                planner.release()
         save.done = not part.commits
         future: Future[list[WriteResult]] = Future()
         future.set_result(results)
@@ -177,6 +179,7 @@ class AsyncStorageWriter(StorageWriter):
         Called on the coordinator (without collectives: on every rank, which then commits its own manifest).
 
         Raises:
+            ReplicaMismatch: Ranks hold different data under one name, and the planner's policy is `"error"`.
             CoverageError: What was written is not what was planned, or does not tile a tensor.
             CheckpointExists: Another save committed here meanwhile, and this one may not replace it.
             CheckpointReplaced: Another save committed here in the same moment.
@@ -184,6 +187,7 @@ class AsyncStorageWriter(StorageWriter):
         """
         save, part = self._current()
         with ending_on_error(save):
+            judge([getattr(told, "fingerprints", None) for told in results], metadata, save.location.store().url)
             manifest = build_manifest(
                 metadata,
                 chain.from_iterable(results),

@@ -45,7 +45,7 @@ def make_global_plan(all_plans: Sequence[SavePlan], *, is_all: bool) -> tuple[li
             offers.extend(found)
         else:
             entries[fqn] = BytesStorageMetadata()
-            offers.append(Offer(candidates.items[0], owners=candidates.ranks[:1]))
+            offers.append(Offer(candidates.items[0], owners=candidates.ranks))
     return _share_out(offers, all_plans), Metadata(entries, planner_data=_mappings(all_plans))
 
 
@@ -160,16 +160,24 @@ def _check_one_dtype(fqn: str, candidates: _Candidates) -> None:
 
 
 def _share_out(offers: Iterable[Offer], all_plans: Sequence[SavePlan]) -> list[SavePlan]:
-    """Give each item to one owner: the largest first, to whoever has least to write so far."""
+    """Give each item to one owner: the largest first, to whoever has least to write so far.
+
+    The planner data of a share is a byte for each of its items: 1 where other ranks hold it, too.
+    """
     shares: list[list[WriteItem]] = [[] for _ in all_plans]
+    shared: list[list[bool]] = [[] for _ in all_plans]
     loads = [0] * len(all_plans)
     # Those that only one rank can write come first: they leave no choice.
     for offer in sorted(offers, key=lambda offer: (len(offer.owners) > 1, -offer.nbytes)):
-        rank = offer.owners[0] if len(offer.owners) == 1 else min(offer.owners, key=loads.__getitem__)
+        # Of entries that are not tensors the lowest rank's copy is stored.
+        is_free = len(offer.owners) > 1 and offer.box is not None
+        rank = min(offer.owners, key=loads.__getitem__) if is_free else offer.owners[0]
         shares[rank].append(offer.item)
+        shared[rank].append(len(offer.owners) > 1)
         loads[rank] += offer.nbytes
     return [
-        dataclasses.replace(plan, items=share, planner_data=None) for plan, share in zip(all_plans, shares, strict=True)
+        dataclasses.replace(plan, items=share, planner_data=bytes(flags))
+        for plan, share, flags in zip(all_plans, shares, shared, strict=True)
     ]
 
 

@@ -8,7 +8,7 @@ process that saves for `async_save` unpickles a new planner for every save.
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from uuid import uuid4
 
@@ -23,10 +23,18 @@ MOST_PLANNERS = 32
 
 @dataclass(frozen=True)
 class Claim:
-    """A rank's part of a global plan: sent up instead of an unchanged local plan, and down beside a new one."""
+    """A rank's part of a global plan: sent up instead of an unchanged local plan, and down in place of one."""
 
     plan_id: str
     part: int
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What comes down beside a new plan: the claim to it, and the planner's own data."""
+
+    claim: Claim
+    planner_data: Any
 
 
 @dataclass(frozen=True)
@@ -119,7 +127,7 @@ def answer(token: str, local_plans: Sequence[SavePlan], plans: Sequence[SavePlan
     made = Made(uuid4().hex, local_plans, metadata)
     entry_of(token).made = made
     return [
-        SavePlan(plan.items, plan.storage_data, Claim(made.plan_id, part), plan.usable)
+        SavePlan(plan.items, plan.storage_data, Answer(Claim(made.plan_id, part), plan.planner_data), plan.usable)
         for part, plan in enumerate(plans)
     ]
 
@@ -131,12 +139,14 @@ def finish(token: str, local: SavePlan, answered: SavePlan) -> SavePlan:
         ConfigError: The coordinator answered to another claim than this rank's.
     """
     entry = entry_of(token)
-    final = SavePlan(answered.items, answered.storage_data)
-    if not answered.usable:
-        if entry.planned is None or entry.planned.claim != answered.planner_data:
-            raise ConfigError("the coordinator refers to a plan that this rank does not have: use a new planner")
+    if answered.usable:
+        given: Answer = answered.planner_data
+        entry.planned = Planned(local, SavePlan(answered.items, answered.storage_data, given.planner_data), given.claim)
+    elif entry.planned is None or entry.planned.claim != answered.planner_data:
+        raise ConfigError("the coordinator refers to a plan that this rank does not have: use a new planner")
+    else:
         # Storage data is the writer's, and of this save.
-        final = SavePlan(entry.planned.final.items, answered.storage_data)
-    entry.planned = Planned(local, final, answered.planner_data)
+        final = replace(entry.planned.final, storage_data=answered.storage_data)
+        entry.planned = Planned(local, final, entry.planned.claim)
     entry.pending = False
-    return final
+    return entry.planned.final

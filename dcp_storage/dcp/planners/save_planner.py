@@ -17,7 +17,10 @@ from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.planners import plan_cache
 from dcp_storage.dcp.planners.flatten import flatten
 from dcp_storage.dcp.planners.global_plan import make_global_plan
+from dcp_storage.dcp.replicas.compare import Fingerprints, ReplicaPolicy
+from dcp_storage.dcp.replicas.fingerprint import fingerprint, item_place
 from dcp_storage.dcp.undocumented import world_size_of_save
+from dcp_storage.errors import ConfigError
 
 if TYPE_CHECKING:
     from dcp_storage.dcp.kinds.base import Kind
@@ -34,6 +37,10 @@ class ShardedSavePlanner(DefaultSavePlanner):
 
     Args:
         flatten_state_dict: Flatten nested dicts and lists into names; `False` stores each top-level value as it is.
+        replica_policy: What to do where ranks hold different data under one name, of which one rank's copy is saved:
+            `"warn"` saves it and warns, `"error"` raises and commits nothing, `"trust"` does not look. They are
+            compared by fingerprints: tensors of up to 64 KiB, and all other entries, whole; larger tensors by 16
+            samples of 256 bytes, which tell apart what differs in more than a few places.
         enable_plan_caching: Remember the plans of the last save, so that ranks where nothing changed send and get
             nothing. Keep one planner on each rank for each process group and use it for all saves of that group.
 
@@ -42,15 +49,22 @@ class ShardedSavePlanner(DefaultSavePlanner):
         DtypeMismatch: Ranks hold a tensor in different dtypes.
         UnsupportedTensor: A value's own hooks failed: those of a DTensor of partial sums do.
         ConfigError: Two entries have one name, or planners with `enable_plan_caching` were mixed up.
+
+    Raises (after the data is written, before the commit):
+        ReplicaMismatch: See `replica_policy`.
     """
 
     def __init__(
         self,
         *,
         flatten_state_dict: bool = True,
+        replica_policy: ReplicaPolicy = "warn",
         enable_plan_caching: bool = False,
     ) -> None:
         super().__init__(flatten_state_dict=flatten_state_dict, flatten_sharded_tensors=False)
+        if replica_policy not in {"warn", "error", "trust"}:
+            raise ConfigError(f'replica_policy is {replica_policy!r}; choose "warn", "error" or "trust"')
+        self._replica_policy = replica_policy
         self._token = uuid4().hex if enable_plan_caching else None
         self._places: dict[tuple[str, Box], int] = {}
         self._kinds: dict[str, Kind] = {}
@@ -120,6 +134,10 @@ class ShardedSavePlanner(DefaultSavePlanner):
             data = super().resolve_data(write_item)
             assert isinstance(data, io.BytesIO)
             return data
+        kind = self._kinds.get(write_item.index.fqn)
+        if kind and kind.is_whole:
+            whole: Tensor = self.transform_object(write_item, kind.value)
+            return whole
         box = item_box(write_item)
         if not box.numel:
             return torch.empty(planned.chunk.sizes, dtype=planned.properties.dtype, device="cpu")
@@ -133,6 +151,17 @@ class ShardedSavePlanner(DefaultSavePlanner):
         """Return what an item is of: the memory of a shard, or an object that is no tensor."""
         kind = self._kinds.get(index.fqn)
         return kind.shard(index) if kind else self.state_dict[index.fqn]
+
+    def fingerprints(self) -> Fingerprints | None:
+        """Return the fingerprints of what other ranks hold, too; `None` where nobody is to compare them."""
+        shared = self.plan.planner_data
+        if self._replica_policy == "trust" or not isinstance(shared, bytes):
+            return None
+        held = [item for item, is_shared in zip(self.plan.items, shared, strict=True) if is_shared]
+        if len(self._local_plan.items) > len(self.plan.items):
+            written = {item_place(item) for item in self.plan.items}
+            held += [item for item in self._local_plan.items if item_place(item) not in written]
+        return fingerprint(self._replica_policy, held, self)
 
     def release(self) -> None:
         """Forget the state, whose memory may be wanted for the next one; all of it is written."""
