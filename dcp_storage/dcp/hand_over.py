@@ -37,7 +37,6 @@ def hand_over(planner: LoadPlanner, read: ReadItem, data: bytes | memoryview) ->
 
 
 def _set(planner: DefaultLoadPlanner, fqn: str, value: object) -> None:
-    if planner.flatten_state_dict:
-        put(planner.original_state_dict, planner.mappings[fqn], value)
-    else:
-        planner.state_dict[fqn] = value
+    path = planner.mappings[fqn] if planner.flatten_state_dict else (fqn,)
+    put(planner.original_state_dict, path, value)
+    planner.state_dict[fqn] = value

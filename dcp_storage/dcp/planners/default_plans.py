@@ -4,6 +4,7 @@ from collections import defaultdict
 
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 
 from dcp_storage.dcp.kinds.of import kind_of
@@ -27,7 +28,9 @@ def check_default_plan(plan: LoadPlan, planner: LoadPlanner) -> None:
         if read.type is LoadItemType.TENSOR and 0 not in read.lengths:
             planned[read.dest_index.fqn][tuple(read.dest_index.offset or ())] += Box((), tuple(read.lengths)).numel
     for fqn, value in planner.state_dict.items():
-        if not isinstance(value, Tensor) or fqn not in planner.metadata.state_dict_metadata:
+        if not isinstance(value, Tensor) or not isinstance(
+            planner.metadata.state_dict_metadata.get(fqn), TensorStorageMetadata
+        ):  # where the checkpoint holds another object, that takes the tensor's place
             continue
         wanted: defaultdict[Shape, int] = defaultdict(int)
         for box in kind_of(fqn, value).boxes():

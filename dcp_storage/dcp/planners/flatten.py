@@ -12,31 +12,21 @@ ObjectPath = tuple[str | int, ...]
 Mappings = dict[str, ObjectPath]
 
 
-def flatten(state: State, *, nested: bool) -> tuple[State, Mappings]:
+def flatten(
+    state: State, *, nested: bool, is_whole: Callable[[ObjectPath], bool] = lambda _: False
+) -> tuple[State, Mappings]:
     """Return a state dict by DCP's names, and the path of each name; without `nested`, its top level as it is.
 
-    Dicts are opened, and lists that hold tensors or dicts; any other value is an entry.
+    Dicts are opened, and lists that hold tensors or dicts; any other value is an entry, and so is what `is_whole` says
+    by its path.
 
     Raises:
         ConfigError: Two paths make the same name.
     """
-    return _by_names(state, _is_open) if nested else (dict(state), {})
-
-
-def flatten_as_before_2_4(state: State) -> tuple[State, Mappings]:
-    """Return a state dict by the names of torch before 2.4, which stored containers without tensors whole.
-
-    Raises:
-        ConfigError: Two paths make the same name.
-    """
-    return _by_names(state, _holds_tensors)
-
-
-def _by_names(state: State, is_open: Callable[[Any], bool]) -> tuple[State, Mappings]:
     flat: State = {}
     mappings: Mappings = {}
     # Not DCP's own function: in torch 2.10 it leaves a circle that holds the state.
-    for path, value in _leaves((), state, is_open):
+    for path, value in _leaves((), state, is_whole) if nested else _top(state):
         name = ".".join(map(str, path))
         if name in flat:
             raise ConfigError(f"the state dict has two entries of the name {name}. Rename one of them")
@@ -44,22 +34,37 @@ def _by_names(state: State, is_open: Callable[[Any], bool]) -> tuple[State, Mapp
     return flat, mappings
 
 
-def _leaves(path: ObjectPath, value: Any, is_open: Callable[[Any], bool]) -> Iterator[tuple[ObjectPath, Any]]:
+def _top(state: State) -> Iterator[tuple[ObjectPath, Any]]:
+    return (((str(key),), value) for key, value in state.items())
+
+
+def _leaves(path: ObjectPath, value: Any, is_whole: Callable[[ObjectPath], bool]) -> Iterator[tuple[ObjectPath, Any]]:
     for step, inner in _steps(value):
-        if is_open(inner):
-            yield from _leaves((*path, step), inner, is_open)
+        below = (*path, step)
+        if _is_open(inner) and not is_whole(below):
+            yield from _leaves(below, inner, is_whole)
         else:
-            yield (*path, step), inner
+            yield below, inner
+
+
+def empty_dicts(state: State) -> list[ObjectPath]:
+    """Return the paths of the dicts in a state dict that hold nothing."""
+    return list(_empty_dicts((), state))
+
+
+def _empty_dicts(path: ObjectPath, value: Any) -> Iterator[ObjectPath]:
+    if isinstance(value, Mapping) and not value:
+        yield path
+    elif _is_open(value):
+        for step, inner in _steps(value):
+            if isinstance(inner, Mapping | list):
+                yield from _empty_dicts((*path, step), inner)
 
 
 def _is_open(value: Any) -> bool:
     if isinstance(value, list):
         return any(isinstance(inner, Tensor) or _is_open(inner) for inner in value)
     return isinstance(value, Mapping)
-
-
-def _holds_tensors(container: Any) -> bool:
-    return any(isinstance(inner, Tensor) or _holds_tensors(inner) for _, inner in _steps(container))
 
 
 def _steps(container: Any) -> Iterable[tuple[str | int, Any]]:

@@ -3,7 +3,7 @@
 import io
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,23 +15,28 @@ from dcp_storage.collector import uncollected
 from dcp_storage.dcp.entries import TrustPolicy, load_entry
 from dcp_storage.dcp.kinds.hooked import Wrapper
 from dcp_storage.dcp.kinds.of import kind_of
+from dcp_storage.dcp.kinds.plain import Plain
 from dcp_storage.dcp.planners.coverage import StoredTensor
-from dcp_storage.dcp.planners.flatten import flatten, flatten_as_before_2_4, put
-from dcp_storage.errors import ConfigError, CoverageError, DtypeMismatch, MissingKeys
+from dcp_storage.dcp.planners.flatten import put
+from dcp_storage.dcp.planners.missing import check_patterns, skip, some, tell_skipped
+from dcp_storage.dcp.planners.names import names_of, stored_below_empty_dicts
+from dcp_storage.dcp.planners.numbers import DtypePolicy, check_takes_number, fill, memory_for_number, number_like
+from dcp_storage.errors import ConfigError, CoverageError, DtypeMismatch
+from dcp_storage.geometry import Box
 
 if TYPE_CHECKING:
     from dcp_storage.dcp.kinds.base import Kind
-
-DtypePolicy = Literal["cast", "warn", "error"]
 
 
 class ShardedLoadPlanner(DefaultLoadPlanner):
     """Plans a load into any sharding, `LocalShardsWrapper` included, and proves it complete before data is read.
 
     Args:
-        allow_partial_load: Leave entries as they are that the checkpoint does not hold, instead of raising;
-            `skipped` names them afterwards.
-        dtype_policy: What to do where a destination's dtype is not the stored one: `"cast"` converts, `"warn"` converts
+        allow_missing: Patterns (`fnmatch`) of names that the checkpoint need not hold, such as `("optim.*",)`: what it
+            lacks of these stays as it is, a warning says so, and `skipped_by` names it afterwards.
+        allow_partial_load: The same for every name.
+        dtype_policy: What to do where a destination's dtype is not the stored one, or a number has become a tensor of
+            one element or such a tensor a number: `"cast"` converts, `"warn"` converts what that keeps but for rounding
             and warns once a load, `"error"` raises.
         allowed_types: Types and functions that entries which are not tensors may hold and call, beyond tensors and
             what of Python's standard library and of NumPy runs no code of its own. `(Config, "old.module.Config")` is
@@ -41,10 +46,11 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
 
     Attributes:
         skipped: Names that the last load left alone because the checkpoint does not hold them.
+        skipped_by: The same by the pattern that allows it; `"*"` is `allow_partial_load`.
         unexpected: Names that the checkpoint holds and the last load did not ask for.
 
     Raises (inside of DCP's `CheckpointException`):
-        MissingKeys: Entries are not in the checkpoint and `allow_partial_load` is false.
+        MissingKeys: Entries are not in the checkpoint, and nothing allows it.
         CoverageError: Shapes differ, or a box of a destination is not stored; names the tensor and the box.
         DtypeMismatch: See `dtype_policy`.
         UnsupportedTensor: A destination's own hooks failed, or it is on the meta device and cannot be given memory.
@@ -55,6 +61,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         self,
         *,
         allow_partial_load: bool = False,
+        allow_missing: Sequence[str] = (),
         dtype_policy: DtypePolicy = "warn",
         allowed_types: Sequence[Callable[..., Any] | tuple[Callable[..., Any], str]] = (),
         trust: TrustPolicy = "listed",
@@ -69,7 +76,9 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
             raise ConfigError(f'dtype_policy is {dtype_policy!r}; choose "cast", "warn" or "error"')
         if trust not in {"listed", "all"}:
             raise ConfigError(f'trust is {trust!r}; choose "listed" or "all"')
+        self._may_miss = check_patterns(allow_missing) + (("*",) if allow_partial_load else ())
         self.skipped: list[str] = []
+        self.skipped_by: dict[str, list[str]] = {}
         self.unexpected: list[str] = []
         self._dtype_policy = dtype_policy
         self._allowed_types = tuple(allowed_types)
@@ -92,8 +101,10 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         self.metadata = metadata
         self.is_coordinator = is_coordinator
         self._shards.clear()
-        self.state_dict, self.mappings = flatten(state_dict, nested=self.flatten_state_dict)
-        self._compare_names(metadata)
+        self.state_dict, self.mappings = names_of(state_dict, metadata, nested=self.flatten_state_dict)
+        stored = metadata.state_dict_metadata
+        self.unexpected = [fqn for fqn in stored if fqn not in self.state_dict]
+        self.skipped = [fqn for fqn, held in self.state_dict.items() if fqn not in stored and not _is_empty(held)]
         self._kinds = {}
         for fqn, value in self.state_dict.items():
             if isinstance(value, Tensor) and fqn in metadata.state_dict_metadata:
@@ -103,22 +114,11 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
                     self._kinds[fqn] = kind_of(fqn, filled)
                     self._put(fqn, filled)
 
-    def _compare_names(self, metadata: Metadata) -> None:
-        stored = metadata.state_dict_metadata
-        self.unexpected = [fqn for fqn in stored if fqn not in self.state_dict]
-        if self.unexpected and self.flatten_state_dict:
-            old = flatten_as_before_2_4(self.original_state_dict)
-            if any(fqn in old[0] for fqn in self.unexpected):
-                self.state_dict, self.mappings = old
-                self.unexpected = [fqn for fqn in stored if fqn not in self.state_dict]
-        self.skipped = [fqn for fqn, held in self.state_dict.items() if fqn not in stored and not _is_empty(held)]
-
     @uncollected
     def create_local_plan(self) -> LoadPlan:
         """Return the reads that fill this rank's destinations, and prove that they do."""
         assert self.metadata is not None
-        if self.skipped and not self.allow_partial_load:
-            raise MissingKeys(_missing_message(self.skipped, self.unexpected), fqns=self.skipped)
+        self._check_missing()
         reads: list[ReadItem] = []
         casts: list[str] = []
         for fqn, value in self.state_dict.items():
@@ -126,14 +126,24 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
             if isinstance(entry, TensorStorageMetadata):
                 reads.extend(self._tensor_reads(fqn, value, entry, casts))
             elif isinstance(entry, BytesStorageMetadata):
-                reads.append(_bytes_read(fqn, value))
+                if isinstance(value, Tensor):
+                    check_takes_number(self._kinds[fqn])
+                    casts.append(f"{fqn} (a number -> {value.dtype})")
+                reads.append(_bytes_read(fqn))
         self._judge(casts)
         return LoadPlan(reads)
 
+    def _check_missing(self) -> None:
+        self.skipped_by = skip(self.skipped, self.unexpected, self._may_miss)
+        empty = stored_below_empty_dicts(self.original_state_dict, self.unexpected) if self.flatten_state_dict else {}
+        told = tell_skipped(self.skipped_by, list(self.state_dict), self.unexpected, empty)
+        if told:
+            warnings.warn(told, stacklevel=2)
+
     def _tensor_reads(self, fqn: str, value: object, entry: TensorStorageMetadata, casts: list[str]) -> list[ReadItem]:
         if fqn not in self._kinds:
-            kind_here = type(value).__name__
-            raise CoverageError(f"{fqn} is a {kind_here} here and a tensor in the checkpoint", fqn=fqn)
+            self._kinds[fqn] = Plain(fqn, memory_for_number(fqn, value, entry))
+            casts.append(f"{fqn} ({entry.properties.dtype} -> {type(value).__name__})")
         kind, stored = self._kinds[fqn], StoredTensor(fqn, entry)
         here = kind.shape
         if here not in {None, stored.shape}:
@@ -144,7 +154,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
             if not wanted.numel:
                 continue
             reads.extend(stored.reads(wanted, place))
-            shard = kind.value if kind.is_whole else self.lookup_tensor(MetadataIndex(fqn, wanted.offsets, place))
+            shard = self._shard(fqn, wanted, place)
             if tuple(shard.shape) != wanted.sizes:
                 raise CoverageError(f"{fqn}: its shard {wanted} is of shape {list(shard.shape)}", fqn=fqn)
             if shard.device.type == "meta":  # a hook that still knows the tensor before it got memory
@@ -153,11 +163,15 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
                 casts.append(f"{fqn} ({entry.properties.dtype} -> {shard.dtype})")
         return reads
 
+    def _shard(self, fqn: str, box: Box, place: int) -> Tensor:
+        kind = self._kinds[fqn]
+        return kind.value if kind.is_whole else self.lookup_tensor(MetadataIndex(fqn, box.offsets, place))
+
     def _judge(self, casts: list[str]) -> None:
         if not casts or self._dtype_policy == "cast":
             return
         names = list(dict.fromkeys(casts))
-        message = f"{len(names)} tensors are stored in another dtype than they are loaded into: {_some(names)}"
+        message = f"{len(names)} tensors are stored in another dtype than they are loaded into: {some(names)}"
         if self._dtype_policy == "error":
             raise DtypeMismatch(message)
         warnings.warn(f"{message}. They are converted; dtype_policy decides on that", stacklevel=2)
@@ -189,7 +203,23 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
             BlockCorrupt: It is neither a value nor a container that `torch.save` makes.
         """
         fqn = read_item.dest_index.fqn
-        self._put(fqn, load_entry(fqn, value, self._allowed_types, trust=self._trust))
+        loaded = load_entry(fqn, value, self._allowed_types, trust=self._trust)
+        if not isinstance(self.state_dict[fqn], Tensor):
+            self._put(fqn, loaded)
+            return
+        for place, box in enumerate(self._kinds[fqn].boxes()):
+            if box.numel:
+                fill(fqn, self._shard(fqn, box, place), loaded, self._dtype_policy)
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Take a tensor that is filled: where a number was asked for, put it there.
+
+        Raises:
+            DtypeMismatch: The number's type cannot hold it.
+        """
+        fqn = read_item.dest_index.fqn
+        if not isinstance(self.state_dict[fqn], Tensor):
+            self._put(fqn, number_like(fqn, tensor, self.state_dict[fqn], self._dtype_policy))
 
     def _put(self, fqn: str, value: object) -> None:
         self.state_dict[fqn] = value
@@ -200,21 +230,6 @@ def _is_empty(value: Any) -> bool:
     return Wrapper.takes(value) and not value.local_shards()
 
 
-def _bytes_read(fqn: str, value: object) -> ReadItem:
-    if isinstance(value, Tensor):
-        raise CoverageError(f"{fqn} is a tensor here and another object in the checkpoint", fqn=fqn)
+def _bytes_read(fqn: str) -> ReadItem:
     index, nothing = MetadataIndex(fqn), torch.Size((0,))
     return ReadItem(LoadItemType.BYTE_IO, index, nothing, index, nothing, nothing)
-
-
-def _missing_message(missing: Sequence[str], unexpected: Sequence[str]) -> str:
-    total = f" ({len(missing)} in all)" if len(missing) > 1 else ""
-    there = f"; it holds {len(unexpected)} that were not asked for: {_some(unexpected)}" if unexpected else ""
-    return (
-        f"Missing key in checkpoint state_dict: {_some(missing)}{total}{there}. "
-        "Load without them, or pass allow_partial_load=True"
-    )
-
-
-def _some(names: Sequence[str], most: int = 5) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")

@@ -1,0 +1,49 @@
+"""The names of a state dict as a checkpoint may have them: torch before 2.4 stored containers without tensors whole."""
+
+from collections.abc import Iterable
+
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+
+from dcp_storage.dcp.planners.flatten import Mappings, ObjectPath, State, empty_dicts, flatten
+
+
+def names_of(state: State, metadata: Metadata, *, nested: bool) -> tuple[State, Mappings]:
+    """Return a state dict by name, and the path of each name.
+
+    A container is one entry where the checkpoint holds an entry of its path and nothing below that.
+
+    Raises:
+        ConfigError: Two paths make the same name.
+    """
+    flat, mappings = flatten(state, nested=nested)
+    unasked = [fqn for fqn in metadata.state_dict_metadata if fqn not in flat]
+    if not nested or not any(_is_entry(metadata, fqn) for fqn in unasked):
+        return flat, mappings
+    paths = {fqn: _path(metadata, fqn) for fqn in metadata.state_dict_metadata}
+    opened = {path[:length] for path in paths.values() for length in range(1, len(path))}
+    whole = {paths[fqn] for fqn in unasked if _is_entry(metadata, fqn)} - opened
+    if metadata.planner_data is None:  # then a path is its name
+        return flatten(state, nested=True, is_whole=lambda path: tuple(".".join(map(str, path)).split(".")) in whole)
+    return flatten(state, nested=True, is_whole=whole.__contains__)
+
+
+def _is_entry(metadata: Metadata, fqn: str) -> bool:
+    return isinstance(metadata.state_dict_metadata[fqn], BytesStorageMetadata)
+
+
+def _path(metadata: Metadata, fqn: str) -> ObjectPath:
+    paths = metadata.planner_data or {}
+    return tuple(paths[fqn]) if fqn in paths else tuple(fqn.split("."))
+
+
+def stored_below_empty_dicts(state: State, unasked: Iterable[str]) -> dict[str, int]:
+    """Return the empty dicts of a state dict, with how many of the entries that it does not ask for lie below each."""
+    found = {".".join(map(str, path)): 0 for path in empty_dicts(state) if path}
+    if found:
+        for fqn in unasked:
+            steps = fqn.split(".")
+            for length in range(1, len(steps)):
+                above = ".".join(steps[:length])
+                if above in found:
+                    found[above] += 1
+    return {fqn: below for fqn, below in found.items() if below}
