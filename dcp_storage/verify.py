@@ -44,6 +44,7 @@ class Verification:
     Attributes:
         url: The checkpoint.
         stock: Whether stock DCP wrote it. Its blocks carry no checks: only presence and size of its objects are known.
+        part: The rank whose part it is, and of how many, where one rank saved it alone.
         tensors: Tensors in it.
         others: Entries in it that are no tensors.
         objects: Data objects in it.
@@ -58,6 +59,7 @@ class Verification:
 
     url: str
     stock: bool
+    part: tuple[int, int] | None
     tensors: int
     others: int
     objects: int
@@ -111,6 +113,7 @@ async def _verify(closed: Store, transfer: Transfer, observer: Observer) -> Veri
         return Verification(
             url=store.url,
             stock=isinstance(manifest, StockManifest),
+            part=_part(manifest),
             tensors=len(manifest.tensors),
             others=len(manifest.bytes),
             objects=len(object_names(manifest)),
@@ -121,6 +124,12 @@ async def _verify(closed: Store, transfer: Transfer, observer: Observer) -> Veri
             orphans={name: sizes[name] for name in orphans},
             foreign=tuple(foreign),
         )
+
+
+def _part(manifest: Manifest | StockManifest) -> tuple[int, int] | None:
+    if isinstance(manifest, StockManifest) or manifest.rank is None:
+        return None
+    return manifest.rank, manifest.world_size
 
 
 class _Expected(NamedTuple):

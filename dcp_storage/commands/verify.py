@@ -47,9 +47,9 @@ def _verdict(found: Verification) -> str:
         return f"DAMAGED  {found.url}: {counted(len(found.damage), 'fault')} in {held}"
     if found.stock:
         return f"UNCHECKED  {found.url}: {held}, all there; stock DCP wrote it, without checks for what is in them"
-    return (
-        f"SOUND  {found.url}: {held}; {counted(found.blocks, 'block')}, {size_text(found.raw_bytes)} raw, all checked"
-    )
+    part = "; the part of rank {} of {}, which saved it alone".format(*found.part) if found.part else ""
+    checked = f"{counted(found.blocks, 'block')}, {size_text(found.raw_bytes)} raw, all checked"
+    return f"SOUND  {found.url}: {held}; {checked}{part}"
 
 
 def _table(found: Verification) -> Table:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from dcp_storage.collector import uncollected
 from dcp_storage.config import Codec
+from dcp_storage.dcp.kinds.boxes import chunk_box
 from dcp_storage.dcp.tensors import dtype_from_name, dtype_name, planes_of
 from dcp_storage.dcp.undocumented import METADATA_VERSION
 from dcp_storage.errors import CoverageError, UnsupportedTensor
@@ -78,6 +79,12 @@ def build_manifest(
         bytes=entries,
         planner_data=_planner_data(metadata.planner_data),
     )
+
+
+def is_whole(metadata: Metadata) -> bool:
+    """Return whether the chunks of every tensor tile it."""
+    entries = [entry for entry in metadata.state_dict_metadata.values() if isinstance(entry, TensorStorageMetadata)]
+    return all(tiling_fault(tuple(entry.size), list(map(chunk_box, entry.chunks))) is None for entry in entries)
 
 
 @uncollected

@@ -35,6 +35,7 @@ __all__ = [
     "in_async_thread",
     "is_zero_tensor",
     "local_tensor",
+    "rank_alone",
     "rebuild_from_type",
     "settled",
     "split_as",
@@ -90,13 +91,28 @@ def call_before_executors_end(call: Callable[[], None]) -> None:
 
 def world_size_of_save() -> int:
     """Return how many ranks take part in the save whose hook calls this: DCP tells a writer its rank alone."""
+    group = _group_of_save()
+    if group:
+        return group.get_world_size()
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank_alone() -> int | None:
+    """Return this rank, where it saves without the others of the default process group (`no_dist=True`)."""
+    group = _group_of_save()
+    is_alone = group is not None and not group.use_dist and dist.is_initialized() and dist.get_world_size() > 1
+    return dist.get_rank() if is_alone else None
+
+
+def _group_of_save() -> _DistWrapper | None:
+    """Find what DCP asks for its group, in the frames of its functions that call this."""
     frame = sys._getframe(1)  # noqa: SLF001
     while frame.f_back:
         frame = frame.f_back
         group = frame.f_locals.get("distW")
         if isinstance(group, _DistWrapper):
-            return group.get_world_size()
-    return dist.get_world_size() if dist.is_initialized() else 1
+            return group
+    return None
 
 
 def first_to_say(key: str, value: str) -> str | None:

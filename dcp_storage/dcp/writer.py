@@ -7,6 +7,7 @@ from functools import partial
 from itertools import chain
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
@@ -14,7 +15,7 @@ from torch.futures import Future
 
 from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.calls import Location, Path, choose_observer
-from dcp_storage.dcp.metadata import build_manifest
+from dcp_storage.dcp.metadata import build_manifest, is_whole
 from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
 from dcp_storage.dcp.replicas.compare import Results, judge
 from dcp_storage.dcp.saves.attempt import name_attempt
@@ -27,7 +28,7 @@ from dcp_storage.dcp.sources import plan_sources
 from dcp_storage.dcp.staging.stage import stage
 from dcp_storage.dcp.staging.staged import StagedState, redeem
 from dcp_storage.dcp.tensors import check_text, dtype_name
-from dcp_storage.dcp.undocumented import METADATA_VERSION, world_size_of_save
+from dcp_storage.dcp.undocumented import METADATA_VERSION, rank_alone, world_size_of_save
 from dcp_storage.errors import ConfigError
 from dcp_storage.observe import Observer
 from dcp_storage.transfer.save import Source, StoredSegment
@@ -119,6 +120,10 @@ class AsyncStorageWriter(StorageWriter):
         """
         save = self._begun()
         with ending_on_error(save):
+            alone = rank_alone()
+            if alone is not None:
+                save.part = Part(alone, dist.get_world_size(), is_coordinator, alone=True)
+                return
             size = world_size_of_save()
             attempt = None if kwargs.get("use_collectives", True) else name_attempt(save, size)
             save.part = Part(kwargs.get("rank") or 0, size, is_coordinator, attempt)
@@ -188,13 +193,14 @@ class AsyncStorageWriter(StorageWriter):
         save, part = self._current()
         with ending_on_error(save):
             judge([getattr(told, "fingerprints", None) for told in results], metadata, save.location.store().url)
+            is_part = part.attempt is not None or (part.alone and not is_whole(metadata))
             manifest = build_manifest(
                 metadata,
                 chain.from_iterable(results),
                 self._codec,
                 save_id=save.token,
-                world_size=part.world_size if part.attempt else len(results),
-                rank=part.rank if part.attempt else None,
+                world_size=part.world_size if is_part else len(results),
+                rank=part.rank if is_part else None,
                 attempt=part.attempt,
             )
         # DCP sends the metadata to all ranks, and `dcp.save` returns it.

@@ -101,8 +101,8 @@ class Manifest(Struct, frozen=True, kw_only=True):
         created: UTC time of the commit, ISO 8601.
         libraries: Versions of the packages that wrote it.
         world_size: Ranks that took part in the save.
-        rank: The rank whose part this is, in a save without collectives; else `None`.
-        attempt: What the parts of that save share, as no others.
+        rank: The rank whose part this is, in a save without collectives, or of one rank alone; else `None`.
+        attempt: What the parts of a save without collectives share, as no others.
         codec: How blocks are encoded.
         objects: The data objects.
         tensors: By fully qualified name.

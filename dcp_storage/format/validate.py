@@ -60,7 +60,6 @@ def _check_codec(manifest: Manifest) -> None:
         manifest.rank is None or 0 <= manifest.rank < manifest.world_size,
         f"rank {manifest.rank} of {manifest.world_size}",
     )
-    _require(manifest.rank is None or manifest.attempt is not None, "a part of no attempt")
 
 
 def _check_objects(manifest: Manifest) -> None:

@@ -54,7 +54,9 @@ async def write_manifest(store: Store, manifest: Manifest, *, over: str | None) 
     Raises:
         ObjectExists: There is one of another version.
     """
-    name = MANIFEST if manifest.rank is None else part_manifest(Part(manifest.attempt, manifest.rank))
+    name = MANIFEST  # of one rank's part, too, where no parts of others are to join it
+    if manifest.rank is not None and manifest.attempt is not None:
+        name = part_manifest(Part(manifest.attempt, manifest.rank))
     await store.commit(name, encode(manifest), over)
 
 

@@ -6,7 +6,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 import torch
-from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
 from dcp_storage.dcp.kinds.boxes import chunk_box
@@ -21,11 +21,24 @@ class Chunk(NamedTuple):
     box: Box
 
 
+def part_note(metadata: Metadata) -> str:
+    """Return what an error should say of a checkpoint that is only one rank's part: nothing of any other."""
+    rank = getattr(metadata.storage_data, "rank", None)
+    if rank is None:
+        return ""
+    ranks = metadata.storage_data.world_size
+    return (
+        f". This checkpoint is the part of rank {rank} of {ranks}, which saved it alone (no_dist=True): load the same "
+        "sharding, each rank from its own, or save with all ranks"
+    )
+
+
 class StoredTensor:
     """The chunks of one stored tensor that hold anything, found by where they lie."""
 
-    def __init__(self, fqn: str, entry: TensorStorageMetadata) -> None:
+    def __init__(self, fqn: str, entry: TensorStorageMetadata, note: str = "") -> None:
         self.fqn = fqn
+        self._note = note
         self.shape: Shape = tuple(entry.size)
         distinct: dict[Box, int] = {}
         for number, chunk in enumerate(entry.chunks):
@@ -56,7 +69,7 @@ class StoredTensor:
             raise self._fault(f"stored chunks overlap in {intersect(*overlap)}: which one is right cannot be known")
         if sum(part.numel for part in parts) != wanted.numel:
             missing = subtract(wanted, parts)[0]
-            raise self._fault(f"the checkpoint does not hold {missing} of shape {list(self.shape)}")
+            raise self._fault(f"the checkpoint does not hold {missing} of shape {list(self.shape)}{self._note}")
 
     def _fault(self, says: str) -> CoverageError:
         return CoverageError(f"{self.fqn}: {says}", fqn=self.fqn)

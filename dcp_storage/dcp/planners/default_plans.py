@@ -8,6 +8,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner
 
 from dcp_storage.dcp.kinds.of import kind_of
+from dcp_storage.dcp.planners.coverage import part_note
 from dcp_storage.errors import CoverageError
 from dcp_storage.geometry import Box, Shape
 
@@ -39,6 +40,6 @@ def check_default_plan(plan: LoadPlan, planner: LoadPlanner) -> None:
         if wanted != planned[fqn]:
             raise CoverageError(
                 f"{fqn}: the plan of DCP's DefaultLoadPlanner does not fill {sum(wanted.values())} elements at "
-                f"{sorted(wanted)}, which this rank holds: load with ShardedLoadPlanner",
+                f"{sorted(wanted)}, which this rank holds: load with ShardedLoadPlanner{part_note(planner.metadata)}",
                 fqn=fqn,
             )

@@ -16,7 +16,7 @@ from dcp_storage.dcp.entries import TrustPolicy, load_entry
 from dcp_storage.dcp.kinds.hooked import Wrapper
 from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.kinds.plain import Plain
-from dcp_storage.dcp.planners.coverage import StoredTensor
+from dcp_storage.dcp.planners.coverage import StoredTensor, part_note
 from dcp_storage.dcp.planners.flatten import put
 from dcp_storage.dcp.planners.missing import check_patterns, skip, some, tell_skipped
 from dcp_storage.dcp.planners.names import names_of, stored_below_empty_dicts
@@ -144,7 +144,8 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         if fqn not in self._kinds:
             self._kinds[fqn] = Plain(fqn, memory_for_number(fqn, value, entry))
             casts.append(f"{fqn} ({entry.properties.dtype} -> {type(value).__name__})")
-        kind, stored = self._kinds[fqn], StoredTensor(fqn, entry)
+        assert self.metadata is not None
+        kind, stored = self._kinds[fqn], StoredTensor(fqn, entry, part_note(self.metadata))
         here = kind.shape
         if here not in {None, stored.shape}:
             says = f"Size mismatch between saved {list(stored.shape)} and current {list(here or ())}"

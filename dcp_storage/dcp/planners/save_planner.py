@@ -19,7 +19,7 @@ from dcp_storage.dcp.planners.flatten import flatten
 from dcp_storage.dcp.planners.global_plan import make_global_plan
 from dcp_storage.dcp.replicas.compare import Fingerprints, ReplicaPolicy
 from dcp_storage.dcp.replicas.fingerprint import fingerprint, item_place
-from dcp_storage.dcp.undocumented import world_size_of_save
+from dcp_storage.dcp.undocumented import rank_alone, world_size_of_save
 from dcp_storage.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
             self.global_plan = plan_cache.answer_unchanged(made)
             return self.global_plan, self.metadata
         # A save without collectives plans each rank by itself, and cannot tell a gap from what others hold.
-        is_all = len(local_plans) >= world_size_of_save()
+        is_all = len(local_plans) >= world_size_of_save() and rank_alone() is None
         self.global_plan, self.metadata = make_global_plan(local_plans, is_all=is_all)
         if self._token:
             self.global_plan = plan_cache.answer(

@@ -17,12 +17,14 @@ class Part:
         world_size: The ranks of that group.
         coordinator: Whether it is the one that DCP has commit, where there are collectives.
         attempt: Without collectives, where every rank commits its own part: what the parts of one save share.
+        alone: Whether it saves without the others (`no_dist=True`), to a place of its own.
     """
 
     rank: int
     world_size: int
     coordinator: bool
     attempt: str | None = None
+    alone: bool = False
 
     @property
     def commits(self) -> bool:
