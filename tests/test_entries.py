@@ -120,7 +120,7 @@ SAFE = {
     "text stream": io.StringIO("a\nb"),
     "numpy scalar": np.float64(1.5),
     "numpy scalars": (np.float16(1), np.int8(-3), np.bool_(True), np.complex64(1j), np.str_("abc"), np.bytes_(b"x")),
-    "numpy times": (np.datetime64("2025-01-02", "s"), np.timedelta64(3, "D"), np.datetime64("NaT")),
+    "numpy times": (np.datetime64("2025-01-02", "s"), np.timedelta64(3, "D"), np.datetime64("NaT", "s")),
     "numpy array": np.arange(6, dtype=np.int16).reshape(2, 3),
     "numpy arrays": (np.array(3.0), np.zeros((0, 4)), np.asfortranarray(np.ones((2, 3))), np.array(["ab", "c"])),
     "big endian": (np.dtype(">f4"), np.dtype(">i8")),

@@ -65,9 +65,9 @@ def fill(fqn: str, target: Tensor, value: object, policy: DtypePolicy) -> None:
         )
     number = _plain(value)
     try:
-        made = _tensor(number)
         if policy != "cast":
             _check_fits(number, target.dtype)
+        made = _tensor(number if target.dtype.is_complex else number.real)
     except (OverflowError, ValueError, RuntimeError) as error:
         raise DtypeMismatch(
             f"{fqn} is {number!r} in the checkpoint, which a tensor of {target.dtype} does not hold: {error}. "
