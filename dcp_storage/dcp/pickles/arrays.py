@@ -24,14 +24,18 @@ def _set_dtype(instance: Any, state: Any) -> None:
     """Set a state only where NumPy gives the same to a dtype that it made itself."""
     _require(type(state) is tuple and len(state) >= 8)  # noqa: PLR2004
     made: Any = _described(instance, state).__reduce__()[2]
-    _require(_without_metadata(made) == _without_metadata(state))
+    _require(_of_any_numpy(made) == _of_any_numpy(state))
     instance.__setstate__(made)
 
 
-def _without_metadata(state: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return a state without what says that it has no metadata: `{}` in NumPy 1 and `None` in NumPy 2."""
-    *rest, last = state
-    return (*rest, last[1:]) if isinstance(last, tuple) and last[0] in (None, {}) else state
+def _of_any_numpy(state: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return a state without what NumPy 1 and 2 say differently.
+
+    Flags are a signed byte in one and an unsigned one in the other, and no metadata is `{}` or `None`.
+    """
+    *described, flags = state[:8]
+    units = [unit[1:] if unit[0] in (None, {}) else unit for unit in state[8:]]
+    return (*described, flags & 0xFF, *units)
 
 
 def _described(instance: Any, state: tuple[Any, ...]) -> Any:

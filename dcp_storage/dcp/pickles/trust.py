@@ -18,8 +18,15 @@ class Trust:
         self._outer = {name: owner for name in self._named for name, owner in _owners(name, self._named[name])}
 
     def find(self, name: str) -> Any:
-        """Return what a name stands for, or `None`; the owner of a listed nested class may be named too."""
-        return self._named.get(name, self._outer.get(name))
+        """Return what a name stands for, or `None`.
+
+        The owner of a listed nested class may be named too, and what is listed under any name that it has in a module
+        that is loaded: other versions of a library may have defined it elsewhere.
+        """
+        if name in self._named or name in self._outer:
+            return self._named.get(name, self._outer.get(name))
+        found = _loaded(name)
+        return found if self.lists(found) else None
 
     def lists(self, value: object) -> bool:
         """Tell whether exactly this object is listed."""
@@ -31,6 +38,12 @@ def _named(allowed: Any) -> tuple[str, Any]:
         value, name = allowed
         return name, value
     return f"{allowed.__module__}.{allowed.__qualname__}", allowed
+
+
+def _loaded(name: str) -> Any:
+    """Return what a name stands for, by what stands in modules: nothing is imported, nor any code of theirs run."""
+    module, _, attribute = name.rpartition(".")
+    return vars(sys.modules[module]).get(attribute) if module in sys.modules else None
 
 
 def _owners(name: str, value: Any) -> list[tuple[str, Any]]:
