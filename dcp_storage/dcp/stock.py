@@ -1,6 +1,6 @@
 """Stock DCP checkpoints, loaded into a plan: each stored item is fetched and decoded once on a rank."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -8,7 +8,7 @@ import zstandard
 from torch import Tensor
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
-from dcp_storage.config import Transfer
+from dcp_storage.config import KIB, MIB, Transfer
 from dcp_storage.dcp.hand_over import hand_over
 from dcp_storage.dcp.stock_items import (
     Item,
@@ -20,7 +20,7 @@ from dcp_storage.dcp.stock_items import (
 )
 from dcp_storage.dcp.tensors import dtype_from_name, read_box
 from dcp_storage.errors import CoverageError
-from dcp_storage.format.legacy import StockManifest, StorageKey
+from dcp_storage.format.legacy import StockItem, StockManifest, StorageKey
 from dcp_storage.geometry import contains
 from dcp_storage.observe import Advance, Observer, observed
 from dcp_storage.store.base import Store
@@ -28,6 +28,9 @@ from dcp_storage.transfer.budget import Budget
 from dcp_storage.transfer.workers import CodecThreads, for_each
 
 _Job = tuple[Item, list[ReadItem]]
+
+_RUN_BYTES = MIB
+_GAP_BYTES = 16 * KIB
 
 
 async def load_stock(
@@ -59,7 +62,7 @@ async def load_stock(
     ):
         loader = _Loader(store, planner, transfer, threads, advance)
         await for_each(transfer.concurrency, {item.stored.object_name for item, _ in jobs}, loader.measure)
-        await for_each(transfer.concurrency, jobs, loader.load)
+        await for_each(transfer.concurrency, _runs(jobs), loader.load)
 
 
 def _jobs(url: str, manifest: StockManifest, reads: Sequence[ReadItem]) -> list[_Job]:
@@ -71,6 +74,22 @@ def _jobs(url: str, manifest: StockManifest, reads: Sequence[ReadItem]) -> list[
     kinds = _kinds(manifest, {fqn for fqn, offset in by_item if offset is not None})
     jobs = [(_find(url, manifest, key, kinds), reads_of_item) for key, reads_of_item in by_item.items()]
     return sorted(jobs, key=lambda job: (job[0].stored.object_name, job[0].stored.offset))
+
+
+def _runs(jobs: Sequence[_Job]) -> list[list[_Job]]:
+    """Group jobs whose small items lie side by side in an object: one request brings them all."""
+    runs: list[list[_Job]] = []
+    start = stop = 0
+    for job in jobs:
+        stored = job[0].stored
+        is_next = runs and stored.object_name == runs[-1][-1][0].stored.object_name and stored.offset >= stop
+        if is_next and stored.offset - stop <= _GAP_BYTES and stored.offset + stored.length - start <= _RUN_BYTES:
+            runs[-1].append(job)
+        else:
+            runs.append([job])
+            start = stored.offset
+        stop = stored.offset + stored.length
+    return runs
 
 
 def _kinds(manifest: StockManifest, fqns: set[str]) -> dict[StorageKey, Kind]:
@@ -93,7 +112,7 @@ def _find(url: str, manifest: StockManifest, key: StorageKey, kinds: dict[Storag
 
 
 class _Loader:
-    """Fetches one item at a time, of which several are in flight."""
+    """Fetches a run of items at a time, of which several are in flight."""
 
     def __init__(
         self,
@@ -114,42 +133,41 @@ class _Loader:
     async def measure(self, name: str) -> None:
         self._sizes[name] = await self._store.size(name)
 
-    async def load(self, job: _Job) -> None:
-        item, reads = job
-        async with self._budget.hold(item.stored.length):
-            data = await self._fetch(item)
-            if item.kind is None:
-                raw = await self._threads.run(partial(undo_transforms, item, data))
-                for read in reads:
-                    hand_over(self._planner, read, raw)
-            else:
-                await self._fill(item, item.kind, reads, data)
-            self._advance(item.raw_bytes, item.stored.length)
+    async def load(self, run: Sequence[_Job]) -> None:
+        async with self._budget.hold(sum(item.stored.length for item, _ in run)):
+            held = _cut(await self._fetch([item for item, _ in run]), [item.stored for item, _ in run])
+            targets = [
+                [self._resolve(item, item.kind, read) for read in reads] if item.kind else [] for item, reads in run
+            ]
+            raws = await self._threads.run(partial(_decode, run, held, targets))
+            for (item, reads), raw, filled in zip(run, raws, targets, strict=True):
+                if raw is None:
+                    for read, target in zip(reads, filled, strict=True):
+                        self._planner.commit_tensor(read, target)
+                else:
+                    for read in reads:
+                        hand_over(self._planner, read, raw)
+                self._advance(item.raw_bytes, item.stored.length)
 
-    async def _fetch(self, item: Item) -> bytes:
-        """Read an item, a large one in several requests; never more than its object holds."""
-        stored, most = item.stored, self._transfer.object_bytes
-        missing = stored.offset + stored.length - self._sizes[stored.object_name]
-        if missing > 0:
-            raise item.damaged(f"the object ends {missing} bytes too early")
+    async def _fetch(self, items: Sequence[Item]) -> bytes | memoryview:
+        """Read from the first item to the last, much in several requests; never more than their object holds."""
+        for item in items:
+            missing = item.stored.offset + item.stored.length - self._sizes[item.stored.object_name]
+            if missing > 0:
+                raise item.damaged(f"the object ends {missing} bytes too early")
+        name, begin, most = items[0].stored.object_name, items[0].stored.offset, self._transfer.object_bytes
+        end = items[-1].stored.offset + items[-1].stored.length
         pieces: dict[int, bytes | memoryview] = {}
 
         async def fetch(start: int) -> None:
-            stop = min(start + most, stored.offset + stored.length)
-            pieces[start] = await self._store.get_range(stored.object_name, start, stop)
+            pieces[start] = await self._store.get_range(name, start, min(start + most, end))
 
-        starts = range(stored.offset, stored.offset + stored.length, most)
+        starts = range(begin, end, most)
         await for_each(min(len(starts), self._transfer.concurrency), starts, fetch)
-        data = b"".join(pieces[start] for start in starts)  # a single one is not copied
-        if len(data) != stored.length:
-            raise item.damaged(f"only {len(data)} of its {stored.length} bytes could be read")
+        data = pieces[begin] if len(pieces) == 1 else b"".join(pieces[start] for start in starts)
+        if len(data) != end - begin:
+            raise items[0].damaged(f"only {len(data)} of {end - begin} bytes could be read")
         return data
-
-    async def _fill(self, item: Item, kind: Kind, reads: Sequence[ReadItem], data: bytes) -> None:
-        targets = [self._resolve(item, kind, read) for read in reads]
-        await self._threads.run(partial(_decode_into, item, kind, data, list(zip(reads, targets, strict=True))))
-        for read, target in zip(reads, targets, strict=True):
-            self._planner.commit_tensor(read, target)
 
     def _resolve(self, item: Item, kind: Kind, read: ReadItem) -> Tensor:
         box = read_box(read)
@@ -162,15 +180,32 @@ class _Loader:
         return target
 
 
-@torch.inference_mode()  # destinations that were made in it take writes in it only
-def _decode_into(
-    item: Item,
-    kind: Kind,
-    data: bytes,
-    parts: Sequence[tuple[ReadItem, Tensor]],
+def _cut(data: bytes | memoryview, items: Sequence[StockItem]) -> list[bytes]:
+    """Return the bytes of each item; those of a single one are not copied."""
+    if len(items) == 1:
+        return [bytes(data)]
+    start, whole = items[0].offset, memoryview(data)
+    return [bytes(whole[item.offset - start : item.offset - start + item.length]) for item in items]
+
+
+def _decode(
+    run: Sequence[_Job],
+    held: Sequence[bytes],
+    targets: Sequence[Sequence[Tensor]],
     decompressor: zstandard.ZstdDecompressor,
-) -> None:
-    tensor = load_tensor(item, kind, undo_transforms(item, data, decompressor))
+) -> list[bytes | None]:
+    """Decode tensors to where they belong, and return the bytes of what is not one."""
+    raws: list[bytes | None] = []
+    for (item, reads), data, filled in zip(run, held, targets, strict=True):
+        raw = undo_transforms(item, data, decompressor)
+        if item.kind is not None:
+            _fill(item, load_tensor(item, item.kind, raw), zip(reads, filled, strict=True))
+        raws.append(raw if item.kind is None else None)
+    return raws
+
+
+@torch.inference_mode()  # destinations that were made in it take writes in it only
+def _fill(item: Item, tensor: Tensor, parts: Iterable[tuple[ReadItem, Tensor]]) -> None:
     for read, target in parts:
         box = read_box(read)
         if not contains(tuple(tensor.shape), box):
