@@ -4,9 +4,11 @@ Names are imported when they are first used: `import dcp_storage` costs nothing 
 """
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from dcp_storage import errors, prune, verify
     from dcp_storage.config import Codec, Transfer
     from dcp_storage.dcp.loading import load
     from dcp_storage.dcp.planners.load_planner import ShardedLoadPlanner
@@ -21,7 +23,10 @@ __all__ = [
     "ShardedLoadPlanner",
     "ShardedSavePlanner",
     "Transfer",
+    "errors",
     "load",
+    "prune",
+    "verify",
 ]
 
 _HOMES = {
@@ -35,7 +40,14 @@ _HOMES = {
 }
 
 
+_MODULES = {"errors", "prune", "verify"}
+
+
 def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        return version("dcp-storage")
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

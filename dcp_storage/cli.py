@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from dcp_storage import demo
 from dcp_storage.commands import prune, verify
+from dcp_storage.commands.common import print_json
 from dcp_storage.errors import CheckpointNotFound, ConfigError, DcpStorageError, StoreError
 
 _NOTHING_TO_JUDGE = (CheckpointNotFound, ConfigError, StoreError)
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run(args)
     except DcpStorageError as error:
+        if getattr(args, "json", False):
+            print_json({"error": type(error).__name__, "message": str(error)})
         print(f"dcp-storage: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
         return 2 if isinstance(error, _NOTHING_TO_JUDGE) else 1
     except KeyboardInterrupt:

@@ -1,8 +1,11 @@
 """What a save or a load tells of itself while it runs. No user interface: `progress.py` is one observer of many."""
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Literal
+from typing import Any, Literal
+
+logger = logging.getLogger(__name__)
 
 Operation = Literal["save", "load", "verify"]
 
@@ -12,9 +15,10 @@ Advance = Callable[[int, int], None]
 Observer = Callable[[Operation, str, int], AbstractContextManager[Advance]]
 """Is called for each transfer of a rank, with its operation, its URL and the bytes that it will move, in memory.
 
-It returns a context manager, which is entered when the transfer begins and left when it ends, with the error that
-failed it. What that yields is called in between. All of it happens on the thread that runs the transfer, and has to
-return at once. Several transfers may run at the same time, each with a context manager of its own.
+What it raises is logged once for a transfer, and fails nothing. It returns a context manager, which is entered when the
+transfer begins and left when it ends, with the error that failed it. What that yields is called in between. All of it
+happens on the thread that runs the transfer, and has to return at once. Several transfers may run at the same time,
+each with a context manager of its own.
 
     @contextmanager
     def log(operation, url, raw_bytes):
@@ -32,13 +36,44 @@ def silent(operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
 
 @contextmanager
 def observed(observer: Observer, operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
-    """Tell an observer of a transfer. What fails the transfer is raised whatever the observer makes of it."""
+    """Tell an observer of a transfer, as long as it raises nothing: that is logged, and the transfer goes on."""
+    told = _Told(observer, operation, url, raw_bytes)
     failure: BaseException | None = None
-    with observer(operation, url, raw_bytes) as advance:
+    try:
+        yield told.advance
+    except BaseException as error:
+        failure = error
+        raise
+    finally:
+        told.end(failure)
+        del failure  # else a circle with its traceback holds this frame
+
+
+class _Told:
+    """An observer of one transfer, until it raises."""
+
+    def __init__(self, observer: Observer, *transfer: Any) -> None:
+        self._manager: AbstractContextManager[Advance] | None = None
+        self._advance: Advance | None = None
+        with self._leaving_out():
+            manager = observer(*transfer)
+            self._advance = manager.__enter__()
+            self._manager = manager
+
+    def advance(self, raw_bytes: int, stored_bytes: int) -> None:
+        if self._advance is not None:
+            with self._leaving_out():
+                self._advance(raw_bytes, stored_bytes)
+
+    def end(self, failure: BaseException | None) -> None:
+        if self._manager is not None:
+            with self._leaving_out():
+                self._manager.__exit__(type(failure) if failure else None, failure, None)
+
+    @contextmanager
+    def _leaving_out(self) -> Iterator[None]:
         try:
-            yield advance
-        except BaseException as error:
-            failure = error
-            raise
-    if failure:
-        raise failure
+            yield
+        except Exception as error:
+            self._advance = None
+            logger.warning("an observer raised %r and is told no more of this transfer", error, exc_info=error)

@@ -9,8 +9,6 @@ from datetime import timedelta
 from typing import Any
 
 from dcp_storage.errors import CheckpointNotFound, ConfigError
-from dcp_storage.format.legacy import StockManifest
-from dcp_storage.format.manifest import Manifest
 from dcp_storage.leftovers import save_of, split
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
@@ -50,6 +48,7 @@ def prune(
     and no foreign file is ever removed. Where nothing was committed, what a dead first save left is removed too.
 
     Raises:
+        CheckpointNotFound: Nothing of this package is there: neither a checkpoint nor what a save left.
         ManifestCorrupt: The manifest is damaged, so that nothing tells what may be removed; nothing was.
         UnsupportedFormat: It is of a later format, or a pickle that names what no stock checkpoint does; the same.
         StoreError: The store failed, or does not tell when objects were written.
@@ -66,7 +65,7 @@ async def _prune(closed: Store, older_than: timedelta, *, dry_run: bool) -> Prun
         times = await store.modified()
         sizes = await store.list()
         # Read after the lists: what was committed since then is named, and what was put since then is not in them.
-        orphans, _ = split(times.keys() & sizes.keys(), await _committed(store))
+        orphans = await _orphans(store, times.keys() & sizes.keys())
         old = _old_enough(orphans, times, now - older_than.total_seconds())
         if not dry_run:
             await store.delete(sorted(old))
@@ -74,11 +73,14 @@ async def _prune(closed: Store, older_than: timedelta, *, dry_run: bool) -> Prun
         return Pruning(store.url, removed, {name: sizes[name] for name in orphans if name not in old})
 
 
-async def _committed(store: Store) -> Manifest | StockManifest | None:
+async def _orphans(store: Store, names: Iterable[str]) -> list[str]:
     try:
-        return await read_manifest(store)
+        return split(names, await read_manifest(store))[0]
     except CheckpointNotFound:
-        return None
+        left_by_the_first_save = split(names, None)[0]
+        if not left_by_the_first_save:
+            raise
+        return left_by_the_first_save
 
 
 def _old_enough(orphans: Iterable[str], times: Mapping[str, float], before: float) -> set[str]:

@@ -13,7 +13,7 @@ ROOT = Path(dcp_storage.__file__).parent
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 FLOORS = [
-    {"errors", "observe", "geometry", "collector", "raw"},
+    {"errors", "observe", "geometry", "collector", "raw", "words"},
     {"config"},
     {"format", "store", "progress"},
     {"transfer", "leftovers"},
@@ -112,3 +112,10 @@ def test_the_face_costs_nothing_and_has_every_name():
 
 def test_the_package_is_typed():
     assert (ROOT / "py.typed").is_file()
+
+
+def test_names_as_the_readme_writes_them():
+    code = "import dcp_storage as d; d.verify.verify, d.prune.prune, d.errors.BlockCorrupt; print(d.__version__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    assert done.stdout.decode()[0].isdigit()

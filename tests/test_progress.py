@@ -1,3 +1,4 @@
+import re
 import sys
 import threading
 import time
@@ -8,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter
-from dcp_storage.errors import StoreError
+from dcp_storage.errors import ConfigError, StoreError
 from dcp_storage.progress import progress_bar
 from dcp_storage.store.local import LocalStore
 
@@ -34,9 +35,56 @@ def test_a_bar_is_drawn_on_a_terminal_and_nothing_is_left_of_it_on_standard_outp
     assert not shown.out
 
 
-def test_nothing_is_drawn_where_standard_error_is_no_terminal(tmp_path, capsys):
+def test_a_line_says_what_was_moved_also_where_standard_error_is_no_terminal(tmp_path, capsys):
     save_and_load(tmp_path)
-    assert capsys.readouterr().err == ""
+    saved, loaded = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(rf"save {tmp_path}: 4.0 kB as \d+ bytes \(0.\d+\) in 0.\d+ s \([\d,]+ MB/s\)", saved)
+    assert re.fullmatch(rf"load {tmp_path}: 4.0 kB as \d+ bytes \(0.\d+\) in 0.\d+ s \([\d,]+ MB/s\)", loaded)
+
+
+def test_the_log_has_a_line_for_each_save_and_load(tmp_path, caplog):
+    with caplog.at_level("INFO", logger="dcp_storage"):
+        save_and_load(tmp_path)
+        dcp.async_save(STATE, storage_writer=AsyncStorageWriter(tmp_path)).result()
+    saved, loaded, beside = (record.message for record in caplog.records)
+    assert re.match(rf"saved {tmp_path} from 1 rank: 4.0 kB as \d+ bytes \(0.\d+\) in ", saved)
+    assert re.match(rf"loaded {tmp_path}: 4.0 kB as \d+ bytes \(0.\d+\) in ", loaded)
+    assert re.search(r"MB/s\); training waited 0.\d\d s$", beside)
+
+
+def test_an_observer_that_raises_fails_nothing(tmp_path, caplog):
+    def at_once(operation, url, raw_bytes):
+        raise RuntimeError("at once")
+
+    @contextmanager
+    def later(operation, url, raw_bytes):
+        def advance(raw_bytes, stored_bytes):
+            calls.append(raw_bytes)
+            raise RuntimeError("later")
+
+        yield advance
+
+    @contextmanager
+    def at_the_end(operation, url, raw_bytes):
+        yield lambda raw_bytes, stored_bytes: None
+        raise RuntimeError("at the end")
+
+    calls = []
+    state = {f"w{number}": torch.zeros(1000) for number in range(5)}
+    for observer in (at_once, later, at_the_end, lambda operation, url, raw_bytes: None):
+        caplog.clear()
+        dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path, observer=observer))
+        [record] = [record for record in caplog.records if record.levelname == "WARNING"]
+        assert "an observer raised" in record.message
+        dcp.load(state, storage_reader=AsyncStorageReader(tmp_path, observer=observer))
+    assert len(calls) == 2, "one for the save and one for the load"
+
+
+@pytest.mark.parametrize("observer", ["print", 5, object()])
+def test_what_is_no_observer_is_refused_by_the_constructors(tmp_path, observer):
+    for make in (AsyncStorageWriter, AsyncStorageReader):
+        with pytest.raises(ConfigError, match="cannot be called"):
+            make(tmp_path, observer=observer)
 
 
 def test_only_one_rank_of_a_machine_draws(tmp_path, monkeypatch, capsys):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dcp_storage import AsyncStorageWriter
 from dcp_storage.errors import ConfigError, StoreError
 from dcp_storage.store.failures import Failures
 from dcp_storage.store.local import LocalStore
@@ -23,9 +24,23 @@ def test_local(path):
     assert store.url == "/data/run"
 
 
-def test_path_object_is_never_a_url(tmp_path: Path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert isinstance(open_store(Path("s3://bucket/run")), LocalStore)
+@pytest.mark.parametrize("path", [Path("s3://bucket/run"), "s3:/bucket/run", Path("gs://b/x"), Path("memory://x")])
+def test_urls_that_lost_a_slash_are_refused(path):
+    """Below `./s3:/bucket` nobody would look for a checkpoint."""
+    with pytest.raises(ConfigError, match="lost a slash: give"):
+        open_store(path)
+    with pytest.raises(ConfigError, match="lost a slash"):
+        AsyncStorageWriter(path)
+
+
+@pytest.mark.parametrize("path", ["a:/b", "run:/x", Path("C:/x"), "step:1", "x/s3:/y"])
+def test_paths_with_colons_are_paths(path):
+    assert isinstance(open_store(path), LocalStore)
+
+
+def test_no_path():
+    with pytest.raises(ConfigError, match="empty"):
+        open_store("")
 
 
 @pytest.mark.parametrize(

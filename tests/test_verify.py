@@ -192,8 +192,39 @@ def test_without_a_manifest_to_trust_both_refuse(tmp_path, call):
 def test_nothing_there(tmp_path):
     with pytest.raises(CheckpointNotFound):
         verify(tmp_path / "none")
-    assert prune(tmp_path / "none").removed == {}
+    for wrong in (tmp_path / "none", tmp_path):
+        with pytest.raises(CheckpointNotFound):
+            prune(wrong)
     assert not (tmp_path / "none").exists()
+
+
+def test_the_steps_below_are_named(tmp_path, moto_s3):
+    for step in (9, 10, 200):
+        save(tmp_path / f"step-{step}")
+        save(f"{moto_s3.url}/step-{step}", storage_options=moto_s3.storage_options)
+    for path, options in ((tmp_path, None), (moto_s3.url, moto_s3.storage_options)):
+        for look in (verify, prune):
+            with pytest.raises(CheckpointNotFound, match="one of the directories below it: step-9, step-10, step-200"):
+                look(path, storage_options=options)
+
+
+@pytest.mark.parametrize("command", ["verify", "prune"])
+def test_errors_as_json(tmp_path, capsys, command):
+    assert cli.main([command, "--json", str(tmp_path / "none")]) == 2
+    assert json.loads(capsys.readouterr().out)["error"] == "CheckpointNotFound"
+    save(tmp_path)
+    (tmp_path / ".metadata").write_bytes(b"damaged")
+    assert cli.main([command, "--json", str(tmp_path)]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert document["error"] in {"ManifestCorrupt", "UnsupportedFormat"}
+    assert str(tmp_path) in document["message"]
+
+
+@pytest.mark.parametrize("path", ["nothere", "s3:/x/y", ""])
+def test_prune_of_a_wrong_path_fails(tmp_path, path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["prune", path]) == 2
+    assert capsys.readouterr().err.startswith("dcp-storage: ")
 
 
 def test_prune_removes_what_is_left_behind_and_nothing_else(saved):

@@ -40,19 +40,6 @@ def show(*parts: str | Table) -> None:
         console.print(part, soft_wrap=isinstance(part, str))
 
 
-def size_text(count: int) -> str:
-    """Return a number of bytes as people read it."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:,.1f} {unit}"
-    return counted(count, "byte")
-
-
-def counted(count: int, what: str, plural: str = "") -> str:
-    """Return a number and its noun."""
-    return f"{count:,} {what if count == 1 else plural or what + 's'}"
-
-
 def _options(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text)

@@ -4,8 +4,9 @@ import argparse
 import re
 from datetime import timedelta
 
-from dcp_storage.commands.common import add_place, counted, print_json, show, size_text, storage_options
+from dcp_storage.commands.common import add_place, print_json, show, storage_options
 from dcp_storage.prune import A_DAY, Pruning, prune
+from dcp_storage.words import counted, size_text
 
 _AGE = re.compile(r"(\d{1,9})([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}

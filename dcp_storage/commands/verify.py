@@ -5,9 +5,10 @@ from dataclasses import asdict
 
 from rich.table import Table
 
-from dcp_storage.commands.common import add_place, counted, print_json, show, size_text, storage_options
+from dcp_storage.commands.common import add_place, print_json, show, storage_options
 from dcp_storage.progress import progress_bar
 from dcp_storage.verify import Verification, verify
+from dcp_storage.words import counted, size_text
 
 _ROWS = 20
 _NAMES = 3

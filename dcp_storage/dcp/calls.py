@@ -26,8 +26,6 @@ class Location:
     sync_files: bool = True
 
     def __post_init__(self) -> None:
-        if not os.fspath(self.path):
-            raise ConfigError("the checkpoint's path is empty; give a directory or a URL")
         object.__setattr__(self, "path", resolve(self.path))  # once: the program may change its directory
         self.store()  # an unknown protocol is better refused now than when the first checkpoint is due
 
@@ -54,5 +52,14 @@ class Location:
 
 
 def choose_observer(observer: Observer | None, *, progress: bool) -> Observer:
-    """Return the observer that a writer or reader is to tell."""
+    """Return the observer that a writer or reader is to tell.
+
+    Raises:
+        ConfigError: It cannot be called.
+    """
+    if observer is not None and not callable(observer):
+        raise ConfigError(
+            f"the observer {observer!r} cannot be called: give a function of operation, URL and bytes that returns a "
+            "context manager"
+        )
     return progress_bar(observer or silent) if progress else observer or silent

@@ -1,5 +1,7 @@
 """`AsyncStorageReader`: DCP's `StorageReader` on this package's format, pipelines and stores."""
 
+import logging
+import time
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
@@ -15,6 +17,7 @@ from torch.futures import Future
 from dcp_storage.collector import uncollected
 from dcp_storage.config import Transfer
 from dcp_storage.dcp.calls import Location, Path, choose_observer
+from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.metadata import find_chunk, to_metadata
 from dcp_storage.dcp.planners.default_plans import check_default_plan
 from dcp_storage.dcp.stock import load_stock
@@ -30,6 +33,9 @@ from dcp_storage.store.base import Store
 from dcp_storage.transfer.load import LoadItem, load_items
 from dcp_storage.transfer.manifests import read_manifest
 from dcp_storage.transfer.ranges import needed_blocks
+from dcp_storage.words import transfer_text
+
+logger = logging.getLogger(__name__)
 
 _READINGS = 5
 """How often a load begins anew because another save replaced what it reads."""
@@ -73,7 +79,8 @@ class AsyncStorageReader(StorageReader):
         self._transfer = transfer
         self._observer = choose_observer(observer, progress=progress)
         self._manifest: Manifest | StockManifest | DcpStorageError | None = None
-        self._alone = False
+        self._alone = self._logs = False
+        self._begun = 0.0  # by time.monotonic
 
     @property
     def checkpoint_id(self) -> Path:
@@ -86,6 +93,7 @@ class AsyncStorageReader(StorageReader):
         if checkpoint_id is not None:
             self._location = replace(self._location, path=checkpoint_id)
 
+    @hook
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         """Read and validate the manifest.
 
@@ -100,6 +108,7 @@ class AsyncStorageReader(StorageReader):
         """
         if "rank" in kwargs and isinstance(self._manifest, DcpStorageError):
             return Metadata({}, storage_data=self._manifest)
+        self._begun = time.monotonic()
         try:
             manifest = self._location.run(read_manifest)
         except DcpStorageError as error:
@@ -108,6 +117,7 @@ class AsyncStorageReader(StorageReader):
         origin = StorageMeta(checkpoint_id=self.checkpoint_id, save_id=manifest.save_id, load_id=new_token())
         return replace(to_metadata(manifest), storage_meta=origin)
 
+    @hook
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take the manifest out of the metadata that `read_metadata` returned.
 
@@ -117,11 +127,14 @@ class AsyncStorageReader(StorageReader):
         if isinstance(metadata.storage_data, DcpStorageError):
             raise metadata.storage_data
         self._manifest = metadata.storage_data
+        self._logs = is_coordinator
 
+    @hook
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Note in the plan which save this rank is about to read."""
         return replace(plan, storage_data=getattr(self._manifest, "save_id", None))
 
+    @hook
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
         """Compare what the ranks are about to read: each found its manifest by itself.
 
@@ -133,6 +146,7 @@ class AsyncStorageReader(StorageReader):
             raise self._replaced("the ranks found different saves")
         return plans
 
+    @hook
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         """Read what the plan asks for, and return a future that is done: DCP waits for it at once.
 
@@ -198,8 +212,16 @@ class AsyncStorageReader(StorageReader):
     async def _load(self, store: Store, manifest: Manifest, items: list[LoadItem]) -> None:
         raw_bytes = sum(item.wanted_bytes(manifest.codec.block_bytes) for item in items)
         names = [stored.name for stored in manifest.objects]
+        moved = [0, 0]
+
+        def count(raw_bytes: int, stored_bytes: int) -> None:
+            moved[:] = moved[0] + raw_bytes, moved[1] + stored_bytes
+            advance(raw_bytes, stored_bytes)
+
         with observed(self._observer, "load", store.url, raw_bytes) as advance:
-            await load_items(store, items, names, manifest.codec, transfer=self._transfer, advance=advance)
+            await load_items(store, items, names, manifest.codec, transfer=self._transfer, advance=count)
+        if self._logs:
+            logger.info("loaded %s: %s", store.url, transfer_text(moved[0], moved[1], time.monotonic() - self._begun))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:

@@ -1,6 +1,7 @@
 """`AsyncStorageWriter`: DCP's `StorageWriter` on this package's format, pipelines and stores."""
 
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from torch.futures import Future
 
 from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.calls import Location, Path, choose_observer
+from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.metadata import build_manifest, is_whole
 from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
 from dcp_storage.dcp.replicas.compare import Results, judge
@@ -24,6 +26,7 @@ from dcp_storage.dcp.saves.failing import ending_on_error
 from dcp_storage.dcp.saves.order import begin, leave_save
 from dcp_storage.dcp.saves.put import put
 from dcp_storage.dcp.saves.save import Part, Save
+from dcp_storage.dcp.saves.summary import log_saved
 from dcp_storage.dcp.sources import plan_sources
 from dcp_storage.dcp.staging.stage import stage
 from dcp_storage.dcp.staging.staged import StagedState, redeem
@@ -99,19 +102,22 @@ class AsyncStorageWriter(StorageWriter):
         """
         self._thread.save = self._begin(checkpoint_id)
 
+    @hook
     def storage_meta(self) -> StorageMeta | None:
         """Tell DCP's planners where this save goes.
 
         Raises:
             DcpStorageError: What kept this rank's state from being staged: DCP tells all ranks of it now.
         """
-        error = redeem()
+        staged = redeem()
         save = self._begun()
+        save.blocked_s = staged.seconds
         with ending_on_error(save):
-            if error:
-                raise error
+            if staged.error:
+                raise staged.error
         return StorageMeta(checkpoint_id=save.location.shown, save_id=save.token)
 
+    @hook
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
         """Take this rank's part: DCP passes `rank` and `use_collectives` to a parameter that is named `kwargs`.
 
@@ -128,6 +134,7 @@ class AsyncStorageWriter(StorageWriter):
             attempt = None if kwargs.get("use_collectives", True) else name_attempt(save, size)
             save.part = Part(kwargs.get("rank") or 0, size, is_coordinator, attempt)
 
+    @hook
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         """Refuse early what cannot be saved, before a byte is written.
 
@@ -145,10 +152,12 @@ class AsyncStorageWriter(StorageWriter):
                 save.location.run(partial(check_vacant, overwrite=self._overwrite))
         return plan
 
+    @hook
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """Leave the plans as they are: nothing of a save may live in a plan that DCP caches and replays."""
         return plans
 
+    @hook
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         """Encode and put this rank's items, and return a future that is done: DCP waits for it at once.
 
@@ -178,6 +187,7 @@ class AsyncStorageWriter(StorageWriter):
         how = partial(put, codec=self._codec, transfer=self._transfer, observer=self._observer)
         return save.location.run(partial(how, save=save, part=part, sources=sources))
 
+    @hook
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         """Commit: write the manifest, and only then delete what the one that it replaced had named.
 
@@ -208,6 +218,7 @@ class AsyncStorageWriter(StorageWriter):
         metadata.storage_meta = StorageMeta(checkpoint_id=save.location.shown, save_id=save.token)
         with ending_on_error(save, commits=True):
             save.location.run(partial(commit, manifest=manifest, overwrite=self._overwrite))
+        log_saved(save, manifest)
         save.done = True
 
     def _begin(self, checkpoint_id: Path | None = None) -> Save:
@@ -237,7 +248,10 @@ class AsyncStorageWriter(StorageWriter):
         An entry that cannot be copied raises nothing here: the save fails on all ranks, with its name.
         """
         leave_save()
-        return stage(state_dict, keep=self._transfer.keep_staging)
+        begun = time.monotonic()
+        staged = stage(state_dict, keep=self._transfer.keep_staging)
+        staged.seconds = time.monotonic() - begun
+        return staged
 
     _synchronize_after_execute = False
 

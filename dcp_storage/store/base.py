@@ -1,5 +1,6 @@
 """What a checkpoint asks of a storage system, and nothing more: a few operations below one prefix."""
 
+import builtins
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Sequence
 from typing import ClassVar, NamedTuple, Self
@@ -103,6 +104,10 @@ class Store(ABC):
     @abstractmethod
     async def list(self) -> dict[str, int]:
         """Return name and size in bytes of every object directly below the prefix; empty where there is none."""
+
+    async def directories(self) -> builtins.list[str]:
+        """Return the names of the prefixes directly below this one, as far as the storage system knows any."""
+        return []
 
     @abstractmethod
     async def modified(self) -> dict[str, float]:

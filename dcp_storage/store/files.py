@@ -169,6 +169,13 @@ def file_size(path: Path) -> int:
     return status.st_size
 
 
+def list_directories(directory: Path) -> list[str]:
+    """Return the names of the directories in a directory; none where it is not there."""
+    with suppress(FileNotFoundError), os.scandir(directory) as entries:
+        return [entry.name for entry in entries if entry.is_dir()]
+    return []
+
+
 def stat_files(directory: Path) -> dict[str, os.stat_result]:
     """Return name and status of each regular file; one that vanishes while we look was deleted."""
     files = {}

@@ -1,6 +1,7 @@
 """A directory on a local (or mounted) file system, through aiofiles."""
 
 import asyncio
+import builtins
 import os
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -92,6 +93,11 @@ class LocalStore(Store):
     async def list(self) -> dict[str, int]:
         """Return the regular files in the directory."""
         return {name: status.st_size for name, status in (await self._statuses()).items()}
+
+    async def directories(self) -> builtins.list[str]:
+        """Return the directories in the directory."""
+        with self._failures.mapped("list"):
+            return await wrap(files.list_directories)(self._directory)
 
     async def modified(self) -> dict[str, float]:
         """Return when each regular file in the directory was written."""

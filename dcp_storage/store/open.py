@@ -9,6 +9,7 @@ from typing import Any
 
 from fsspec import get_filesystem_class
 from fsspec.implementations.local import LocalFileSystem
+from fsspec.registry import known_implementations
 
 from dcp_storage.errors import ConfigError
 from dcp_storage.store.base import Store
@@ -19,7 +20,7 @@ from dcp_storage.store.threaded import MemoryStore, ThreadedStore
 
 logger = logging.getLogger(__name__)
 
-_LOCAL_URLS = ("file://", "local://")
+_LOCAL_URLS = ("file:/", "local:/")
 
 
 def open_store(
@@ -33,24 +34,42 @@ def open_store(
         sync_files: Whether local files are synced to the disk (see `LocalStore`).
 
     Raises:
-        ConfigError: The protocol is unknown, its fsspec implementation is not installed or takes other options, or
-            options are given for a local path.
+        ConfigError: The path is empty or a URL that lost a slash, the protocol is unknown, its fsspec implementation
+            is not installed or takes other options, or options are given for a local path.
     """
     url = os.fspath(path)
+    _check_path(url)
     protocol, separator, _ = url.partition("://")
     if isinstance(path, os.PathLike) or not separator or url.startswith(_LOCAL_URLS):
         return _open_local(path, storage_options, sync_files=sync_files)
     return _open_remote(url, protocol, storage_options or {})
 
 
+def _check_path(url: str) -> None:
+    """Refuse what would be a local path by mistake.
+
+    Raises:
+        ConfigError: It is empty, or a URL that lost a slash, as `Path("s3://bucket/run")` does.
+    """
+    if not url:
+        raise ConfigError("the checkpoint's path is empty; give a directory or a URL")
+    protocol, separator, rest = url.partition(":/")
+    if separator and not rest.startswith("/") and protocol in known_implementations.keys() - {"file", "local"}:
+        raise ConfigError(
+            f"{strip_userinfo(url)} is a URL that lost a slash: give {protocol}://{rest} as a str, since a path object "
+            "keeps one slash only"
+        )
+
+
 def resolve(path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     """Return a path or URL that means the same wherever the program changes its directory to: a local one absolute."""
     url = os.fspath(path)
+    _check_path(url)
     if isinstance(path, os.PathLike):
         return Path(path).absolute()
-    if "://" not in url:
-        return str(Path(url).absolute())
-    return _local_path(url) if url.startswith(_LOCAL_URLS) else path
+    if url.startswith(_LOCAL_URLS):
+        return _local_path(url)
+    return path if "://" in url else str(Path(url).absolute())
 
 
 def _local_path(url: str) -> str:
@@ -62,7 +81,7 @@ def _open_local(
 ) -> LocalStore:
     if storage_options:
         raise ConfigError(f"storage_options are given, but {os.fspath(path)} is a local path, which takes none")
-    if isinstance(path, str) and "://" in path:
+    if isinstance(path, str) and path.startswith(_LOCAL_URLS):
         path = _local_path(path)
     return LocalStore(path, sync_files=sync_files)
 

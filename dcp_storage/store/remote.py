@@ -1,6 +1,7 @@
 """Objects below a prefix of any file system that fsspec knows, through fsspec's coroutines."""
 
 import asyncio
+import builtins
 import io
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
@@ -121,6 +122,12 @@ class RemoteStore(Store):
     async def list(self) -> dict[str, int]:
         """Return the objects directly below the prefix."""
         return {name: int(entry["size"]) for name, entry in (await self._files()).items()}
+
+    async def directories(self) -> builtins.list[str]:
+        """Return the prefixes directly below this one."""
+        with self._failures.mapped("list"):
+            entries = await self._list_entries()
+        return [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
 
     async def modified(self) -> dict[str, float]:
         """Return when each object directly below the prefix was written."""

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
@@ -13,6 +14,8 @@ from dcp_storage.format.names import MANIFEST, parse_part_manifest
 from dcp_storage.format.validate import validate
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.fetch_manifest import fetch_manifest
+
+_MOST_NAMED = 5
 
 logger = logging.getLogger(__name__)
 
@@ -34,11 +37,7 @@ async def read_parts(store: Store) -> Manifest | StockManifest:
         names = {}
     attempts = group_parts(names)
     if not attempts:
-        found = f"the {len(names)} objects there are no committed checkpoint" if names else "nothing is there"
-        raise CheckpointNotFound(
-            f"no checkpoint at {store.url}: {found} (no {MANIFEST}). Check the path, or list the steps beside it",
-            url=store.url,
-        )
+        raise await _not_found(store, len(names))
     if None not in attempts:
         return await _read_newest(store, attempts)
     if len(attempts) > 1:
@@ -48,6 +47,22 @@ async def read_parts(store: Store) -> Manifest | StockManifest:
     if len(stock) < len(parts):
         raise _mixed(store)
     return merge_stock(stock, store.url)
+
+
+async def _not_found(store: Store, objects: int) -> CheckpointNotFound:
+    below = sorted(await store.directories(), key=_by_number)
+    found = f"the {objects} objects there are no committed checkpoint" if objects else "nothing is there"
+    advice = "Check the path, or list the steps beside it"
+    if below:
+        found = found if objects else "only directories are there"
+        newest = ", ".join(below[-_MOST_NAMED:])
+        advice = f"Give one of the directories below it: {'..., ' if len(below) > _MOST_NAMED else ''}{newest}"
+    return CheckpointNotFound(f"no checkpoint at {store.url}: {found} (no {MANIFEST}). {advice}", url=store.url)
+
+
+def _by_number(name: str) -> list[str | int]:
+    """Return what sorts `step-9` before `step-10`."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def group_parts(names: Iterable[str]) -> Attempts:

@@ -80,12 +80,18 @@ async def for_each(concurrency: int, jobs: Iterable[T], do: Callable[[T], Awaita
 
 def run_async(coroutine: Coroutine[Any, Any, R]) -> R:
     """Run a coroutine to its end in an event loop of its own, also where this thread runs a loop already (Jupyter)."""
-    try:
-        asyncio.get_running_loop()
-    except RuntimeError:
+    if not _runs_a_loop():
         return _run(coroutine)
     with ThreadPoolExecutor(1, thread_name_prefix="dcp_storage_loop") as thread:
         return thread.submit(_run, coroutine).result()
+
+
+def _runs_a_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
 
 
 def _run(coroutine: Coroutine[Any, Any, R]) -> R:

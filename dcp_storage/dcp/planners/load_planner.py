@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 
 from dcp_storage.collector import uncollected
 from dcp_storage.dcp.entries import TrustPolicy, load_entry
+from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.kinds.hooked import Wrapper
 from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.kinds.plain import Plain
@@ -86,6 +87,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         self._shards: dict[tuple[str, int | None], Tensor] = {}
         self._kinds: dict[str, Kind] = {}
 
+    @hook
     @uncollected
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
@@ -114,6 +116,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
                     self._kinds[fqn] = kind_of(fqn, filled)
                     self._put(fqn, filled)
 
+    @hook
     @uncollected
     def create_local_plan(self) -> LoadPlan:
         """Return the reads that fill this rank's destinations, and prove that they do."""

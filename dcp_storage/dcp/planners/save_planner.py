@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, Stora
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
 from dcp_storage.collector import uncollected
+from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.kinds.boxes import item_box
 from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.planners import plan_cache
@@ -69,6 +70,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
         self._places: dict[tuple[str, Box], int] = {}
         self._kinds: dict[str, Kind] = {}
 
+    @hook
     @uncollected
     def set_up_planner(
         self,
@@ -85,6 +87,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
         self.state_dict, self.mappings = flatten(state_dict, nested=self.flatten_state_dict)
         self._kinds = {fqn: kind_of(fqn, value) for fqn, value in self.state_dict.items() if isinstance(value, Tensor)}
 
+    @hook
     @uncollected
     def create_local_plan(self) -> SavePlan:
         """Return what this rank could write: all that it holds."""
@@ -99,6 +102,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
         self.plan = plan_cache.begin(self._token, self._local_plan) if self._token else self._local_plan
         return self.plan
 
+    @hook
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Return what each rank writes, and what the whole checkpoint will hold."""
         made = plan_cache.unchanged(self._token, all_plans) if self._token else None
@@ -117,6 +121,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
             )
         return self.global_plan, self.metadata
 
+    @hook
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """Take the plan that the coordinator made for this rank."""
         self.plan = plan_cache.finish(self._token, self._local_plan, new_plan) if self._token else new_plan

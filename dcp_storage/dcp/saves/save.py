@@ -1,6 +1,7 @@
 """`Save`: one save of one rank, from the first hook that DCP calls to its end."""
 
 import threading
+import time
 from dataclasses import dataclass, field
 
 from dcp_storage.dcp.calls import Location
@@ -44,6 +45,8 @@ class Save:
         part: What this rank has to do, once DCP has told.
         objects: The names of the objects that it began to put.
         number: Which of this process's saves to that place it is, from 1.
+        begun: When, by `time.monotonic`.
+        blocked_s: How long training waited until its state was copied; `None` where it waits for the whole save.
         done: Whether this rank has done all that it had to do for it.
         told: Whether its failure was logged.
     """
@@ -55,6 +58,8 @@ class Save:
     part: Part | None = None
     objects: list[str] = field(default_factory=list)
     number: int = 0
+    begun: float = field(default_factory=time.monotonic)
+    blocked_s: float | None = None
     done: bool = False
     told: bool = False
 

@@ -105,6 +105,7 @@ class StagedState(dict[str, Any]):
     ) -> None:
         super().__init__({"the state": _Unstaged(error)} if error else values)
         self.error = error
+        self.seconds: float | None = None
         self._memory = memory
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
@@ -136,13 +137,20 @@ class StagedState(dict[str, Any]):
         return copy
 
 
-def redeem() -> DcpStorageError | None:
-    """Return what kept the state from being staged that this thread is about to save; its tensors are DCP's now."""
+class Redeemed(NamedTuple):
+    """What a writer is told of the state that it is about to save: what kept it from being staged, and how long."""
+
+    error: DcpStorageError | None = None
+    seconds: float | None = None
+
+
+def redeem() -> Redeemed:
+    """Return what is told of the staged state that this thread is about to save; its tensors are DCP's now."""
     state, _thread.state = _thread.state, None
     if state is None:
-        return None
+        return Redeemed()
     state.clear()  # DCP's thread keeps it longer than the save needs it
-    return state.error
+    return Redeemed(state.error, state.seconds)
 
 
 def lay(memory: Bytes, place: Place) -> Tensor:

@@ -1,0 +1,26 @@
+"""What surrounds every hook that DCP calls."""
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+from dcp_storage.errors import DcpStorageError
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def hook(function: Callable[P, R]) -> Callable[P, R]:
+    """Leave the frames of this package out of the traceback of a typed error: its message says what they cannot.
+
+    DCP sends the traceback to all ranks, and prints it once for each. What caused the error keeps its own.
+    """
+
+    @wraps(function)
+    def called(*args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return function(*args, **kwargs)
+        except DcpStorageError as error:
+            raise error.with_traceback(None)  # noqa: B904
+
+    return called
