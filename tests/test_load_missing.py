@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner
-from dcp_storage.errors import ConfigError, MissingKeys
+from dcp_storage.errors import ConfigError, CoverageError, MissingKeys
 
 STATE = {"model": {"w": torch.ones(3), "b": torch.ones(1)}, "step": 5}
 
@@ -126,3 +126,31 @@ def test_ordinary_loads_are_silent(saved, state):
 def test_impossible_patterns(patterns):
     with pytest.raises(ConfigError, match="allow_missing"):
         ShardedLoadPlanner(allow_missing=patterns)
+
+
+@pytest.mark.parametrize(
+    ("rename", "says"),
+    [
+        (lambda name: f"module.{name}", "module.model.b is model.b there"),
+        (lambda name: name.replace("model.", "model._orig_mod."), "model._orig_mod.b is model.b there"),
+        (lambda name: name.removeprefix("model."), "b is model.b there"),
+        (lambda name: name.replace("model.w", "model.weigth_w"), None),
+        (lambda name: name.replace("step", "stepp"), "Is stepp called step there?"),
+    ],
+)
+def test_names_that_a_wrapper_changed_are_recognized(saved, rename, says):
+    state = {rename(name): torch.zeros(3 if name == "model.w" else 1) for name in ("model.w", "model.b")}
+    error = load_error(saved, state | {rename("step"): 0})
+    assert isinstance(error, MissingKeys)
+    assert str(saved) in str(error), "which checkpoint it is"
+    assert (says or "Missing key") in str(error)
+    assert says is not None or "there" not in str(error)
+
+
+def test_every_entry_that_does_not_fit_is_named(saved):
+    error = load_error(saved, {"model": {"w": torch.zeros(4), "b": torch.zeros(2)}, "step": torch.zeros(2)})
+    assert isinstance(error, CoverageError)
+    for name in ("model.w", "model.b", "step"):
+        assert name in str(error)
+    assert set(error.fqns) == {"model.w", "model.b", "step"}
+    assert str(error).startswith(f"{saved}: 3 entries do not fit: ")

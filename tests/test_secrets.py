@@ -282,3 +282,10 @@ def test_parameters_of_urls():
     assert secrets_in(url, {}) == {"S1%2F", "S1/", "S2"}
     assert mask("it said S1/ and a=b", secrets_in(url, {})) == "it said *** and a=b"
     assert strip_userinfo("s3://bucket/a?design=1&step=2") == "s3://bucket/a?design=1&step=2"
+
+
+def test_short_secrets_do_not_mask_words():
+    text = "an unexpected keyword argument of me"
+    assert mask(text, secrets_in("s3://a:n@host", {"key": "a", "secret": "me", "token": "key"})) == text
+    assert mask("the key is key=abc", {"key"}) == "the *** is ***=abc"
+    assert mask("keyword", {"key"}) == "keyword"

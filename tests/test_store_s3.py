@@ -18,7 +18,8 @@ from aiohttp import ClientConnectionError
 from botocore.exceptions import ClientError
 from fsspec.config import conf
 
-from dcp_storage.errors import ObjectExists, ObjectNotFound, StoreError
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter
+from dcp_storage.errors import ConfigError, ObjectExists, ObjectNotFound, StoreError
 from dcp_storage.store import s3
 from dcp_storage.store.base import ABSENT, Store
 from dcp_storage.store.open import open_store
@@ -243,11 +244,6 @@ def test_settings_from_a_profile(moto_s3: Place, monkeypatch, tmp_path, how: str
     assert run(moto_s3, lambda store: store.get(".metadata")) == b"{}"
 
 
-def test_unknown_profile():
-    with pytest.raises(StoreError, match="no-such-profile"):
-        run(Place("s3://bucket/x", {"profile": "no-such-profile"}), lambda store: store.get(".metadata"))
-
-
 def test_settings_from_the_configuration_of_fsspec(moto_s3: Place, monkeypatch):
     monkeypatch.setitem(conf, "s3", moto_s3.storage_options | {"config_kwargs": {"read_timeout": 33}})
 
@@ -401,3 +397,34 @@ def test_a_client_too_old_for_conditions_only_has_the_look_before(moto_s3: Place
     run(moto_s3, lambda store: store.commit(".metadata", b"first", over=ABSENT))
     with pytest.raises(ObjectExists):
         run(moto_s3, lambda store: store.commit(".metadata", b"second", over=ABSENT))
+
+
+@pytest.mark.parametrize("option", ["region_name", "aws_access_key_id", "endpoint", "verify"])
+def test_options_that_nothing_takes_are_refused_by_the_constructor(option):
+    with pytest.raises(ConfigError, match=f"takes no storage option {option}.*client_kwargs"):
+        AsyncStorageWriter("s3://bucket/run", storage_options={option: "x"})
+
+
+def test_a_profile_that_is_not_there_is_refused_by_the_constructor():
+    with pytest.raises(ConfigError, match="nosuch"):
+        AsyncStorageReader("s3://bucket/run", storage_options={"profile": "nosuch"})
+
+
+def test_options_that_s3fs_and_fsspec_take():
+    options = {
+        "key": "k",
+        "secret": "s",
+        "token": "t",
+        "anon": False,
+        "client_kwargs": {"region_name": "x"},
+        "use_ssl": True,
+    }
+    more = {
+        "endpoint_url": "http://x",
+        "default_block_size": 5,
+        "skip_instance_cache": True,
+        "s3_additional_kwargs": {},
+    }
+    AsyncStorageWriter(
+        "s3://bucket/run", storage_options=options | more | {"config_kwargs": {}, "version_aware": False}
+    )

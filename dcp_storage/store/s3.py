@@ -1,6 +1,7 @@
 """Amazon S3 and servers that speak its protocol, through s3fs."""
 
 import asyncio
+import inspect
 import io
 import random
 from base64 import b64encode
@@ -19,12 +20,13 @@ from botocore.exceptions import (
     ConnectTimeoutError,
     HTTPClientError,
     IncompleteReadError,
+    ProfileNotFound,
     ReadTimeoutError,
     SSLError,
 )
 from botocore.loaders import create_loader
 
-from dcp_storage.errors import ObjectExists
+from dcp_storage.errors import ConfigError, ObjectExists
 from dcp_storage.store.base import ABSENT
 from dcp_storage.store.failures import error_code, http_status
 from dcp_storage.store.remote import RemoteStore
@@ -77,6 +79,7 @@ class S3Store(RemoteStore):
 
     def __init__(self, url: str, fs_class: Any, storage_options: Mapping[str, Any]) -> None:
         super().__init__(url, fs_class, storage_options)
+        _check_options(fs_class, self._options)
         # More than one connection an object would read it in parts, which a commit may replace in between.
         self._options["max_concurrency"] = 1
         # Options that this botocore is too old for name behaviour that it is also too old to have.
@@ -193,6 +196,34 @@ class S3Store(RemoteStore):
 def _loader(data_path: str | None) -> Any:
     """Return what holds botocore's descriptions of services: parsing them anew for every client takes 0.1 s."""
     return create_loader(data_path)
+
+
+def _check_options(fs_class: type, options: Mapping[str, Any]) -> None:
+    """Refuse early what s3fs would pass on, to fail in the middle of a save.
+
+    Raises:
+        ConfigError: Nothing takes an option, or there is no such profile.
+    """
+    known = {name for cls in (*fs_class.__mro__, AioSession) for name in _parameters(cls)}
+    unknown = sorted(options.keys() - known - _OF_FSSPEC)
+    if unknown:
+        raise ConfigError(
+            f"s3fs takes no storage option {', '.join(unknown)}; what botocore's client takes goes into "
+            f'client_kwargs, as in {{"client_kwargs": {{"region_name": "eu-west-1"}}}}, and credentials are key, '
+            "secret and token"
+        )
+    if profile := options.get("profile"):
+        try:
+            AioSession(profile=profile).get_scoped_config()
+        except ProfileNotFound as error:
+            raise ConfigError(f"{error}: name another in storage_options, or write it to ~/.aws/config") from error
+
+
+_OF_FSSPEC = {"skip_instance_cache", "use_listings_cache", "listings_expiry_time", "max_paths", "target_options"}
+
+
+def _parameters(cls: type) -> Iterable[str]:
+    return () if cls is object else inspect.signature(cls.__init__).parameters.keys()
 
 
 def _expect_nothing(params: dict[str, Any], **_: Any) -> None:

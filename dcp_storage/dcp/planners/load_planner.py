@@ -18,6 +18,7 @@ from dcp_storage.dcp.kinds.hooked import Wrapper
 from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.kinds.plain import Plain
 from dcp_storage.dcp.planners.coverage import StoredTensor, part_note
+from dcp_storage.dcp.planners.faults import naming_checkpoint, raise_all
 from dcp_storage.dcp.planners.flatten import put
 from dcp_storage.dcp.planners.missing import check_patterns, skip, some, tell_skipped
 from dcp_storage.dcp.planners.names import names_of, stored_below_empty_dicts
@@ -121,20 +122,31 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
     def create_local_plan(self) -> LoadPlan:
         """Return the reads that fill this rank's destinations, and prove that they do."""
         assert self.metadata is not None
-        self._check_missing()
-        reads: list[ReadItem] = []
-        casts: list[str] = []
-        for fqn, value in self.state_dict.items():
-            entry = self.metadata.state_dict_metadata.get(fqn)
-            if isinstance(entry, TensorStorageMetadata):
-                reads.extend(self._tensor_reads(fqn, value, entry, casts))
-            elif isinstance(entry, BytesStorageMetadata):
-                if isinstance(value, Tensor):
-                    check_takes_number(self._kinds[fqn])
-                    casts.append(f"{fqn} (a number -> {value.dtype})")
-                reads.append(_bytes_read(fqn))
-        self._judge(casts)
+        with naming_checkpoint(self.metadata):
+            self._check_missing()
+            reads: list[ReadItem] = []
+            casts: list[str] = []
+            faults: list[CoverageError] = []
+            for fqn, value in self.state_dict.items():
+                try:
+                    reads.extend(self._reads(fqn, value, casts))
+                except CoverageError as fault:
+                    faults.append(fault)
+            raise_all(faults)
+            self._judge(casts)
         return LoadPlan(reads)
+
+    def _reads(self, fqn: str, value: object, casts: list[str]) -> list[ReadItem]:
+        assert self.metadata is not None
+        entry = self.metadata.state_dict_metadata.get(fqn)
+        if isinstance(entry, TensorStorageMetadata):
+            return self._tensor_reads(fqn, value, entry, casts)
+        if not isinstance(entry, BytesStorageMetadata):
+            return []
+        if isinstance(value, Tensor):
+            check_takes_number(self._kinds[fqn])
+            casts.append(f"{fqn} (a number -> {value.dtype})")
+        return [_bytes_read(fqn)]
 
     def _check_missing(self) -> None:
         self.skipped_by = skip(self.skipped, self.unexpected, self._may_miss)
@@ -178,6 +190,8 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         message = f"{len(names)} tensors are stored in another dtype than they are loaded into: {some(names)}"
         if self._dtype_policy == "error":
             raise DtypeMismatch(message)
+        if not self.is_coordinator:  # other ranks are told the same
+            return
         warnings.warn(f"{message}. They are converted; dtype_policy decides on that", stacklevel=2)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:

@@ -1,6 +1,7 @@
 """What a load asks for and the checkpoint does not hold: which of it may be missing, and what is said of it."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -39,13 +40,37 @@ def skip(missing: Iterable[str], unexpected: Sequence[str], patterns: Sequence[s
 
 def _missing(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     total = f" ({len(missing)} in all)" if len(missing) > 1 else ""
-    there = f"; it holds {_unasked(unexpected)}" if unexpected else ""
+    there = f"; it holds {_unasked(unexpected)}{_renamed(missing, unexpected)}" if unexpected else ""
     first = missing[0].partition(".")[0]
     pattern = f"{first}.*" if all(fqn.startswith(f"{first}.") for fqn in missing) else missing[0]
     return (
         f"Missing key in checkpoint state_dict: {some(missing)}{total}{there}. Load without them, or skip them: "
         f"allow_missing=({pattern!r},), or allow_partial_load=True for whatever is missing"
     )
+
+
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.", "model.")
+"""What wrappers of modules put into the names of their parameters."""
+
+
+def _renamed(missing: Sequence[str], unexpected: Sequence[str]) -> str:
+    """Return what a missing name seems to be called in the checkpoint, if that can be told."""
+    there = {_unwrapped(fqn): fqn for fqn in unexpected}
+    alike = [(fqn, there[_unwrapped(fqn)]) for fqn in missing if _unwrapped(fqn) in there]
+    if alike:
+        here, stored = alike[0]
+        return (
+            f". {len(alike)} of the missing names differ by a wrapper's prefix only: {here} is {stored} there. Save "
+            "and load the state dict of the same module (get_model_state_dict gives names without prefixes)"
+        )
+    close = get_close_matches(missing[0], unexpected, 1, 0.8)
+    return f". Is {missing[0]} called {close[0]} there?" if close else ""
+
+
+def _unwrapped(fqn: str) -> str:
+    for prefix in _WRAPPERS:
+        fqn = fqn.replace(prefix, "")
+    return fqn
 
 
 def tell_skipped(
@@ -77,7 +102,8 @@ def tell_skipped(
         for fqn, below in empty.items()
     ]
     if count and unexpected:
-        sentences.append(f"The checkpoint holds {_unasked(unexpected)}")
+        missing = [fqn for held in skipped.values() for fqn in held]
+        sentences.append(f"The checkpoint holds {_unasked(unexpected)}{_renamed(missing, unexpected)}")
     return ". ".join(sentences) if sentences else None
 
 
