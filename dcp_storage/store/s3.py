@@ -223,7 +223,8 @@ _OF_FSSPEC = {"skip_instance_cache", "use_listings_cache", "listings_expiry_time
 
 
 def _parameters(cls: type) -> Iterable[str]:
-    return () if cls is object else inspect.signature(cls.__init__).parameters.keys()
+    initializer = vars(cls).get("__init__")
+    return inspect.signature(initializer).parameters.keys() if inspect.isfunction(initializer) else ()
 
 
 def _expect_nothing(params: dict[str, Any], **_: Any) -> None:
