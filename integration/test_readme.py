@@ -55,6 +55,7 @@ def kill(process):
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     process.wait()
+    process.stdout.close()
 
 
 def descendants(pid):
