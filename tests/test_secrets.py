@@ -285,7 +285,7 @@ def test_parameters_of_urls():
 
 
 def test_short_secrets_do_not_mask_words():
-    text = "an unexpected keyword argument of me"
+    text = "an unexpected keyword argument of a memo"
     assert mask(text, secrets_in("s3://a:n@host", {"key": "a", "secret": "me", "token": "key"})) == text
     assert mask("the key is key=abc", {"key"}) == "the *** is ***=abc"
     assert mask("keyword", {"key"}) == "keyword"

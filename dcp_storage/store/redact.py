@@ -31,9 +31,9 @@ def secrets_in(url: str, options: Mapping[str, Any]) -> frozenset[str]:
 def mask(text: str, secrets: Iterable[str]) -> str:
     """Return the text with every secret replaced, also as `repr` or a URL shows it; the longest first.
 
-    What is shorter than 3 characters is not a secret: it would mask letters of every message.
+    A single character is not a secret: it would mask letters of every message.
     """
-    secrets = [secret for secret in secrets if len(secret) > 2]  # noqa: PLR2004
+    secrets = [secret for secret in secrets if len(secret) > 1]
     shown = {form for secret in secrets for form in (secret, repr(secret)[1:-1], quote(secret), quote(secret, safe=""))}
     for form in sorted(shown, key=len, reverse=True):
         # A short one might be a part of any word.
