@@ -106,6 +106,10 @@ class StoreError(DcpStorageError, OSError):
     """The storage system refused or failed an operation."""
 
 
+class AccessDenied(StoreError, PermissionError):
+    """The storage system does not allow an operation to whoever asks."""
+
+
 class ObjectNotFound(StoreError, FileNotFoundError):
     """An object that should be in the store is not there."""
 

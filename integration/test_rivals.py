@@ -131,17 +131,17 @@ def test_a_rival_s_commit_while_the_answer_to_ours_is_lost(place, first, monkeyp
         pytest.skip("no answers are lost")
     if not first:
         here.save(1)
-    real = S3Store._try
-    monkeypatch.setattr("dcp_storage.store.s3._PAUSE_SECONDS", 0)
+    real = S3Store._send
+    monkeypatch.setattr("dcp_storage.store.s3_retry._PAUSE_SECONDS", 0)
 
-    async def lossy(store, method, *args, **kwargs):
-        answer = await real(store, method, *args, **kwargs)
-        if "put_object" in args and kwargs["Key"].endswith(".metadata"):
-            S3Store._try = real
+    async def lossy(store, operation, parameters):
+        answer = await real(store, operation, parameters)
+        if operation == "put_object" and parameters["Key"].endswith(".metadata"):
+            S3Store._send = real
             await asyncio.to_thread(here.save, RIVAL)
             raise ClientConnectionError("the connection broke")
         return answer
 
-    monkeypatch.setattr(S3Store, "_try", lossy)
+    monkeypatch.setattr(S3Store, "_send", lossy)
     assert outcome(lambda: here.save(OURS)) is CheckpointReplaced
     assert here.load() == RIVAL, "and not ours, whose objects are gone"

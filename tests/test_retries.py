@@ -12,7 +12,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Transfer
 from dcp_storage.errors import BlockCorrupt, ManifestCorrupt, ObjectNotFound, StoreError
-from dcp_storage.store import s3
+from dcp_storage.store import s3, s3_retry
 from tests.faulty_s3 import FaultyS3, faulty_s3
 from tests.states import assert_same, blank_like
 from tests.store_suite import NAME, Place, put, run
@@ -30,8 +30,8 @@ TRANSFER = Transfer(object_bytes=1 << 20, concurrency=4)
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[FaultyS3]:
-    monkeypatch.setattr(s3, "_PAUSE_SECONDS", 0.001)
-    monkeypatch.setattr(s3, "_ATTEMPTS", ATTEMPTS)
+    monkeypatch.setattr(s3_retry, "_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(s3_retry, "_ATTEMPTS", ATTEMPTS)
     with faulty_s3() as state:
         yield state
 
@@ -122,8 +122,8 @@ def test_who_says_how_many_attempts(server: FaultyS3, monkeypatch, tmp_path, how
 
 
 def test_pauses_grow_and_differ_and_all_ends_in_half_a_minute():
-    assert s3._TIMEOUTS * s3._CONFIG_DEFAULTS["read_timeout"] <= 30
-    pauses = [[s3._pause(attempt) for attempt in range(1, s3._ATTEMPTS)] for _ in range(200)]
+    assert s3_retry.MOST_TIMEOUTS * s3._CONFIG_DEFAULTS["read_timeout"] <= 30
+    pauses = [[s3_retry.pause(attempt) for attempt in range(1, s3_retry._ATTEMPTS)] for _ in range(200)]
     assert max(map(sum, pauses)) < 30
     for step, column in enumerate(zip(*pauses, strict=True)):
         longest = min(0.25 * 2**step, 4)

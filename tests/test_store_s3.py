@@ -206,7 +206,7 @@ def test_options_override_the_defaults_one_by_one(moto_s3: Place):
     async def main():
         async with moto_s3.open(read_timeout=77, s3={"addressing_style": "path"}) as store:
             await store.commit(".metadata", b"{}")
-            config = store._session.meta.config
+            config = store._client.meta.config
             assert (config.read_timeout, config.connect_timeout) == (77, 5)
             assert config.s3 == {"addressing_style": "path", "payload_signing_enabled": False}
             assert config.max_pool_connections >= 256
@@ -250,7 +250,7 @@ def test_settings_from_the_configuration_of_fsspec(moto_s3: Place, monkeypatch):
     async def main():
         async with open_store(moto_s3.url) as store:
             await store.commit(".metadata", b"{}")
-            assert store._session.meta.config.read_timeout == 33
+            assert store._client.meta.config.read_timeout == 33
 
     asyncio.run(main())
     assert run(moto_s3, lambda store: store.get(".metadata")) == b"{}"
@@ -267,8 +267,8 @@ def test_connections_are_closed(moto_s3: Place):
     async def main():
         async with moto_s3.open() as store:
             await store.list()
-            session = store._session
-        return session._endpoint.http_session._sessions
+            client = store._client
+        return client._endpoint.http_session._sessions
 
     assert not asyncio.run(main())
 
@@ -293,19 +293,19 @@ def test_no_secret_is_shown(refused_port: int, secret: str, operation):
 
 def lose_answers(monkeypatch, meanwhile=None):
     """Break the connection after each PUT was done, twice; `meanwhile` is done by another writer."""
-    real, lost = S3Store._try, []
+    real, lost = S3Store._send, []
 
-    async def broken(store, method, *args, **kwargs):
-        answer = await real(store, method, *args, **kwargs)
-        if "put_object" in args and len(lost) < 2:
-            lost.append(kwargs["Key"])
+    async def broken(store, operation, parameters):
+        answer = await real(store, operation, parameters)
+        if operation == "put_object" and len(lost) < 2:
+            lost.append(parameters["Key"])
             if meanwhile:
-                await meanwhile(store, kwargs)
+                await meanwhile(store, parameters["Key"])
             raise ClientConnectionError("the connection broke")
         return answer
 
-    monkeypatch.setattr(S3Store, "_try", broken)
-    monkeypatch.setattr("dcp_storage.store.s3._PAUSE_SECONDS", 0)
+    monkeypatch.setattr(S3Store, "_send", broken)
+    monkeypatch.setattr("dcp_storage.store.s3_retry._PAUSE_SECONDS", 0)
     return lost
 
 
@@ -317,8 +317,8 @@ def test_a_create_whose_answer_was_lost_is_known_for_what_it_did(moto_s3: Place,
 
 
 def test_a_create_whose_answer_was_lost_does_not_replace_what_came_after_it(moto_s3: Place, monkeypatch):
-    async def replace(store, request):
-        await store._fs._call_s3("put_object", Bucket=request["Bucket"], Key=request["Key"], Body=b"another writer's")
+    async def replace(store, key):
+        await store._fs._call_s3("put_object", Bucket=store._bucket, Key=key, Body=b"another writer's")
 
     lose_answers(monkeypatch, replace)
     with pytest.raises(ObjectExists):
@@ -337,8 +337,8 @@ def test_a_commit_whose_answer_was_lost_does_not_replace_what_came_after_it(moto
         assert len(lost) == 1, "the second attempt is refused, and what is there is ours"
     run(moto_s3, lambda store: store.commit(".metadata", b"old"))
 
-    async def replace(store, request):
-        await store._fs._call_s3("put_object", Bucket=request["Bucket"], Key=request["Key"], Body=b"another writer's")
+    async def replace(store, key):
+        await store._fs._call_s3("put_object", Bucket=store._bucket, Key=key, Body=b"another writer's")
 
     lose_answers(monkeypatch, replace)
     with pytest.raises(ObjectExists, match="another one was written meanwhile"):
@@ -363,7 +363,7 @@ def test_a_commit_over_what_changed_meanwhile_is_refused(moto_s3: Place, rival):
 
 def test_a_bucket_that_is_missing_is_no_change(moto_s3: Place):
     async def commit(store):
-        store._prefix = "no-such-bucket/run"
+        store._bucket = "no-such-bucket"
         await store.commit(".metadata", b"mine", await store.version(".metadata"))
 
     with pytest.raises(StoreError, match="bucket does not exist") as raised:
@@ -372,28 +372,25 @@ def test_a_bucket_that_is_missing_is_no_change(moto_s3: Place):
 
 
 def test_a_server_that_does_not_implement_conditions_takes_commits_without(moto_s3: Place, monkeypatch):
-    real = S3Store._try
+    real = S3Store._send
 
-    async def refuse(store, method, *args, **kwargs):
-        if "IfMatch" in kwargs or "IfNoneMatch" in kwargs:
+    async def refuse(store, operation, parameters):
+        if "IfMatch" in parameters or "IfNoneMatch" in parameters:
             answer = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
             raise ClientError(answer, "PutObject")
-        return await real(store, method, *args, **kwargs)
+        return await real(store, operation, parameters)
 
     async def commit(store):
         for data in (b"first", b"second"):
             await store.commit(".metadata", data, await store.version(".metadata"))
 
-    monkeypatch.setattr(S3Store, "_try", refuse)
+    monkeypatch.setattr(S3Store, "_send", refuse)
     run(moto_s3, commit)
     assert run(moto_s3, lambda store: store.get(".metadata")) == b"second"
 
 
 def test_a_client_too_old_for_conditions_only_has_the_look_before(moto_s3: Place, monkeypatch):
-    async def unknown(store, over):
-        return {}
-
-    monkeypatch.setattr(S3Store, "_only_over", unknown)
+    monkeypatch.setattr(S3Store, "_only_over", lambda store, over: {})
     run(moto_s3, lambda store: store.commit(".metadata", b"first", over=ABSENT))
     with pytest.raises(ObjectExists):
         run(moto_s3, lambda store: store.commit(".metadata", b"second", over=ABSENT))

@@ -9,12 +9,13 @@ from dcp_storage.errors import ConfigError
 from dcp_storage.observe import Observer, silent
 from dcp_storage.progress import progress_bar
 from dcp_storage.store.base import Store
-from dcp_storage.store.open import open_store, resolve
+from dcp_storage.store.open import open_store
 from dcp_storage.store.redact import strip_userinfo
+from dcp_storage.store.urls import Address, options_of, resolve
 from dcp_storage.transfer.workers import run_async
 
 R = TypeVar("R")
-Path = str | os.PathLike[str]
+Path = Address
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,8 @@ class Location:
     sync_files: bool = True
 
     def __post_init__(self) -> None:
+        if carried := options_of(self.path):
+            object.__setattr__(self, "storage_options", {**carried, **(self.storage_options or {})})
         object.__setattr__(self, "path", resolve(self.path))  # once: the program may change its directory
         self.store()  # an unknown protocol is better refused now than when the first checkpoint is due
 

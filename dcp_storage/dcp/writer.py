@@ -21,7 +21,7 @@ from dcp_storage.dcp.metadata import build_manifest, is_whole
 from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
 from dcp_storage.dcp.replicas.compare import Results, judge
 from dcp_storage.dcp.saves.attempt import name_attempt
-from dcp_storage.dcp.saves.commit import check_vacant, commit
+from dcp_storage.dcp.saves.commit import check_place, commit
 from dcp_storage.dcp.saves.failing import ending_on_error
 from dcp_storage.dcp.saves.order import begin, leave_save
 from dcp_storage.dcp.saves.put import put
@@ -141,6 +141,7 @@ class AsyncStorageWriter(StorageWriter):
         Raises:
             UnsupportedTensor: A dtype that the format does not hold, or a name that is no text.
             CheckpointExists: A checkpoint stands here and may not be replaced.
+            AccessDenied: ... or may not be read by whoever saves.
         """
         save, part = self._current()
         with ending_on_error(save):
@@ -148,8 +149,8 @@ class AsyncStorageWriter(StorageWriter):
                 check_text(item.index.fqn)
                 if item.tensor_data is not None:
                     dtype_name(item.tensor_data.properties.dtype, item.index.fqn)
-            if part.attempt or (part.coordinator and not self._overwrite):
-                save.location.run(partial(check_vacant, overwrite=self._overwrite))
+            if part.commits:
+                save.location.run(partial(check_place, overwrite=self._overwrite, part=part.attempt is not None))
         return plan
 
     @hook

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterable, Sequence
 from typing import ClassVar, NamedTuple, Self
 
 from dcp_storage.config import KIB
+from dcp_storage.errors import ObjectNotFound
 
 Batch = bytes | memoryview
 """Bytes of an object, in order. Their memory is used again once the next batch is asked for."""
@@ -40,9 +41,9 @@ class Store(ABC):
     Object names are flat: no `/`. A store is opened for one call and one event loop, as an async context manager that
     closes its connections; it is never pickled and never shared between loops. Operations may run concurrently.
 
-    Every method raises `StoreError`, or its subclass `ObjectNotFound` where an object is absent, and names the URL in
-    it. No method leaves a partly written object under the name it was given when it fails: local files are removed,
-    and a PUT is atomic.
+    Every method raises `StoreError`, or its subclasses `ObjectNotFound` where an object is absent and `AccessDenied`
+    where rights are missing, and names the URL in it. No method leaves a partly written object under the name it was
+    given when it fails: local files are removed, and a PUT is atomic.
 
     Attributes:
         url: Where the prefix is, for messages; never with credentials.
@@ -80,6 +81,18 @@ class Store(ABC):
         Raises:
             ObjectExists: There is another version, of other bytes.
         """
+
+    async def probe(self, name: str) -> bool:
+        """Return whether an object is there, before data moves; raise what would keep a commit from replacing it.
+
+        As far as that can be told without writing anything. Where the storage system does not say whether something is
+        there (S3, to those who may not list), it is taken for absent, and the commit's condition decides.
+        """
+        try:
+            await self.get_range(name, 0, 1)
+        except ObjectNotFound:
+            return False
+        return True
 
     async def version(self, name: str) -> str | None:  # noqa: ARG002 - where there are versions
         """Return what tells an object from all that may replace it, for `commit`; `None` where nothing does."""

@@ -1,13 +1,14 @@
 """The one place where what a storage system raises becomes a `StoreError`."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from dcp_storage.errors import StoreError
+from dcp_storage.errors import AccessDenied, DcpStorageError, StoreError
 from dcp_storage.store.redact import mask, strip_userinfo
 
 _RANGE_NOT_SATISFIABLE = {416, "416", "InvalidRange"}
+_DENIED = {401, 403, "401", "403", "AccessDenied", "Forbidden"}
 
 
 class Failures:
@@ -22,13 +23,13 @@ class Failures:
         self.url = strip_userinfo(url)
         self._secrets = secrets
 
-    def mapped(self, operation: str, name: str = "", *, absent: type[StoreError] = StoreError) -> "Mapping":
+    def mapped(self, operation: str, name: str = "", *, absent: type[StoreError] = StoreError) -> "Mapped":
         """Return a context that raises what fails in it as `StoreError`, or as `absent` for a `FileNotFoundError`.
 
-        Only calls into the storage system belong in it: everything they raise is a failure of storage. A `StoreError`
-        passes as it is, and so does a cancellation.
+        Only calls into the storage system belong in it: everything they raise is a failure of storage. Errors of this
+        package pass as they are, and so does a cancellation. What may not be done is `AccessDenied`.
         """
-        return Mapping(self, operation, name, absent)
+        return Mapped(self, operation, name, absent)
 
     def error(self, operation: str, name: str, reason: str, kind: type[StoreError] = StoreError) -> StoreError:
         """Return the error for an operation on an object (or on the whole prefix where `name` is empty)."""
@@ -42,7 +43,7 @@ class Failures:
 
 
 @dataclass(frozen=True)
-class Mapping:
+class Mapped:
     """The context of one operation.
 
     No generator, and no name for what is raised: either would be a circle with the traceback, which holds the frames of
@@ -58,9 +59,11 @@ class Mapping:
         """Begin the operation."""
 
     def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
-        if not isinstance(error, Exception) or isinstance(error, StoreError):
+        if not isinstance(error, Exception) or isinstance(error, DcpStorageError):
             return
         kind = self.absent if isinstance(error, FileNotFoundError) else StoreError
+        if is_denied(error):
+            kind = AccessDenied
         # A printed traceback shows the cause too, so a cause that holds a secret is left out of it.
         cause = None if self.failures.leaks(error) else error
         raise self.failures.error(self.operation, self.name, describe(error), kind) from cause
@@ -88,23 +91,30 @@ def is_range_beyond_end(error: BaseException) -> bool:
     return any(not _RANGE_NOT_SATISFIABLE.isdisjoint(_codes(link)) for link in chain(error))
 
 
+def is_denied(error: BaseException) -> bool:
+    """Tell whether an operation failed for a lack of rights, and not for want of a key that is one."""
+    if code := error_code(error):
+        return code in _DENIED
+    return isinstance(error, PermissionError) or any(not _DENIED.isdisjoint(_codes(link)) for link in chain(error))
+
+
+def answer_of(error: BaseException) -> Mapping[str, Any]:
+    """Return the S3 answer behind an error, as botocore parsed it, or nothing."""
+    answers = (getattr(link, "response", None) for link in chain(error))
+    return next((answer for answer in answers if isinstance(answer, dict)), {})
+
+
 def error_code(error: BaseException) -> str:
     """Return the code in the S3 answer behind an error (`NoSuchBucket`, `SlowDown`), or an empty string."""
-    return next((str(answer["Error"].get("Code", "")) for answer in _answers(error) if "Error" in answer), "")
+    return str(answer_of(error).get("Error", {}).get("Code", ""))
 
 
 def http_status(error: BaseException) -> int:
     """Return the HTTP status of the S3 answer behind an error, or 0."""
-    metadata = (answer.get("ResponseMetadata", {}) for answer in _answers(error))
-    return next((int(found["HTTPStatusCode"]) for found in metadata if "HTTPStatusCode" in found), 0)
-
-
-def _answers(error: BaseException) -> Iterator[dict[str, Any]]:
-    answers = (getattr(link, "response", None) for link in chain(error))
-    return (answer for answer in answers if isinstance(answer, dict))
+    return int(answer_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _codes(error: BaseException) -> set[int | str]:
-    """Return what an HTTP client keeps as status: botocore's code, aiohttp's `status`, gcsfs's `code`."""
-    codes = {getattr(error, "status", None), getattr(error, "code", None), error_code(error)}
-    return {code for code in codes if isinstance(code, int | str)}
+    """Return what a client keeps as status: botocore's code, aiohttp's `status`, gcsfs's `code`, azure's."""
+    kept = (getattr(error, name, None) for name in ("status", "code", "status_code"))
+    return {code for code in (*kept, error_code(error)) if isinstance(code, int | str)}

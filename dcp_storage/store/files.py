@@ -80,7 +80,11 @@ class NewFile:
 
 def sync_directory(directory: Path) -> None:
     """Make the entries of a directory last, where its file system can be asked to."""
-    descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # it may be written, but not listed
+        os.sync()
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -112,8 +116,39 @@ def sync_path(directory: Path) -> None:
 
 
 def make_directory(directory: Path) -> None:
-    """Create a directory and its parents; a commit makes them last."""
-    directory.mkdir(parents=True, exist_ok=True)
+    """Create a directory and its parents; a commit makes them last.
+
+    What stands there already is not looked at: some parallel file systems say for a while that it is no directory.
+    Where that is true, nothing can be created in it.
+    """
+    with suppress(FileExistsError):
+        try:
+            directory.mkdir()
+        except FileNotFoundError:
+            if directory.parent == directory:
+                raise
+            make_directory(directory.parent)
+            directory.mkdir()
+
+
+def check_replaceable(path: Path) -> bool:
+    """Return whether a file is there, that may be read and replaced.
+
+    Raises:
+        PermissionError: It may not be, or no file may be made in its directory.
+    """
+    directory = path.parent
+    there = next((outer for outer in (directory, *directory.parents) if outer.exists()), directory)
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "no file may be made in this directory", str(there))
+    try:
+        with path.open("rb"):
+            status, around = path.stat(), directory.stat()
+    except FileNotFoundError:
+        return False
+    if around.st_mode & stat.S_ISVTX and os.geteuid() not in {0, status.st_uid, around.st_uid}:
+        raise PermissionError(errno.EPERM, "in a sticky directory only its owner may replace it", str(path))
+    return True
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool) -> None:
@@ -155,7 +190,8 @@ def _publish(path: Path, data: bytes, publish: Callable[[Path, Path], object], *
                 os.fsync(file.fileno())
         publish(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # what made it fail is raised, not what fails here
+            temporary.unlink(missing_ok=True)
         raise
     if sync:
         sync_directory(path.parent)

@@ -37,6 +37,7 @@ class LocalStore(Store):
     def __init__(self, path: str | os.PathLike[str], *, sync_files: bool = True) -> None:
         self._directory = Path(path).absolute()
         self._sync_files = sync_files
+        self._making: asyncio.Future[None] | None = None
         self.url = str(self._directory)
         self._failures = Failures(self.url)
 
@@ -75,7 +76,7 @@ class LocalStore(Store):
         """Read the whole file."""
         path = self._path(name)
         with self._failures.mapped("read", name, absent=ObjectNotFound):
-            return await wrap(path.read_bytes)()
+            return await wrap(reads.read_file)(path)
 
     async def get_range(self, name: str, start: int, stop: int, room: Room | None = None) -> bytes | memoryview:
         """Read a range of the file; into `room`, past the page cache what is not in it."""
@@ -84,11 +85,17 @@ class LocalStore(Store):
             # The thread writes to memory that its owner uses again once this call has ended.
             return await _in_thread(reads.read_range, path, start, stop, room)
 
+    async def probe(self, name: str) -> bool:
+        """Return whether the file is there; raise where it may not be read or replaced."""
+        path = self._path(name)
+        with self._failures.mapped("commit", name):
+            return await wrap(reads.reopening(files.check_replaceable))(path)
+
     async def size(self, name: str) -> int:
         """Return the file's size in bytes."""
         path = self._path(name)
         with self._failures.mapped("look up", name, absent=ObjectNotFound):
-            return await wrap(files.file_size)(path)
+            return await wrap(reads.reopening(files.file_size))(path)
 
     async def list(self) -> dict[str, int]:
         """Return the regular files in the directory."""
@@ -97,7 +104,7 @@ class LocalStore(Store):
     async def directories(self) -> builtins.list[str]:
         """Return the directories in the directory."""
         with self._failures.mapped("list"):
-            return await wrap(files.list_directories)(self._directory)
+            return await wrap(reads.reopening(files.list_directories))(self._directory)
 
     async def modified(self) -> dict[str, float]:
         """Return when each regular file in the directory was written."""
@@ -105,7 +112,7 @@ class LocalStore(Store):
 
     async def _statuses(self) -> dict[str, os.stat_result]:
         with self._failures.mapped("list"):
-            return await wrap(files.stat_files)(self._directory)
+            return await wrap(reads.reopening(files.stat_files))(self._directory)
 
     async def delete(self, names: Sequence[str]) -> None:
         """Remove files; what was renamed before is made to last first, since it may have replaced them."""
@@ -121,7 +128,10 @@ class LocalStore(Store):
         return self._directory / check_name(name)
 
     async def _make_directory(self) -> None:
-        await _in_thread(files.make_directory, self._directory)
+        """Make it, once: on network file systems each time is a request."""
+        if self._making is None or (self._making.done() and self._making.exception()):
+            self._making = asyncio.ensure_future(wrap(files.make_directory)(self._directory))
+        await _unbroken(self._making)
 
     @asynccontextmanager
     async def _new_file(self, path: Path) -> AsyncIterator[files.NewFile]:

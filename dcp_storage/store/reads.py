@@ -7,8 +7,13 @@ time of one that goes past it, and half of its speed.
 import errno
 import fcntl
 import os
+import stat
+import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import wraps
 from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
 
 from dcp_storage.raw import copy_bytes
 from dcp_storage.store.base import PAGE_BYTES, Room
@@ -17,8 +22,53 @@ _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_OPENINGS = 4
+_PAUSE_SECONDS = 0.05
+
+
+def reopening(read: Callable[Concatenate[Path, P], R]) -> Callable[Concatenate[Path, P], R]:
+    """Look again at a path whose file another machine replaced or deleted (NFS), for what is there now.
+
+    The function raises `FileNotFoundError` where that does not end.
+    """
+
+    @wraps(read)
+    def reads(path: Path, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        for opening in range(_OPENINGS):
+            try:
+                return read(path, *args, **kwargs)
+            except OSError as error:
+                if error.errno != errno.ESTALE:
+                    raise
+                stale = error
+            time.sleep(_PAUSE_SECONDS * opening)
+        raise FileNotFoundError(
+            errno.ENOENT, "its handle stays stale: it was replaced or deleted", str(path)
+        ) from stale
+
+    return reads
+
+
+def _check_regular(path: Path) -> None:
+    """Refuse what is no file before it is opened: a pipe would wait for a writer for ever."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+
+
+@reopening
+def read_file(path: Path) -> bytes:
+    """Return a whole file."""
+    _check_regular(path)
+    return path.read_bytes()
+
+
+@reopening
 def read_range(path: Path, start: int, stop: int, room: Room | None) -> bytes | memoryview:
     """Open, read and close in one go, so that a range costs one trip through a thread."""
+    _check_regular(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         return _pread(descriptor, start, stop) if room is None else _read(descriptor, start, stop, room)

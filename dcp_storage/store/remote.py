@@ -4,20 +4,23 @@ import asyncio
 import builtins
 import io
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from datetime import UTC, datetime
 from typing import Any, Self
 
 from fsspec.config import apply_config
 
 from dcp_storage.config import MIB
-from dcp_storage.errors import ObjectExists, ObjectNotFound
+from dcp_storage.errors import ConfigError, ObjectExists, ObjectNotFound, StoreError
 from dcp_storage.store.base import ABSENT, Batch, Room, Store
 from dcp_storage.store.bodies import Bodies
+from dcp_storage.store.closing import close_opened
 from dcp_storage.store.failures import Failures, is_range_beyond_end
 from dcp_storage.store.names import check_name
 from dcp_storage.store.redact import secrets_in
 
 _DELETES_IN_FLIGHT = 32
+_ANY_NAME = "object"
 _TIME_KEYS = ("LastModified", "mtime", "last_modified", "updated", "modified", "created")
 """What fsspec's file systems call the time of the last write, each as it likes."""
 
@@ -42,21 +45,26 @@ class RemoteStore(Store):
         self._failures = Failures(url, secrets_in(url, self._options))
         self.url = self._failures.url
         self._fs: Any = None
-        self._session: Any = None
         self._bodies = Bodies()
 
     async def __aenter__(self) -> Self:
-        with self._failures.mapped("open"):
-            self._fs = self._make_fs()
-            self._session = await self._connect()
+        try:
+            with self._failures.mapped("open"):
+                self._fs = self._make_fs()
+                await self._connect()
+                self._check_paths()
+        except BaseException:
+            with suppress(StoreError):  # what kept it from opening is raised
+                await self.__aexit__()
+            raise
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Close the connections."""
-        session, self._fs, self._session = self._session, None, None
-        if session is not None:
+        """Close what the file system opened."""
+        fs, self._fs = self._fs, None
+        if fs is not None:
             with self._failures.mapped("close"):
-                await session.close()
+                await self._disconnect(fs)
 
     async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
         """Gather the batches into one body and write it with one request."""
@@ -114,14 +122,14 @@ class RemoteStore(Store):
         """Return the object's size in bytes."""
         path = self._path(name)
         with self._failures.mapped("look up", name, absent=ObjectNotFound):
-            info = await self._call("_info", path)
+            info = await self._info(path)
         if info["type"] != "file":
             raise self._failures.error("look up", name, f"it is a {info['type']}", ObjectNotFound)
-        return int(info["size"])
+        return self._size(name, info)
 
     async def list(self) -> dict[str, int]:
         """Return the objects directly below the prefix."""
-        return {name: int(entry["size"]) for name, entry in (await self._files()).items()}
+        return {name: self._size(name, entry) for name, entry in (await self._files()).items()}
 
     async def directories(self) -> builtins.list[str]:
         """Return the prefixes directly below this one."""
@@ -140,6 +148,11 @@ class RemoteStore(Store):
         found = {entry["name"].rpartition("/")[2]: entry for entry in files}
         found.pop("", None)  # the marker that some tools put for an empty directory
         return found
+
+    def _size(self, name: str, entry: Mapping[str, Any]) -> int:
+        if entry["size"] is None:
+            raise self._failures.error("find the size of", name, "the server does not tell it (no Content-Length)")
+        return int(entry["size"])
 
     def _time(self, name: str, entry: Mapping[str, Any]) -> float:
         time = next((entry[key] for key in _TIME_KEYS if entry.get(key) is not None), None)
@@ -163,7 +176,7 @@ class RemoteStore(Store):
         async with limit:
             with self._failures.mapped("delete", name):
                 try:
-                    await self._call("_rm_file", path)
+                    await self._remove(path)
                 except FileNotFoundError:
                     return
 
@@ -174,10 +187,24 @@ class RemoteStore(Store):
         """Create the file system on the running loop; fsspec would otherwise share one between loops."""
         return self._fs_class(**{**self._options, "asynchronous": True, "skip_instance_cache": True})
 
-    async def _connect(self) -> Any:
-        """Open the session that fsspec's file systems otherwise open at the first request, to close it in time."""
+    async def _connect(self) -> None:
+        """Open the session that fsspec's file systems otherwise open at the first request."""
         connect = getattr(self._fs, "set_session", None) or getattr(self._fs, "_set_session", None)
-        return None if connect is None else await connect()
+        if connect is not None:
+            await connect()
+
+    async def _disconnect(self, fs: Any) -> None:
+        await close_opened(fs, self._options)
+
+    def _check_paths(self) -> None:
+        """See that the file system takes an object's path for one, and no part of it for a version or a pattern.
+
+        Raises:
+            ConfigError: It does not, so that all objects would be one.
+        """
+        split = getattr(self._fs, "split_path", None)
+        if split is not None and not any(str(part).endswith(_ANY_NAME) for part in split(self._path(_ANY_NAME))):
+            raise ConfigError(f"{self.url}: fsspec takes a part of this URL for the version of an object; leave it out")
 
     async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
         """Await one of fsspec's coroutines, whose names begin with an underscore."""
@@ -189,6 +216,13 @@ class RemoteStore(Store):
     async def _read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         data: bytes = await self._call("_cat_file", path, start=start, end=stop)
         return data
+
+    async def _info(self, path: str) -> Mapping[str, Any]:
+        info: Mapping[str, Any] = await self._call("_info", path)
+        return info
+
+    async def _remove(self, path: str) -> None:
+        await self._call("_rm_file", path)
 
     async def _list_entries(self) -> Iterable[dict[str, Any]]:
         self._fs.invalidate_cache()

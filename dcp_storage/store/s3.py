@@ -3,33 +3,32 @@
 import asyncio
 import inspect
 import io
-import random
 from base64 import b64encode
-from collections.abc import Iterable, Mapping
-from functools import cache
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from typing import Any, TypeVar
 from zlib import crc32
 
 from aiobotocore.session import AioSession
-from aiohttp import ClientConnectionError, ClientPayloadError
 from botocore.config import Config
-from botocore.exceptions import (
-    ConnectionError as NoConnectionError,
-)
-from botocore.exceptions import (
-    ConnectTimeoutError,
-    HTTPClientError,
-    IncompleteReadError,
-    ProfileNotFound,
-    ReadTimeoutError,
-    SSLError,
-)
-from botocore.loaders import create_loader
+from botocore.exceptions import ProfileNotFound
 
-from dcp_storage.errors import ConfigError, ObjectExists
+from dcp_storage.errors import AccessDenied, ConfigError, ObjectExists, ObjectNotFound
 from dcp_storage.store.base import ABSENT
-from dcp_storage.store.failures import error_code, http_status
+from dcp_storage.store.failures import answer_of, describe, error_code, http_status, is_denied
+from dcp_storage.store.names import check_name
 from dcp_storage.store.remote import RemoteStore
+from dcp_storage.store.s3_client import (
+    Credentials,
+    Redirects,
+    check_certificates,
+    hook,
+    http_options,
+    make_session,
+    use_here,
+)
+from dcp_storage.store.s3_retry import MOST_TIMEOUTS, attempts, is_timeout, is_transient, pause
+
+R = TypeVar("R")
 
 _CONFIG_DEFAULTS = {
     "connect_timeout": 5,  # seconds
@@ -40,51 +39,39 @@ _CONFIG_DEFAULTS = {
 }
 """What botocore is told where `config_kwargs` in the storage options says nothing."""
 
-_ATTEMPTS = 10
-"""Requests for one operation, where neither the storage options nor the environment or profile say."""
-_TIMEOUTS = 2
-"""... of which so many may end in silence. So an endpoint that refuses or drops connections fails in half a minute."""
 _READ_TIMEOUTS = 20
 """How many times `read_timeout` an operation may take, with all its retries: 5 minutes, where nothing else is said."""
-_PAUSE_SECONDS = 0.25
-_LONGEST_PAUSE_SECONDS = 4
+_MOST_REDIRECTS = 3
 
 _PRECONDITION_FAILED = 412
 _NOT_IMPLEMENTED = 501
-
-_TIMED_OUT = (ConnectTimeoutError, ReadTimeoutError)
-_BROKEN = (NoConnectionError, HTTPClientError, IncompleteReadError, ClientConnectionError, ClientPayloadError)
-_BUSY_STATUS = {429, 500, 502, 503, 504}
-_BUSY_CODES = {
-    "SlowDown",
-    "Throttling",
-    "RequestTimeout",
-    "BadDigest",
-    "XAmzContentSHA256Mismatch",
-    "ConditionalRequestConflict",
-}
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired"}
+_NO_CHECKSUMS = (
+    "the server may not take checksums: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required, or storage_options="
+    '{"config_kwargs": {"request_checksum_calculation": "when_required"}}'
+)
+_ABSENT_OR_DENIED = "S3 answers so, too, where nothing is, to those without the right to list: s3:ListBucket"
 
 
 class S3Store(RemoteStore):
     """A key prefix in a bucket.
 
     Credentials, profile, region and endpoint come from the storage options, fsspec's configuration, or the usual
-    `AWS_*` variables and files, in this order, and so does the number of attempts. `config_kwargs` in the storage
-    options is merged over this store's time limits.
+    `AWS_*` variables and files, in this order, and so does the number of attempts; a `session` is used as it is.
+    `config_kwargs` in the storage options is merged over this store's time limits.
 
-    What is throttled, refused, reset, broken off or silent is tried again here and nowhere else: neither botocore,
-    which does not see a body break off, nor s3fs repeats a request. (aiohttp alone sends one again, at once, whose
-    connection turns out to be dead.)
+    An object's key is the prefix and its name, whatever is in them: s3fs makes the client and signs, and parses no path
+    of an object. What is throttled, refused, reset, broken off or silent is tried again here and nowhere else: neither
+    botocore, which does not see a body break off, nor s3fs repeats a request. (aiohttp alone sends one again, at once,
+    whose connection turns out to be dead.)
     """
 
     def __init__(self, url: str, fs_class: Any, storage_options: Mapping[str, Any]) -> None:
         super().__init__(url, fs_class, storage_options)
         _check_options(fs_class, self._options)
-        # More than one connection an object would read it in parts, which a commit may replace in between.
-        self._options["max_concurrency"] = 1
         # Options that this botocore is too old for name behaviour that it is also too old to have.
         defaults = {name: value for name, value in _CONFIG_DEFAULTS.items() if name in Config.OPTION_DEFAULTS}
-        config: dict[str, Any] = defaults | dict(self._options.get("config_kwargs") or {})
+        config: dict[str, Any] = defaults | http_options() | dict(self._options.get("config_kwargs") or {})
         # Bodies carry a CRC; signing them as well, which botocore does over plain HTTP, takes longer than zstd.
         config["s3"] = {"payload_signing_enabled": False} | dict(config.get("s3") or {})
         self._retries = dict(config.get("retries") or {})
@@ -96,38 +83,77 @@ class S3Store(RemoteStore):
     def _make_fs(self) -> Any:
         fs = super()._make_fs()
         fs.retries = 1
-        fs.session = AioSession(**fs.kwargs)
-        fs.session.register("before-call.s3", _expect_nothing)
-        fs.session.register_component("data_loader", _loader(fs.session.get_config_variable("data_path")))
-        self._attempts = _attempts(self._retries, fs.session)
+        if fs.session is None:
+            fs.session = make_session(fs.kwargs)
+            check_certificates(self._options, fs.session)
+        self._attempts = attempts(self._retries, fs.session)
+        self._bucket, key, _ = fs.split_path(self._prefix)
+        self._keys = f"{key}/" if key else ""
         return fs
 
-    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    async def _connect(self) -> None:
+        self._redirects = Redirects()
+        await self._fs.set_session()
+        if "session" in self._options:
+            use_here(await self._fs.session.get_credentials())
+        self._client = await self._persist(lambda: self._fs.get_s3(self._bucket))
+        hook(self._client, self._redirects)
+        # A setting of the options, the environment or the profile.
+        how = getattr(self._client.meta.config, "request_checksum_calculation", None)
+        self._checksums = how != "when_required"
+
+    async def _disconnect(self, fs: Any) -> None:
+        if creator := getattr(fs, "_s3creator", None):
+            await creator.__aexit__(None, None, None)
+
+    async def _request(self, operation: str, **parameters: Any) -> dict[str, Any]:
+        """Send a request for something in the bucket, until it succeeds or will not; a body in the answer is read."""
+        return await self._persist(lambda: self._send(operation, parameters))
+
+    async def _persist(self, call: Callable[[], Awaitable[R]]) -> R:
         """End in time: `read_timeout` alone would wait for ever for a server that does not take the whole body."""
         try:
             async with asyncio.timeout(self._limit_s) as limit:
-                return await self._persist(method, *args, **kwargs)
+                return await self._repeat(call)
         except TimeoutError as error:
             if not limit.expired():
                 raise
             raise TimeoutError(f"not done within {self._limit_s:g} s ({_READ_TIMEOUTS} times read_timeout)") from error
 
-    async def _persist(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        attempt = timeouts = 0
+    async def _repeat(self, call: Callable[[], Awaitable[R]]) -> R:
+        attempt = timeouts = redirects = 0
         while True:
-            attempt += 1
             try:
-                return await self._try(method, *args, **kwargs)
+                return await call()
             except Exception as error:
-                timeouts += isinstance(error, _TIMED_OUT)
-                if attempt >= self._attempts or timeouts == _TIMEOUTS or not _is_transient(error):
+                if redirects < _MOST_REDIRECTS and self._redirects.learn(answer_of(error)):
+                    redirects += 1
+                    continue
+                attempt += 1
+                timeouts += is_timeout(error)
+                if attempt >= self._attempts or timeouts == MOST_TIMEOUTS or not is_transient(error):
+                    self._forget_credentials(error)
                     raise
-            await asyncio.sleep(_pause(attempt))
+            await asyncio.sleep(pause(attempt))
 
-    async def _try(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        if "Body" in kwargs:
-            kwargs["Body"].seek(0)  # the try before has read it
-        return await super()._call(method, *args, **kwargs)
+    async def _send(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
+        sent = parameters.get("Body")
+        if sent is not None:
+            sent.seek(0)  # the try before has read it
+        answer: dict[str, Any] = await self._fs._call_s3(operation, Bucket=self._bucket, **parameters)  # noqa: SLF001
+        if "Body" in answer:
+            async with answer["Body"] as body:
+                answer["Body"] = await body.read()
+        return answer
+
+    def _forget_credentials(self, error: Exception) -> None:
+        provider = self._fs.session.get_component("credential_provider")
+        if error_code(error) in _EXPIRED and isinstance(provider, Credentials):
+            provider.forget()
+
+    def _path(self, name: str) -> str:
+        """Return the key of an object."""
+        return f"{self._keys}{check_name(name)}"
 
     async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
         """Write the object with a request that the server refuses where it is of another version than `over`.
@@ -140,7 +166,7 @@ class S3Store(RemoteStore):
             raise self._failures.error("commit", name, "it is there already", ObjectExists)
         with self._failures.mapped("commit", name):
             try:
-                await self._write_over(path, data, await self._only_over(over))
+                await self._write_over(path, data, self._only_over(over))
             except Exception as error:
                 if not _has_changed(error):
                     raise
@@ -148,14 +174,24 @@ class S3Store(RemoteStore):
                     why = "another one was written meanwhile"
                     raise self._failures.error("commit", name, why, ObjectExists) from error
 
+    async def probe(self, name: str) -> bool:
+        """Return whether an object is there; to those who may not list, S3 denies what is absent."""
+        try:
+            return await super().probe(name)
+        except AccessDenied:
+            return False
+
+    async def _is_there(self, name: str) -> bool:
+        return await self.probe(name)
+
     async def version(self, name: str) -> str | None:
         """Return the object's ETag."""
-        with self._failures.mapped("look up", name):
-            try:
-                info = await self._call("_info", self._path(name))
-            except FileNotFoundError:
-                return ABSENT
-        return info.get("ETag") or None  # not every server has them
+        try:
+            with self._failures.mapped("look up", name, absent=ObjectNotFound):
+                info = await self._info(self._path(name))
+        except (ObjectNotFound, AccessDenied):
+            return ABSENT
+        return info["ETag"] or None  # not every server has them
 
     async def _write_over(self, path: str, data: bytes, conditions: Mapping[str, str]) -> None:
         try:
@@ -165,9 +201,8 @@ class S3Store(RemoteStore):
                 raise
             await self._write(path, io.BytesIO(data))
 
-    async def _only_over(self, over: str | None) -> dict[str, str]:
-        client = await self._fs.get_s3(self._fs.split_path(self._prefix)[0])
-        known = client.meta.service_model.operation_model("PutObject").input_shape.members
+    def _only_over(self, over: str | None) -> dict[str, str]:
+        known = self._client.meta.service_model.operation_model("PutObject").input_shape.members
         header, value = ("IfNoneMatch", "*") if over == ABSENT else ("IfMatch", over)
         return {header: value} if value is not None and header in known else {}
 
@@ -178,31 +213,55 @@ class S3Store(RemoteStore):
             return None
 
     async def _write(self, path: str, body: io.BytesIO, **conditions: str) -> None:
-        # The server checks what arrived. botocore would compute this on the event loop's thread.
+        """Put an object with a checksum, so that the server checks what arrived.
+
+        botocore would compute it on the event loop's thread.
+        """
+        if not self._checksums:
+            await self._request("put_object", Key=path, Body=body, **conditions)
+            return
         checksum = b64encode((await asyncio.to_thread(_crc32, body)).to_bytes(4, "big")).decode()
-        bucket, key, _ = self._fs.split_path(path)
-        # s3fs's own way to write bytes would copy the body.
-        await self._call(
-            "_call_s3", "put_object", Bucket=bucket, Key=key, Body=body, ChecksumCRC32=checksum, **conditions
-        )
+        try:
+            await self._request("put_object", Key=path, Body=body, ChecksumCRC32=checksum, **conditions)
+        except Exception as error:
+            if not _refuses_checksums(error):
+                raise
+            raise OSError(f"{describe(error)} ({_NO_CHECKSUMS})") from error
+
+    async def _read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
+        ranged = {} if start is None or stop is None else {"Range": f"bytes={start}-{stop - 1}"}
+        try:
+            data: bytes = (await self._request("get_object", Key=path, **ranged))["Body"]
+        except Exception as error:
+            if not is_denied(error):
+                raise
+            raise PermissionError(f"{describe(error)} ({_ABSENT_OR_DENIED})") from error
+        return data
+
+    async def _info(self, path: str) -> dict[str, Any]:
+        answer = await self._request("head_object", Key=path)
+        return {"type": "file", "size": answer["ContentLength"], "ETag": answer.get("ETag")}
+
+    async def _remove(self, path: str) -> None:
+        await self._request("delete_object", Key=path)
 
     async def _list_entries(self) -> Iterable[dict[str, Any]]:
-        # `_ls` would take a missing bucket for an empty prefix, and list the parent of an empty one.
-        entries: list[dict[str, Any]] = await self._call("_lsdir", self._prefix, refresh=True)
-        return entries
-
-
-@cache
-def _loader(data_path: str | None) -> Any:
-    """Return what holds botocore's descriptions of services: parsing them anew for every client takes 0.1 s."""
-    return create_loader(data_path)
+        entries: list[dict[str, Any]] = []
+        more: dict[str, str] = {}
+        while True:
+            page = await self._request("list_objects_v2", Prefix=self._keys, Delimiter="/", **more)
+            entries += ({"type": "directory", "name": each["Prefix"]} for each in page.get("CommonPrefixes", ()))
+            entries += ({"type": "file", "name": f["Key"], "size": f["Size"], **f} for f in page.get("Contents", ()))
+            if not page.get("IsTruncated"):
+                return entries
+            more = {"ContinuationToken": page["NextContinuationToken"]}
 
 
 def _check_options(fs_class: type, options: Mapping[str, Any]) -> None:
     """Refuse early what s3fs would pass on, to fail in the middle of a save.
 
     Raises:
-        ConfigError: Nothing takes an option, or there is no such profile.
+        ConfigError: Nothing takes an option, or there is no such profile or no such file with certificates.
     """
     known = {name for cls in (*fs_class.__mro__, AioSession) for name in _parameters(cls)}
     unknown = sorted(options.keys() - known - _OF_FSSPEC)
@@ -212,6 +271,7 @@ def _check_options(fs_class: type, options: Mapping[str, Any]) -> None:
             f'client_kwargs, as in {{"client_kwargs": {{"region_name": "eu-west-1"}}}}, and credentials are key, '
             "secret and token"
         )
+    check_certificates(options)
     if profile := options.get("profile"):
         try:
             AioSession(profile=profile).get_scoped_config()
@@ -227,29 +287,9 @@ def _parameters(cls: type) -> Iterable[str]:
     return inspect.signature(initializer).parameters.keys() if inspect.isfunction(initializer) else ()
 
 
-def _expect_nothing(params: dict[str, Any], **_: Any) -> None:
-    """Send a body without asking first: aiohttp sets no limit to how long it waits for `100 Continue`."""
-    params["headers"].pop("Expect", None)
-
-
 def _crc32(body: io.BytesIO) -> int:
     with body.getbuffer() as memory:
         return crc32(memory)
-
-
-def _attempts(retries: Mapping[str, int], session: AioSession) -> int:
-    """Return how many requests an operation may take, by botocore's rules on who says so."""
-    if "total_max_attempts" in retries:
-        return retries["total_max_attempts"]
-    if "max_attempts" in retries:  # those after the first
-        return retries["max_attempts"] + 1
-    return session.get_config_variable("max_attempts") or _ATTEMPTS
-
-
-def _pause(attempt: int) -> float:
-    """Return the seconds to wait after an attempt: twice as long each time, and not as long as others that failed."""
-    longest: float = min(_PAUSE_SECONDS * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS)
-    return random.uniform(0.5, 1) * longest  # noqa: S311 - no secret
 
 
 def _has_changed(error: Exception) -> bool:
@@ -257,7 +297,10 @@ def _has_changed(error: Exception) -> bool:
     return http_status(error) == _PRECONDITION_FAILED or error_code(error) == "NoSuchKey"
 
 
-def _is_transient(error: Exception) -> bool:
-    if isinstance(error, _BROKEN):
-        return not isinstance(error, SSLError)
-    return http_status(error) in _BUSY_STATUS or error_code(error) in _BUSY_CODES
+def _refuses_checksums(error: Exception) -> bool:
+    """Tell whether a server does not know the header; one that found another checksum has the code `BadDigest`."""
+    if http_status(error) == _NOT_IMPLEMENTED:
+        return True
+    told = answer_of(error).get("Error", {})
+    names_it = any(word in str(told.get("Message", "")).lower() for word in ("checksum", "header"))
+    return names_it and told.get("Code") in {"InvalidArgument", "InvalidRequest", "InvalidHeader", "NotImplemented"}

@@ -2,7 +2,14 @@
 
 import logging
 
-from dcp_storage.errors import CheckpointNotFound, DcpStorageError, ManifestCorrupt, ObjectNotFound, UnsupportedFormat
+from dcp_storage.errors import (
+    AccessDenied,
+    CheckpointNotFound,
+    DcpStorageError,
+    ManifestCorrupt,
+    ObjectNotFound,
+    UnsupportedFormat,
+)
 from dcp_storage.format.legacy import StockManifest
 from dcp_storage.format.manifest import Manifest, encode
 from dcp_storage.format.names import MANIFEST, Part, is_data_object, is_stock_object, parse_part_manifest, part_manifest
@@ -65,9 +72,18 @@ async def is_committed(store: Store, *, parts: bool) -> bool:
 
     With `parts`, so does a complete set of this package's own.
     """
-    names = await store.list()
-    attempts = group_parts(names)
-    return MANIFEST in names or None in attempts or (parts and bool(await complete_attempts(store, attempts)))
+    if await store.probe(MANIFEST):
+        return True
+    attempts = group_parts(await _names(store))
+    return None in attempts or (parts and bool(await complete_attempts(store, attempts)))
+
+
+async def _names(store: Store) -> dict[str, int]:
+    """List, for the sake of manifests of single ranks; whoever may not list has put none that could be read."""
+    try:
+        return await store.list()
+    except AccessDenied:
+        return {}
 
 
 async def replaced_objects(store: Store) -> list[str]:
@@ -78,12 +94,12 @@ async def replaced_objects(store: Store) -> list[str]:
     """
     try:
         old = await read_manifest(store)
-    except CheckpointNotFound:
+    except (CheckpointNotFound, AccessDenied):  # what may not be read was refused before the data moved
         return []
     except (ManifestCorrupt, UnsupportedFormat) as error:
         logger.warning("the checkpoint that is being replaced cannot be read, so its objects are left: %s", error)
         return []
-    parts = [name for name in await store.list() if parse_part_manifest(name) is not None]
+    parts = [name for name in await _names(store) if parse_part_manifest(name) is not None]
     if isinstance(old, StockManifest):
         return [*parts, *sorted(filter(is_stock_object, {item.object_name for item in old.storage.values()}))]
     return [*parts, *_data_objects(old)]
@@ -91,7 +107,7 @@ async def replaced_objects(store: Store) -> list[str]:
 
 async def superseded_objects(store: Store, part: Manifest) -> list[str]:
     """Return what a part makes superfluous if it completes its attempt: the older complete attempts."""
-    attempts = group_parts(await store.list())
+    attempts = group_parts(await _names(store))
     complete = [first.attempt for first in await complete_attempts(store, attempts)]
     if part.attempt not in complete:
         return []

@@ -13,6 +13,19 @@ from dcp_storage.transfer.manifests import is_committed, replaced_objects, super
 logger = logging.getLogger(__name__)
 
 
+async def check_place(store: Store, *, overwrite: bool, part: bool) -> None:
+    """See before data moves that nothing here keeps a save from its commit.
+
+    Raises:
+        CheckpointExists: A checkpoint stands here that may not be replaced.
+        AccessDenied: One does that may not be read, or nothing may be written here.
+    """
+    if part or not overwrite:
+        await check_vacant(store, overwrite=overwrite)
+    else:
+        await store.probe(MANIFEST)
+
+
 async def check_vacant(store: Store, *, overwrite: bool) -> None:
     """See that no checkpoint stands here: with `overwrite`, none that parts of single ranks cannot replace.
 
