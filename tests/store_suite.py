@@ -1,7 +1,11 @@
 """What every store must do, whatever is behind it. A subclass says where: its `place` is an empty prefix."""
 
 import asyncio
+import gc
+import itertools
+import os
 import pickle
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
@@ -378,3 +382,41 @@ class StoreSuite:
                 assert await store.get(NAME) == b"x"
 
         asyncio.run(main())
+
+    @pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
+    def test_nothing_stays_open(self, place: Place, fails: bool):
+        """Descriptors and threads over 100 calls, without the garbage collector's help; and no task is left."""
+        numbers = itertools.count()
+
+        async def use(store: Store):
+            name = f"aa-0-{next(numbers)}.distcp.zst"
+            await put(store, name, b"data")
+            await store.commit(".metadata", b"{}")
+            assert await store.get(name) == b"data"
+            if fails:
+                await store.get("absent")
+
+        async def main():
+            try:
+                async with place.open() as store:
+                    await use(store)
+            except ObjectNotFound:
+                assert fails
+            assert asyncio.all_tasks() == {asyncio.current_task()}
+
+        def call():
+            asyncio.run(main(), debug=False)
+            return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+        for _ in range(3):
+            call()
+        gc.collect()
+        gc.disable()
+        try:
+            first = call()
+            for _ in range(100):
+                last = call()
+        finally:
+            gc.enable()
+        assert last[0] <= first[0] + 1
+        assert last[1] <= first[1] + 1

@@ -2,37 +2,58 @@
 
 import asyncio
 import inspect
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from functools import partial
 from typing import Any
 
 from fsspec import AbstractFileSystem
 
 
 async def close_opened(fs: AbstractFileSystem, given: Mapping[str, Any]) -> None:
-    """Close the clients, sessions and connections that a file system holds, but for those that it was given.
+    """Close the clients, sessions, connections and threads that a file system holds, but for those that it was given.
 
     Raises:
         Exception: The first that a close raised, after all were tried.
     """
-    errors = [error for held in _held(fs, given) if (error := await _close(held)) is not None]
+    errors = [error for close in _closes(fs, given) if (error := await _try(close)) is not None]
     if errors:
         raise errors[0]
 
 
-def _held(fs: AbstractFileSystem, given: Mapping[str, Any]) -> Iterator[Any]:
+def _closes(fs: AbstractFileSystem, given: Mapping[str, Any]) -> Iterator[Callable[[], Any]]:
     theirs = {id(value) for value in given.values()}
     for value in list(vars(fs).values()):
         if isinstance(value, AbstractFileSystem):
-            yield from _held(value, given)
-        elif id(value) not in theirs and not isinstance(value, asyncio.AbstractEventLoop | type):
-            yield value
+            yield from _closes(value, given)
+        elif id(value) not in theirs and (close := _close_of(value)):
+            yield close
+    _forget_finalizers(fs)
 
 
-async def _close(held: Any) -> Exception | None:
-    """Close what can be closed; a blocking call runs in a thread."""
-    close = getattr(held, "aclose", None) or getattr(held, "close", None)
-    if not inspect.ismethod(close) and not inspect.isbuiltin(close):
+def _close_of(held: Any) -> Callable[[], Any] | None:
+    if isinstance(held, Executor):
+        return partial(held.shutdown, wait=False)
+    if isinstance(held, asyncio.AbstractEventLoop | type):
         return None
+    if clear := getattr(held, "cache_clear", None):  # functools.cache, around what makes clients
+        return clear  # type: ignore[no-any-return]
+    # Clients of gRPC have a transport that is closed.
+    close = getattr(held, "aclose", None) or getattr(held, "close", None)
+    close = close or getattr(getattr(held, "transport", None), "close", None)
+    return close if inspect.ismethod(close) or inspect.isbuiltin(close) else None
+
+
+def _forget_finalizers(fs: AbstractFileSystem) -> None:
+    """Drop what would close it again at the end of the program: some keep it in memory until then, and fail there."""
+    for finalizer in list(getattr(weakref.finalize, "_registry", ())):
+        if (found := finalizer.peek()) and found[0] is fs:
+            finalizer.detach()
+
+
+async def _try(close: Callable[[], Any]) -> Exception | None:
+    """Call what closes something; where it blocks, in a thread."""
     try:
         closing = close() if inspect.iscoroutinefunction(close) else await asyncio.to_thread(close)
         if inspect.isawaitable(closing):

@@ -40,7 +40,9 @@ class RemoteStore(Store):
 
     def __init__(self, url: str, fs_class: Any, storage_options: Mapping[str, Any]) -> None:
         self._fs_class = fs_class
-        self._options = apply_config(fs_class, {**fs_class._get_kwargs_from_urls(url), **storage_options})  # noqa: SLF001
+        said = fs_class._get_kwargs_from_urls(url)  # noqa: SLF001
+        said.pop("version_aware", None)  # `?` and `#` are parts of a path, not the version of an object
+        self._options = apply_config(fs_class, {**said, **storage_options})
         self._prefix = fs_class._strip_protocol(url).rstrip("/")  # noqa: SLF001
         self._failures = Failures(url, secrets_in(url, self._options))
         self.url = self._failures.url
@@ -110,13 +112,23 @@ class RemoteStore(Store):
         with self._failures.mapped("read", name, absent=ObjectNotFound):
             try:
                 data = await self._read(path, start, stop)
+            except FileNotFoundError:
+                raise
             except Exception as error:
-                if is_range_beyond_end(error):
+                if is_range_beyond_end(error) or await self._ends_before(path, start):
                     return b""
                 raise
         if len(data) > stop - start:
             raise self._failures.error("read", name, f"the server ignored the range {start} to {stop}")
         return data
+
+    async def _ends_before(self, path: str, start: int) -> bool:
+        """Tell whether an object has no byte at `start`, for which some clients have an error that says nothing."""
+        try:
+            info = await self._info(path)
+        except Exception:  # noqa: BLE001 - what made the read fail is raised
+            return False
+        return info.get("size") is not None and int(info["size"]) <= start
 
     async def size(self, name: str) -> int:
         """Return the object's size in bytes."""
