@@ -8,9 +8,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from hashlib import md5
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
+from xml.sax.saxutils import escape
+
+Answer = tuple[int, dict[str, str], bytes]
 
 READ_TIMEOUT_S = 0.2
 STALL_S = 0.5
@@ -23,12 +27,18 @@ class FaultyS3:
     Attributes:
         objects: Its objects by bucket and key.
         requests: What it was asked, as method and last part of the key.
+        headers: What came with each of these, names in lower case.
         fault: Asked at each request which of `FAULTS` befalls it, if any.
+        instead: Asked at each request for another answer: status, headers and body.
+        rights: The actions of IAM that whoever asks may take. Without `s3:ListBucket` nobody is told what is absent.
     """
 
     objects: dict[str, bytes] = field(default_factory=dict)
     requests: list[tuple[str, str]] = field(default_factory=list)
+    headers: list[dict[str, str]] = field(default_factory=list)
     fault: Callable[[str, str], str | None] = lambda method, name: None
+    instead: Callable[[str, str, dict[str, str]], Answer | None] = lambda method, name, headers: None
+    rights: frozenset[str] = frozenset({"s3:PutObject", "s3:GetObject", "s3:DeleteObject", "s3:ListBucket"})
     endpoint_url: str = ""
 
     def storage_options(self, **config: Any) -> dict[str, Any]:
@@ -74,6 +84,11 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         name = key.rpartition("/")[2]
         self.state.requests.append((self.command, name))
+        headers = {header.lower(): value for header, value in self.headers.items()}
+        self.state.headers.append(headers)
+        if other := self.state.instead(self.command, name, headers):
+            self.send_other(*other)
+            return
         fault = self.state.fault(self.command, name)
         if fault in BEFORE:
             BEFORE[fault](self)
@@ -84,19 +99,41 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_PUT = do_HEAD = do_DELETE = handle_request  # noqa: N815
 
     def answer(self, key: str, query: dict[str, list[str]], body: bytes) -> tuple[int, bytes]:
-        objects = self.state.objects
+        objects, rights = self.state.objects, self.state.rights
+        action = "s3:ListBucket" if "list-type" in query else ACTIONS[self.command]
+        if action not in rights:
+            return 403, _error("AccessDenied")
         if self.command == "PUT":
-            objects[key] = body
-            return 200, b""
+            return self.put(key, body)
         if self.command == "DELETE":
             objects.pop(key, None)
             return 204, b""
         if "list-type" in query:
             return 200, _listing(objects, f"{key}/{query['prefix'][0]}")
         if key not in objects:
-            return 404, _error("NoSuchKey")
+            return (404, _error("NoSuchKey")) if "s3:ListBucket" in rights else (403, _error("AccessDenied"))
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         return (206, objects[key][int(wanted[1]) : int(wanted[2]) + 1]) if wanted else (200, objects[key])
+
+    def put(self, key: str, body: bytes) -> tuple[int, bytes]:
+        if self.refuses(key):
+            return 412, _error("PreconditionFailed")
+        self.state.objects[key] = body
+        return 200, b""
+
+    def refuses(self, key: str) -> bool:
+        """Tell whether a condition of the request does not hold."""
+        there = self.state.objects.get(key)
+        over = self.headers.get("If-Match")
+        return (there is not None and "If-None-Match" in self.headers) or (over is not None and over != _etag(there))
+
+    def send_other(self, status: int, headers: dict[str, str], body: bytes) -> None:
+        self.send_response(status)
+        for header, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(header, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
     def send(self, status: int, body: bytes) -> None:
         self.send_head(status, len(body))
@@ -107,6 +144,8 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         if status != 204:
             self.send_header("Content-Length", str(length))
+        if self.command == "HEAD" and status == 200:
+            self.send_header("ETag", _etag(self.state.objects[unquote(urlsplit(self.path).path).lstrip("/")]))
         self.end_headers()
 
     def send_half(self, status: int, body: bytes) -> None:
@@ -162,6 +201,13 @@ AFTER: dict[str, Callable[[_Handler, int, bytes], None]] = {
 """What befalls its answer."""
 
 
+ACTIONS = {"PUT": "s3:PutObject", "GET": "s3:GetObject", "HEAD": "s3:GetObject", "DELETE": "s3:DeleteObject"}
+
+
+def _etag(data: bytes | None) -> str:
+    return "" if data is None else f'"{md5(data).hexdigest()}"'
+
+
 def _error(code: str) -> bytes:
     return f"<Error><Code>{code}</Code><Message>made to fail</Message></Error>".encode()
 
@@ -169,5 +215,7 @@ def _error(code: str) -> bytes:
 def _listing(objects: dict[str, bytes], prefix: str) -> bytes:
     bucket = prefix.partition("/")[0]
     found = {key.removeprefix(f"{bucket}/"): len(data) for key, data in objects.items() if key.startswith(prefix)}
-    entries = "".join(f"<Contents><Key>{key}</Key><Size>{size}</Size></Contents>" for key, size in found.items())
+    entries = "".join(
+        f"<Contents><Key>{escape(key)}</Key><Size>{size}</Size></Contents>" for key, size in found.items()
+    )
     return f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()

@@ -19,6 +19,7 @@ from dcp_storage.store.names import check_name
 from dcp_storage.store.remote import RemoteStore
 from dcp_storage.store.s3_client import (
     Credentials,
+    MovedError,
     Redirects,
     check_certificates,
     hook,
@@ -125,10 +126,12 @@ class S3Store(RemoteStore):
         while True:
             try:
                 return await call()
+            except MovedError:
+                redirects += 1
+                if redirects > _MOST_REDIRECTS:
+                    raise
+                continue
             except Exception as error:
-                if redirects < _MOST_REDIRECTS and self._redirects.learn(answer_of(error)):
-                    redirects += 1
-                    continue
                 attempt += 1
                 timeouts += is_timeout(error)
                 if attempt >= self._attempts or timeouts == MOST_TIMEOUTS or not is_transient(error):
@@ -211,6 +214,8 @@ class S3Store(RemoteStore):
             return await self._read(path)
         except FileNotFoundError:
             return None
+        except PermissionError as error:
+            raise PermissionError(f"one is there that may not be read, so it is not replaced: {error}") from error
 
     async def _write(self, path: str, body: io.BytesIO, **conditions: str) -> None:
         """Put an object with a checksum, so that the server checks what arrived.

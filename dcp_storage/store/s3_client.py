@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from aiobotocore.config import AioConfig
 from aiobotocore.httpsession import AIOHTTPSession
@@ -119,31 +119,35 @@ def http_options() -> dict[str, Any]:
     return {"http_session_cls": _HttpSession} if takes and hasattr(AIOHTTPSession, "_get_session") else {}
 
 
+class MovedError(Exception):
+    """A server told where a bucket is; the same request goes there now."""
+
+
 class Redirects:
     """Where a bucket is, as a server told: requests go there from the start, signed for it."""
 
     def __init__(self) -> None:
-        self._last: str | None = None
         self._moved: tuple[str, str, str] | None = None
         self._region: str | None = None
 
-    def learn(self, answer: Mapping[str, Any]) -> bool:
-        """Take a redirect to another place of the same object, and tell whether it was one."""
-        metadata = answer.get("ResponseMetadata", {})
-        headers = metadata.get("HTTPHeaders", {})
-        if metadata.get("HTTPStatusCode") not in _MOVED or self._last is None or "location" not in headers:
-            return False
-        old, new = urlsplit(self._last), urlsplit(headers["location"])
-        if not new.netloc or (old.scheme, new.scheme) == ("https", "http"):
-            return False
-        before, after = _without_common_end(old.path, new.path)
-        self._moved = (f"{new.scheme}://{new.netloc}", before, after)
+    def needs_retry(self, response: Any, request_dict: Mapping[str, Any], **_: Any) -> None:
+        """Take a redirect to another place of the same object: a hook of botocore, whose own asks for the bucket first.
+
+        Raises:
+            MovedError: It was one.
+        """
+        headers = response[0].headers if response else {}
+        if response is None or response[0].status_code not in _MOVED or "location" not in headers:
+            return
+        old, new = urlsplit(request_dict["url"]), urlsplit(urljoin(request_dict["url"], headers["location"]))
+        if (old.scheme, new.scheme) == ("https", "http"):
+            return
+        self._moved = (f"{new.scheme}://{new.netloc}", *_without_common_end(old.path, new.path))
         self._region = headers.get("x-amz-bucket-region")
-        return True
+        raise MovedError(f"the server redirects to {urlunsplit((*new[:3], '', ''))}")
 
     def before_call(self, params: dict[str, Any], **_: Any) -> None:
         """Send a request where its bucket is: a hook of botocore, before it signs."""
-        self._last = params["url"]
         if self._moved is None:
             return
         origin, old, new = self._moved
@@ -165,6 +169,7 @@ def hook(client: Any, redirects: Redirects) -> None:
     """Register what a store wants to see of each request of a client."""
     client.meta.events.register("before-call.s3", _expect_nothing)
     client.meta.events.register("before-call.s3", redirects.before_call)
+    client.meta.events.register_first("needs-retry.s3", redirects.needs_retry)
     client.meta.events.register("before-parse.s3", _keep_words)
 
 
