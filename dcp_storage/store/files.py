@@ -139,7 +139,7 @@ def check_replaceable(path: Path) -> bool:
     """
     directory = path.parent
     there = next((outer for outer in (directory, *directory.parents) if outer.exists()), directory)
-    if not os.access(there, os.W_OK | os.X_OK):
+    if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         raise PermissionError(errno.EACCES, "no file may be made in this directory", str(there))
     try:
         with path.open("rb"):
