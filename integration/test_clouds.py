@@ -3,11 +3,17 @@
 import os
 from collections.abc import Iterator
 from itertools import count
+from pathlib import Path
 
+import cloudpathlib
 import fsspec
 import obstore.fsspec
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from upath import UPath
 
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter
 from dcp_storage.errors import StoreError
 from integration.servers import S3Server, azurite, gcs_emulator
 from tests.store_suite import NAME, Place, StoreSuite, put, run
@@ -86,3 +92,24 @@ def test_google_is_asked_once_for_credentials(google_options: dict[str, str], mo
         place = Place(f"gs://box/{next(_numbers)}", options)
         run(place, lambda store, number=number: put(store, f"aa-0-{number}.distcp", b"1"))
     assert len(asked) == 1
+
+
+STATE = {"w": torch.arange(9)}
+
+
+def test_path_objects_that_stand_for_urls(seaweedfs_server: S3Server, tmp_path: Path):
+    options, url = seaweedfs_server.storage_options, seaweedfs_server.new_prefix()
+    universal = UPath(url, **options)
+    bucket_client = {
+        "aws_access_key_id": options["key"],
+        "aws_secret_access_key": options["secret"],
+        "endpoint_url": options["endpoint_url"],
+        "local_cache_dir": tmp_path,
+    }
+    cached = cloudpathlib.S3Path(url, client=cloudpathlib.S3Client(**bucket_client))
+    dcp.save(STATE, storage_writer=AsyncStorageWriter(universal), no_dist=True)
+    for reader in (AsyncStorageReader(universal), AsyncStorageReader(cached, storage_options=options)):
+        found = {"w": torch.zeros_like(STATE["w"])}
+        dcp.load(found, storage_reader=reader, no_dist=True)
+        assert torch.equal(found["w"], STATE["w"])
+    assert (cached / ".metadata").exists()

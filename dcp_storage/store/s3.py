@@ -144,9 +144,11 @@ class S3Store(RemoteStore):
         if sent is not None:
             sent.seek(0)  # the try before has read it
         answer: dict[str, Any] = await self._fs._call_s3(operation, Bucket=self._bucket, **parameters)  # noqa: SLF001
-        if "Body" in answer:
-            async with answer["Body"] as body:
-                answer["Body"] = await body.read()
+        if stream := answer.get("Body"):
+            try:
+                answer["Body"] = await stream.read()
+            finally:
+                stream.close()
         return answer
 
     def _forget_credentials(self, error: Exception) -> None:
