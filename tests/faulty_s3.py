@@ -96,7 +96,7 @@ class _Handler(BaseHTTPRequestHandler):
         status, answer = self.answer(key, parse_qs(url.query), body)
         AFTER.get(fault or "", _Handler.send)(self, status, answer)
 
-    do_GET = do_PUT = do_HEAD = do_DELETE = handle_request  # noqa: N815
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = handle_request  # noqa: N815
 
     def answer(self, key: str, query: dict[str, list[str]], body: bytes) -> tuple[int, bytes]:
         objects, rights = self.state.objects, self.state.rights
@@ -212,10 +212,13 @@ def _error(code: str) -> bytes:
     return f"<Error><Code>{code}</Code><Message>made to fail</Message></Error>".encode()
 
 
+_WRITTEN = "<LastModified>2026-01-01T00:00:00.000Z</LastModified>"
+
+
 def _listing(objects: dict[str, bytes], prefix: str) -> bytes:
     bucket = prefix.partition("/")[0]
     found = {key.removeprefix(f"{bucket}/"): len(data) for key, data in objects.items() if key.startswith(prefix)}
     entries = "".join(
-        f"<Contents><Key>{escape(key)}</Key><Size>{size}</Size></Contents>" for key, size in found.items()
+        f"<Contents><Key>{escape(key)}</Key><Size>{size}</Size>{_WRITTEN}</Contents>" for key, size in found.items()
     )
     return f"<ListBucketResult><IsTruncated>false</IsTruncated>{entries}</ListBucketResult>".encode()

@@ -19,9 +19,11 @@ from aiobotocore.session import AioSession
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter
 from dcp_storage.errors import AccessDenied, ConfigError, StoreError
+from dcp_storage.prune import prune
 from dcp_storage.store import s3_client, s3_retry
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
+from dcp_storage.verify import verify
 from tests.faulty_s3 import FaultyS3, faulty_s3
 from tests.store_suite import NAME, Place, put, run
 
@@ -119,6 +121,12 @@ class TestSessions:
         assert signers(server) == {"MINE"}
 
 
+STS_ANSWER = """<AssumeRoleWithWebIdentityResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">
+<AssumeRoleWithWebIdentityResult><Credentials><AccessKeyId>{key}</AccessKeyId><SecretAccessKey>s</SecretAccessKey>
+<SessionToken>t</SessionToken><Expiration>{expiry}</Expiration></Credentials></AssumeRoleWithWebIdentityResult>
+</AssumeRoleWithWebIdentityResponse>"""
+
+
 class TestCredentials:
     @pytest.fixture
     def ran(self, server: FaultyS3, tmp_path: Path, monkeypatch) -> Path:
@@ -136,6 +144,42 @@ class TestCredentials:
             load(without_key(server))
         assert ran.read_text().count("ran") == 1
         assert signers(server) == {"PROCESS"}
+
+    @pytest.mark.parametrize("kind", ["container", "web identity"])
+    def test_a_service_is_asked_until_what_it_gave_expires(
+        self, server: FaultyS3, monkeypatch, tmp_path: Path, kind: str
+    ):
+        asked, lifetime = [], [3600]
+
+        def answer(method: str, name: str, headers: dict[str, str]):
+            asked.append(name)
+            expiry = (datetime.now(UTC) + timedelta(seconds=lifetime[0])).strftime("%Y-%m-%dT%H:%M:%SZ")
+            key = f"KEY{len(asked)}"
+            if kind == "container":
+                given = {"AccessKeyId": key, "SecretAccessKey": "s", "Token": "t", "Expiration": expiry}
+                return 200, {"Content-Type": "application/json"}, json.dumps(given).encode()
+            return 200, {"Content-Type": "text/xml"}, STS_ANSWER.format(key=key, expiry=expiry).encode()
+
+        with faulty_s3() as service:
+            service.instead = answer
+            if kind == "container":
+                monkeypatch.setenv("AWS_CONTAINER_CREDENTIALS_FULL_URI", f"{service.endpoint_url}/credentials")
+            else:
+                (tmp_path / "token").write_text("a token")
+                monkeypatch.setenv("AWS_WEB_IDENTITY_TOKEN_FILE", str(tmp_path / "token"))
+                monkeypatch.setenv("AWS_ROLE_ARN", "arn:aws:iam::123456789012:role/training")
+                monkeypatch.setenv("AWS_ENDPOINT_URL_STS", service.endpoint_url)
+                monkeypatch.setenv("AWS_REGION", "us-east-1")
+                monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+            for _ in range(3):
+                save(without_key(server))
+                load(without_key(server))
+            assert len(asked) == 1
+            s3_client._credentials.clear()
+            lifetime[0] = 60
+            save(without_key(server))
+            assert len(asked) > 2, "they refresh in mid-save"
+        assert "KEY1" in signers(server)
 
     def test_a_changed_file_is_read(self, server: FaultyS3, ran: Path, monkeypatch, tmp_path: Path):
         save(without_key(server))
@@ -379,6 +423,14 @@ class TestRights:
         save(options)
         assert "were not all deleted" in caplog.text
         load(options)
+
+    def test_verify_and_prune(self, server: FaultyS3):
+        save(server.storage_options())
+        assert verify(URL, storage_options=self.allow(server, "GetObject", "ListBucket")).sound
+        server.objects["bucket/run/step-1/0123456789abcdef-0-0.distcp.zst"] = b"of a dead save"
+        options = self.allow(server, "GetObject", "DeleteObject", "ListBucket")
+        assert len(prune(URL, storage_options=options, older_than=timedelta()).removed) == 1
+        assert len(server.objects) == 2
 
     def test_nothing_is_put_where_a_put_is_denied(self, server: FaultyS3):
         with pytest.raises(dcp.CheckpointException, match="AccessDenied"):

@@ -116,5 +116,6 @@ def http_status(error: BaseException) -> int:
 
 def _codes(error: BaseException) -> set[int | str]:
     """Return what a client keeps as status: botocore's code, aiohttp's `status`, gcsfs's `code`, azure's."""
-    kept = (getattr(error, name, None) for name in ("status", "code", "status_code"))
-    return {code for code in (*kept, error_code(error)) if isinstance(code, int | str)}
+    # The first there is: aiohttp warns whoever reads its `code`.
+    kept = next((getattr(error, name) for name in ("status", "status_code", "code") if name in dir(error)), None)
+    return {code for code in (kept, error_code(error)) if isinstance(code, int | str)}

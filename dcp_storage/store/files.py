@@ -135,12 +135,13 @@ def check_replaceable(path: Path) -> bool:
     """Return whether a file is there, that may be read and replaced.
 
     Raises:
-        PermissionError: It may not be, or no file may be made in its directory.
+        OSError: It may not be, or no file may be made in its directory.
     """
     directory = path.parent
     there = next((outer for outer in (directory, *directory.parents) if outer.exists()), directory)
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
-        raise PermissionError(errno.EACCES, "no file may be made in this directory", str(there))
+        why = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OSError(why, f"{os.strerror(why)}: no file may be made in this directory", str(there))
     try:
         with path.open("rb"):
             status, around = path.stat(), directory.stat()
