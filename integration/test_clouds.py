@@ -39,7 +39,7 @@ def google_options() -> Iterator[dict[str, str]]:
         yield options
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def obstore_for_s3() -> Iterator[None]:
     before = fsspec.get_filesystem_class("s3")
     obstore.fsspec.register("s3")

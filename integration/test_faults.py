@@ -26,7 +26,7 @@ def tally():
     return Tally()
 
 
-@pytest.mark.parametrize(("place", "every", "least"), [(Directory, 101, 40), (Bucket, 29, 50)])
+@pytest.mark.parametrize(("place", "every", "least"), [(Directory, 101, 40), (Bucket, 23, 50)])
 def test_saves_broken_at_their_operations(tally, place, every, least):
     try_points(tally, place, OURS, every=every)
     assert tally.wrong(OURS.name) == []
