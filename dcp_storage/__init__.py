@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from dcp_storage import errors, prune, verify
     from dcp_storage.config import Codec, Transfer
     from dcp_storage.dcp.loading import load
+    from dcp_storage.dcp.opened import open_checkpoint
     from dcp_storage.dcp.planners.load_planner import ShardedLoadPlanner
     from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
     from dcp_storage.dcp.reader import AsyncStorageReader
@@ -25,6 +26,7 @@ __all__ = [
     "Transfer",
     "errors",
     "load",
+    "open_checkpoint",
     "prune",
     "verify",
 ]
@@ -37,6 +39,7 @@ _HOMES = {
     "ShardedSavePlanner": "dcp.planners.save_planner",
     "Transfer": "config",
     "load": "dcp.loading",
+    "open_checkpoint": "dcp.opened",
 }
 
 

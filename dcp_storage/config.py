@@ -21,6 +21,9 @@ class Codec:
             nothing in weights; higher levels search, cost much more and gain little.
         byte_planes: Store elements of 2, 4 or 8 bytes plane by plane, so that exponents compress apart from mantissas.
         block_bytes: Raw bytes in a block, 4 KiB to 64 MiB, a multiple of 16. One block is the least that is read.
+        digest: What digests of raw bytes the manifest keeps, which tell whether two checkpoints hold the same:
+            `"xxh3_128"`; `"sha256"`, by which `verify(expect=...)` proves a whole checkpoint against one number, and
+            which costs more than the compression; or `None`.
 
     Raises:
         ConfigError: A value is out of its range.
@@ -30,10 +33,13 @@ class Codec:
     level: int = 1
     byte_planes: bool = True
     block_bytes: int = MIB
+    digest: Literal["xxh3_128", "sha256"] | None = "xxh3_128"
 
     def __post_init__(self) -> None:
         if self.compression not in {"zstd", "none"}:
             raise ConfigError(f'Codec.compression is {self.compression!r}; choose "zstd" or "none"')
+        if self.digest not in {"xxh3_128", "sha256", None}:
+            raise ConfigError(f'Codec.digest is {self.digest!r}; choose "xxh3_128", "sha256" or None')
         _check_range("Codec.level", self.level, 1, 22)
         _check_range("Codec.block_bytes", self.block_bytes, 4 * KIB, 64 * MIB)
         if self.block_bytes % 16:

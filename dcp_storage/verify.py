@@ -1,20 +1,26 @@
 """Every block of a checkpoint, read and checked without loading it. No torch."""
 
 import os
+import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, zip_longest
 from typing import Any, NamedTuple
 
 from dcp_storage.config import Transfer
-from dcp_storage.errors import CheckpointNotFound, StoreError
+from dcp_storage.errors import CheckpointNotFound, ConfigError, ManifestCorrupt, StoreError
+from dcp_storage.format.digests import MAX_DIGESTED_BYTES
+from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.legacy import StockManifest
-from dcp_storage.format.manifest import Manifest, Segment
+from dcp_storage.format.manifest import Manifest
+from dcp_storage.format.names import MANIFEST
+from dcp_storage.format.schema import Segment
 from dcp_storage.leftovers import object_names, split
 from dcp_storage.observe import Observer, observed, silent
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
-from dcp_storage.transfer.check import check_blocks
+from dcp_storage.transfer.check import Fault, Run, check_runs
 from dcp_storage.transfer.manifests import read_manifest
 from dcp_storage.transfer.ranges import Block, locate
 from dcp_storage.transfer.workers import run_async
@@ -55,6 +61,7 @@ class Verification:
         orphans: Objects, with their sizes, of this package that are not part of the checkpoint: of a save that died,
             or of one that is under way.
         foreign: Objects that are not this package's.
+        sha256: The one number that proves all of it, where it was saved with `Codec(digest="sha256")`.
     """
 
     url: str
@@ -69,6 +76,7 @@ class Verification:
     damage: tuple[Damage, ...]
     orphans: dict[str, int]
     foreign: tuple[str, ...]
+    sha256: str | None = None
 
     @property
     def sound(self) -> bool:
@@ -82,8 +90,12 @@ def verify(
     storage_options: Mapping[str, Any] | None = None,
     transfer: Transfer = Transfer(),  # noqa: B008 (frozen)
     observer: Observer | None = None,
+    expect: str | None = None,
 ) -> Verification:
     """Read and check every block of a checkpoint, and find all that is damaged, missing or left over.
+
+    With `expect`, the `sha256` that an earlier `verify` told, what is read has to be that same checkpoint: nobody can
+    have changed a bit of it. It must have been saved with `Codec(digest="sha256")`.
 
     Memory in flight is at most `transfer.concurrency` reads, of 16 MiB each or less, and one block a thread.
 
@@ -92,14 +104,18 @@ def verify(
         ManifestCorrupt: Its manifest is damaged, so that nothing tells what it should hold.
         UnsupportedFormat: It is of a later format, or a pickle that names what no stock checkpoint does.
         StoreError: It could not be read, or another save replaced it meanwhile.
-        ConfigError: The path or the options are impossible.
+        ConfigError: The path or the options are impossible; `expect` is no SHA-256, or the checkpoint has none.
     """
-    return run_async(_verify(open_store(path, storage_options), transfer, observer or silent))
+    if expect is not None and not re.fullmatch("[0-9a-fA-F]{64}", expect):
+        raise ConfigError(f"expect is {expect!r:.80}, which is no SHA-256: 64 hexadecimal digits")
+    return run_async(_verify(open_store(path, storage_options), transfer, observer or silent, expect))
 
 
-async def _verify(closed: Store, transfer: Transfer, observer: Observer) -> Verification:
+async def _verify(closed: Store, transfer: Transfer, observer: Observer, expect: str | None) -> Verification:
     async with closed as store:
         manifest = await read_manifest(store)
+        if isinstance(manifest, Manifest):
+            manifest.check_whole()
         sizes = await store.list()
         expected = _expected(manifest)
         damage = [fault for each in expected if (fault := _object_fault(each, sizes.get(each.name)))]
@@ -107,6 +123,8 @@ async def _verify(closed: Store, transfer: Transfer, observer: Observer) -> Veri
         if isinstance(manifest, Manifest):
             blocks, damaged = await _block_damage(store, manifest, sizes, transfer, observer)
             damage += damaged
+        proof = manifest.sha256 if isinstance(manifest, Manifest) and manifest.head.digest == "sha256" else None
+        damage += _unexpected(store.url, proof, expect)
         if damage:
             await _require_unchanged(store, manifest)
         orphans, foreign = split(sizes, manifest)
@@ -123,7 +141,18 @@ async def _verify(closed: Store, transfer: Transfer, observer: Observer) -> Veri
             damage=tuple(sorted(damage, key=lambda fault: (fault.object_name, fault.offset or 0))),
             orphans={name: sizes[name] for name in orphans},
             foreign=tuple(foreign),
+            sha256=proof,
         )
+
+
+def _unexpected(url: str, proof: str | None, expect: str | None) -> list[Damage]:
+    if expect is None or proof == expect.lower():
+        return []
+    if proof is None:
+        raise ConfigError(
+            f"{url} has no SHA-256 digests that one number could prove: Codec(digest='sha256') makes them"
+        )
+    return [Damage(MANIFEST, None, (), f"its head's SHA-256 is {proof}, and not the one that is expected")]
 
 
 def _part(manifest: Manifest | StockManifest) -> tuple[int, int] | None:
@@ -174,29 +203,44 @@ def _object_fault(expected: _Expected, size: int | None) -> Damage | None:
 class _StoredItem(NamedTuple):
     fqn: str
     raw_bytes: int
+    planes: int
     segments: Sequence[Segment]
+    digests: Sequence[str]
 
 
 def _items(manifest: Manifest) -> Iterator[_StoredItem]:
     for fqn, tensor in manifest.tensors.items():
-        for stored in tensor.chunks:
-            yield _StoredItem(fqn, tensor.chunk_bytes(stored), stored.segments)
+        item_bytes = ITEM_BYTES[tensor.dtype]
+        for number, box in enumerate(tensor.boxes):
+            segments, digests = tensor.segments(number), tensor.digests(number)
+            yield _StoredItem(fqn, box.numel * item_bytes, tensor.planes, segments, digests)
     for fqn, entry in manifest.bytes.items():
-        yield _StoredItem(fqn, entry.size, entry.segments)
+        yield _StoredItem(fqn, entry.size, 1, entry.segments, entry.digests)
 
 
-def _blocks(manifest: Manifest, items: Sequence[_StoredItem], sizes: Mapping[str, int]) -> list[Block]:
-    """Return the blocks that lie within their objects as these are; the others are told with the objects."""
-    codec = manifest.codec
+def _runs(manifest: Manifest, items: Sequence[_StoredItem], sizes: Mapping[str, int]) -> Iterator[Run]:
+    """Yield the blocks that lie within their objects as these are; the others are told with the objects."""
     there = [sizes.get(name, 0) for name, _ in _table(manifest)]
-    return [
-        block
-        for number, item in enumerate(items)
-        for block in locate(
-            number, range(-(-item.raw_bytes // codec.block_bytes)), item.segments, item.raw_bytes, codec
+    for number, item in enumerate(items):
+        count = -(-item.raw_bytes // manifest.codec.block_bytes)
+        blocks = locate(number, range(count), item.segments, item.raw_bytes, manifest.codec)
+        for segment, digest in zip_longest(item.segments, item.digests, fillvalue=""):
+            assert isinstance(segment, Segment), "there are as many digests as segments, or none"
+            whole = list(islice(blocks, len(segment.lengths)))
+            held = [block for block in whole if block.offset + block.length <= there[block.object]]
+            if digest and held == whole:
+                yield Run(_checked_size(manifest, item, whole), item.planes, digest)
+            else:
+                yield from (Run([block], item.planes, "") for block in held)
+
+
+def _checked_size(manifest: Manifest, item: _StoredItem, blocks: Sequence[Block]) -> Sequence[Block]:
+    """Return blocks that are hashed in one go, and held in memory for that."""
+    if blocks[-1].stop - blocks[0].start > MAX_DIGESTED_BYTES:
+        raise ManifestCorrupt(
+            f"{item.fqn}: a digest of more than {MAX_DIGESTED_BYTES} bytes ({manifest!r})", fqn=item.fqn
         )
-        if block.offset + block.length <= there[block.object]
-    ]
+    return blocks
 
 
 async def _block_damage(
@@ -204,14 +248,25 @@ async def _block_damage(
 ) -> tuple[list[Block], list[Damage]]:
     """Check what is there of a manifest's blocks; return it, and what of it is damaged."""
     items = list(_items(manifest))
-    blocks = _blocks(manifest, items, sizes)
+    runs = list(_runs(manifest, items, sizes))
+    blocks = [block for run in runs for block in run.blocks]
     names = [name for name, _ in _table(manifest)]
     with observed(observer, "verify", store.url, sum(block.stop - block.start for block in blocks)) as advance:
-        damaged = await check_blocks(store, blocks, names, manifest.codec, transfer=transfer, advance=advance)
-    return blocks, [
-        Damage(names[block.object], block.offset, (items[block.item].fqn,), f"a damaged block of {block.length} bytes")
-        for block in damaged
-    ]
+        faults = await check_runs(
+            store, runs, names, manifest.codec, manifest.head.digest, transfer=transfer, advance=advance
+        )
+    return blocks, [_damage(fault, items, names) for fault in faults]
+
+
+def _damage(fault: Fault, items: Sequence[_StoredItem], names: Sequence[str]) -> Damage:
+    run = fault.run
+    block = fault.block or run.blocks[0]
+    what = f"a damaged block of {block.length} bytes"
+    if fault.block is None:
+        what = (
+            f"the digest of {run.stop - run.start} bytes, each block of which is sound, is not the one that was written"
+        )
+    return Damage(names[run.object], block.offset, (items[block.item].fqn,), what)
 
 
 async def _require_unchanged(store: Store, manifest: Manifest | StockManifest) -> None:

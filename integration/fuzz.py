@@ -7,6 +7,7 @@ error ends it, is written to the directory that `--keep` names, and makes the ex
 
 import argparse
 import io
+import json
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ with atheris.instrument_imports(include=["dcp_storage"]):
     from dcp_storage.dcp.entries import load_entry
     from dcp_storage.errors import BlockCorrupt, UnsupportedFormat
     from dcp_storage.format.values import MAGIC, encode_value
-    from tests import hostile
+    from tests import documents, hostile
     from tests.test_entries import SAFE
 
 BLOCKS = (("zstd", 4), ("zstd", 2), ("zstd", 1), ("none", 1))
@@ -43,7 +44,31 @@ def manifest(data: bytes) -> None:
 def changed_manifest(data: bytes) -> None:
     """A sound manifest with values changed."""
     provider = atheris.FuzzedDataProvider(data)
-    hostile.read_manifest(hostile.pack(hostile.mutate(hostile.sound_manifest(), _pick(provider))))
+    hostile.read_manifest(documents.pack(hostile.mutate(hostile.sound_manifest(), _pick(provider))))
+
+
+def head(data: bytes) -> None:
+    """Bytes as a head, before a sound body."""
+    _, _, body = documents.index_of(documents.pack(hostile.sound_manifest()))
+    hostile.read_manifest(documents.frame(data) + body)
+
+
+def body(data: bytes) -> None:
+    """Bytes as each frame of a body, with the index that belongs to it."""
+    try:
+        columns = json.loads(data)
+    except (ValueError, RecursionError):
+        columns = data
+    for kind in documents.KINDS:
+        hostile.read_manifest(documents.pack({**hostile.sound_manifest(), kind: columns}))
+
+
+def index(data: bytes) -> None:
+    """A sound manifest whose index has changed."""
+    provider = atheris.FuzzedDataProvider(data)
+    head, listed, rest = documents.index_of(documents.pack(hostile.sound_manifest()))
+    changed = hostile.mutate({"frames": listed}, _pick(provider))
+    hostile.read_manifest(documents.frame(head | changed) + rest)
 
 
 def stock(data: bytes) -> None:
@@ -80,8 +105,11 @@ def _entry_pickles() -> list[bytes]:
 
 
 TARGETS: dict[str, tuple[Callable[[bytes], None], Callable[[], list[bytes]]]] = {
-    "manifest": (manifest, lambda: [hostile.json.dumps(hostile.sound_manifest()).encode()]),
+    "manifest": (manifest, lambda: [documents.pack(hostile.sound_manifest())]),
     "changed-manifest": (changed_manifest, lambda: [bytes(range(64))]),
+    "head": (head, lambda: [json.dumps(hostile.sound_manifest()["head"]).encode()]),
+    "body": (body, lambda: [json.dumps(part).encode() for part in hostile.sound_manifest().values()]),
+    "index": (index, lambda: [bytes(range(64))]),
     "stock": (stock, lambda: [hostile.stock_pickle()]),
     "block": (block, lambda: [hostile.sound_block(*kind) for kind in BLOCKS]),
     "entry": (entry, lambda: [hostile.container({1, "two"}), hostile.container((1, (torch.ones(8),)))]),

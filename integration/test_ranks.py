@@ -1,7 +1,10 @@
 """Several gloo ranks on this machine: every way to save, every rank's failure, and loads on other numbers of ranks."""
 
+import io
+import logging
 import os
 import time
+import traceback
 from pathlib import Path
 
 import pytest
@@ -255,3 +258,42 @@ def test_stock_saves_without_collectives_load_on_any_number_of_ranks(tmp_path, w
         (tmp_path / "__0.metadata").unlink()
         with pytest.raises(CheckpointException, match=r"of which these ranks lack: \[0\]"):
             dcp.load(blank_like(full_state(4)), storage_reader=AsyncStorageReader(tmp_path))
+
+
+def count_lines_on(rank, place):
+    """Fail to load, to save and to match, and report the lines that each prints: DCP's warnings, and the traceback."""
+    stock, path = place["stock"], place["path"]
+    if stock:
+        reader, writer, planner = dcp.FileSystemReader, dcp.FileSystemWriter, None
+    else:
+        reader, writer, planner = AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner()
+    lines = {}
+    for what, fail in {
+        "nothing there": lambda: dcp.load({"w": torch.zeros(3)}, storage_reader=reader(path + "/no"), planner=planner),
+        "another shape": lambda: dcp.load({"w": torch.zeros(4)}, storage_reader=reader(path), planner=planner),
+        "not to be written": lambda: dcp.save({"w": torch.zeros(3)}, storage_writer=writer("/proc/no/step-1")),
+    }.items():
+        printed = io.StringIO()
+        handler = logging.StreamHandler(printed)
+        logging.getLogger().addHandler(handler)
+        try:
+            fail()
+        except CheckpointException as error:
+            traceback.print_exception(error, file=printed)
+        logging.getLogger().removeHandler(handler)
+        lines[what] = printed.getvalue().count("\n")
+    rank.report("failed", lines)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_tracebacks_are_no_longer_than_stock_s(tmp_path, count):
+    lines = {}
+    for stock in (True, False):
+        path = tmp_path / str(stock)
+        writer = dcp.FileSystemWriter(path) if stock else AsyncStorageWriter(path)
+        dcp.save({"w": torch.zeros(3)}, storage_writer=writer, no_dist=True)
+        lines[stock] = run_ranks(count, count_lines_on, {"stock": stock, "path": str(path)})
+    for rank in range(count):
+        for what, ours in lines[False][rank].items():
+            assert ours <= lines[True][rank][what], (what, rank)
+        assert lines[False][rank].keys() == lines[True][rank].keys()

@@ -25,9 +25,11 @@ def test_the_tool_checks_every_data_object_and_prints_the_manifest(tmp_path, cod
     objects = sorted(tmp_path.glob("*.distcp.zst"))
     assert objects
     zstd("-t", *objects)
-    manifest = json.loads(zstd("-dc", tmp_path / ".metadata").stdout)
-    assert [name for name, _ in sorted(manifest["objects"])] == [file.name for file in objects]
-    assert manifest["tensors"]["bfloat16"]["dtype"] == "bfloat16"
+    zstd("-t", tmp_path / ".metadata")
+    head, *frames = map(json.loads, zstd("-dc", tmp_path / ".metadata").stdout.splitlines())
+    body = {kind: frame for (kind, *_), frame in zip(head["frames"], frames, strict=True)}
+    assert sorted(body["objects"]["names"]) == [file.name for file in objects]
+    assert dict(zip(body["tensors"]["names"], body["tensors"]["dtypes"], strict=True))["bfloat16"] == "bfloat16"
 
 
 def test_the_tool_finds_a_flipped_bit(tmp_path):

@@ -212,7 +212,7 @@ def _is_open(number):
 def test_a_future_that_is_dropped_leaves_nothing_behind(tmp_path, monkeypatch, moto_s3, store, outcome):
     path, options = (tmp_path, None) if store == "local" else (moto_s3.url, moto_s3.storage_options)
     if outcome == "failed":
-        monkeypatch.setattr("dcp_storage.dcp.writer.build_manifest", lambda *args, **kwargs: 1 / 0)
+        monkeypatch.setattr("dcp_storage.dcp.writer.build_draft", lambda *args, **kwargs: 1 / 0)
     threads, files = set(threading.enumerate()), open_files()
     future = async_save(state_of(1), storage_writer=AsyncStorageWriter(path, storage_options=options))
     future.cancel()  # too late for a save that runs, and nothing is left of one that does not

@@ -178,3 +178,28 @@ def test_writers_at_one_path_one_wins_whole(tmp_path):
         list(threads.map(write, range(3)))
     assert load(tmp_path) in range(3)
     assert_whole(tmp_path)
+
+
+@pytest.mark.parametrize("collectives", [True, False], ids=["one manifest", "parts"])
+def test_ranks_that_find_different_stock_saves(tmp_path, collectives):
+    """Some of torch's versions give their saves no identity; what their manifests hold is one."""
+
+    def save_stock(value):
+        for file in tmp_path.iterdir():
+            file.unlink()
+        writer = dcp.FileSystemWriter(tmp_path)
+        dcp.save({"w": torch.full((9 + value,), 1.0)[:9], "step": value}, storage_writer=writer, no_dist=True)
+        if not collectives:
+            (tmp_path / ".metadata").rename(tmp_path / "__0.metadata")
+
+    def replace_it(step, rank):
+        if (step, rank) == ("plan", 1):
+            save_stock(22)
+
+    def blank():
+        return [{"w": torch.zeros(9), "step": 0} for _ in range(2)]
+
+    save_stock(1)
+    fake_ranks.load(blank(), lambda: AsyncStorageReader(tmp_path))
+    with pytest.raises(CheckpointReplaced, match="different saves"):
+        fake_ranks.load(blank(), lambda: AsyncStorageReader(tmp_path), meanwhile=replace_it)

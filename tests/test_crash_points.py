@@ -42,18 +42,18 @@ def test_every_operation_that_matters_is_a_point(lab):
 
 
 def test_a_library_that_deletes_before_it_commits_is_found_out(lab, monkeypatch):
-    async def hasty(store, manifest, *, overwrite):
+    async def hasty(store, draft, *, overwrite):
         await store.delete(await replaced_objects(store))
-        await write_manifest(store, manifest, over=None)
+        await write_manifest(store, draft, over=None)
 
     monkeypatch.setattr(writer, "commit", hasty)
     assert "damaged" in {point.found for point in break_commit(lab)}
 
 
 def test_a_library_that_swallows_an_error_is_found_out(lab, monkeypatch):
-    async def careless(store, manifest, *, overwrite):
+    async def careless(store, draft, *, overwrite):
         with suppress(StoreError):
-            await write_manifest(store, manifest, over=None)
+            await write_manifest(store, draft, over=None)
 
     monkeypatch.setattr(writer, "commit", careless)
     assert "found save 1, not one of {8}" in {fault for point in break_commit(lab) for fault in point.wrong}

@@ -8,8 +8,12 @@ from xxhash import xxh3_64_hexdigest
 
 from dcp_storage.dcp.saves.commit import commit
 from dcp_storage.errors import CheckpointExists, CheckpointNotFound, CheckpointReplaced, ObjectExists, ObjectNotFound
-from dcp_storage.format.manifest import BytesEntry, Manifest, Segment, StoredCodec, StoredObject, decode, encode
+from dcp_storage.format.columns import columns_of
+from dcp_storage.format.draft import Draft, DraftEntry, encode
+from dcp_storage.format.frames import StoredCodec
+from dcp_storage.format.manifest import Manifest, StoredObject, decode
 from dcp_storage.format.names import MANIFEST, data_object
+from dcp_storage.format.schema import Segment
 from dcp_storage.store.base import ABSENT, Store
 from dcp_storage.transfer.manifests import read_manifest
 
@@ -87,10 +91,10 @@ class SteppedStore(Store):
             self.objects.pop(name, None)
 
 
-def manifest_of(token: str, objects: int) -> Manifest:
+def manifest_of(token: str, objects: int) -> Draft:
     names = [data_object(f"{ord(token[0]):016x}", rank, 0, compression="none") for rank in range(objects)]
     segments = [Segment(number, 0, (1,), xxh3_64_hexdigest(b"x")) for number in range(objects)]
-    return Manifest(
+    return Draft(
         save_id=token,
         created="now",
         libraries={},
@@ -98,7 +102,8 @@ def manifest_of(token: str, objects: int) -> Manifest:
         codec=StoredCodec("none", 1 << 20, 1),
         objects=tuple(StoredObject(name, 1) for name in names),
         tensors={},
-        bytes={name: BytesEntry(1, (segment,)) for name, segment in zip(names, segments, strict=True)},
+        entries={name: DraftEntry(1, columns_of([[segment]])) for name, segment in zip(names, segments, strict=True)},
+        planner_data=None,
     )
 
 

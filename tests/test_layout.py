@@ -1,7 +1,14 @@
+import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
+from dcp_storage import AsyncStorageWriter, ShardedSavePlanner
 from dcp_storage.config import MIB, Transfer
+from dcp_storage.dcp.groups import group_items
+from dcp_storage.format.manifest import decode
 from dcp_storage.transfer.layout import MIN_OBJECT_BYTES, Piece, lay_out, split_units, target_bytes
 from dcp_storage.transfer.workers import useful_threads
 
@@ -44,6 +51,55 @@ def test_units_are_the_pieces_cut_smaller(sizes, target, unit_bytes):
         assert joined == pieces
         held = [sum(piece.stop - piece.start for piece in unit) for unit in units]
         assert all(0 < size <= max(unit_bytes, BLOCK) for size in held)
+
+
+groups = st.lists(st.sampled_from(["model", "optim", ""]), min_size=12, max_size=12)
+
+
+@given(sizes, targets, groups)
+def test_large_items_of_different_groups_share_no_object(sizes, target, groups):
+    groups = groups[: len(sizes)]
+    objects = lay_out(sizes, BLOCK, target, groups)
+    for pieces in objects:
+        assert len({groups[piece.item] for piece in pieces if sizes[piece.item] >= BLOCK}) <= 1
+        assert sum(piece.stop - piece.start for piece in pieces) <= max(target, BLOCK)
+    for item, size in enumerate(sizes):
+        mine = [piece for pieces in objects for piece in pieces if piece.item == item]
+        assert [piece.start for piece in mine] == [0, *(piece.stop for piece in mine)][: len(mine)]
+        assert sum(piece.stop - piece.start for piece in mine) == size
+    more = len(objects) - len(lay_out(sizes, BLOCK, target))
+    assert more <= len(set(groups))
+
+
+def test_groups_of_small_items_cost_no_object():
+    assert len(lay_out([4096] * 100, MIB, 64 * MIB, ["a", "b"] * 50)) == 1
+    assert len(lay_out([2 * MIB, 4096, 2 * MIB, 4096], MIB, 64 * MIB, ["a", "b", "c", "d"])) == 2
+
+
+def mapped(*paths):
+    items = [WriteItem(MetadataIndex(".".join(path)), WriteItemType.BYTE_IO) for path in paths]
+    planner = ShardedSavePlanner()
+    planner.mappings = {".".join(path): path for path in paths}
+    return group_items(SavePlan(items), planner)
+
+
+def test_groups_are_the_top_level_mappings():
+    model, optim = ("model", "w"), ("optim", "state", "w", "exp_avg")
+    assert mapped(model, optim, ("step",), ("rng",)) == ["model", "optim", "", ""]
+    assert mapped(("app", *model), ("app", *optim)) == ["model", "optim"], "single mappings are looked through"
+    assert mapped(("w",), ("b",)) == [], "loose tensors are one"
+    assert mapped(model, ("model", "b")) == []
+    assert mapped(*((f"layer{n}", "w") for n in range(40))) == [], "these are names, not parts"
+    assert mapped() == []
+
+
+def test_dropping_a_group_is_deleting_objects(tmp_path):
+    state = {part: {"w": torch.randn(600, 1024), "b": torch.ones(3)} for part in ("model", "optim")} | {"step": 3}
+    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner(), no_dist=True)
+    manifest = decode((tmp_path / ".metadata").read_bytes(), "here")
+    objects = {name: {s.object for s in manifest.tensors[f"{name}.w"].segments(0)} for name in ("model", "optim")}
+    assert objects["model"].isdisjoint(objects["optim"])
+    assert len(manifest.objects) == 2
 
 
 def test_many_small_items_share_few_objects():

@@ -7,8 +7,12 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import MetadataIndex
+from torch.distributed.checkpoint.storage import WriteResult
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter
+from dcp_storage.dcp.replicas.compare import Results
+from dcp_storage.dcp.saves.summary import slowest
 from dcp_storage.errors import ConfigError, StoreError
 from dcp_storage.progress import progress_bar
 from dcp_storage.store.local import LocalStore
@@ -132,3 +136,24 @@ def test_transfers_that_overlap_have_a_bar_each_and_leave_no_thread(tmp_path, mo
     deadline = time.monotonic() + 10
     while threading.active_count() > threads:  # rich does not wait for them
         assert time.monotonic() < deadline
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [
+        (
+            [9.0, 2.0, 3.0, 2.5],
+            "rank 0 wrote its 3.0 MB in 9.0 s, where half of the ranks took at most 2.8 s for 1.0 MB",
+        ),
+        ([2.0, 3.9, 2.0], None),
+        ([0.1, 0.9], None),
+        ([5.0], None),
+        ([0.0, 0.0], None),
+    ],
+)
+def test_a_rank_that_is_much_slower_than_the_others_is_told_of(seconds, told):
+    results = []
+    for number, each in enumerate(seconds):
+        results.append(Results([WriteResult(MetadataIndex("w"), 1_000_000 if number else 3_000_000, [])]))
+        results[-1].seconds = each
+    assert slowest(results) == told

@@ -4,7 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp_storage.format.manifest import Segment, StoredCodec
+from dcp_storage.format.frames import StoredCodec
+from dcp_storage.format.schema import Segment
 from dcp_storage.transfer.ranges import WASTE, Block, coalesce, locate, needed_blocks
 from tests.test_geometry import boxes_in, shapes
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import os
 import pickle
 import socket
 import threading
@@ -271,6 +272,27 @@ def test_connections_are_closed(moto_s3: Place):
         return client._endpoint.http_session._sessions
 
     assert not asyncio.run(main())
+
+
+def test_clients_of_several_regions_are_closed(moto_s3: Place, monkeypatch):
+    """With `cache_regions` s3fs makes a client for each region that it is told of."""
+    options = dict(moto_s3.storage_options)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", options.pop("endpoint_url"))
+    place = Place(moto_s3.url, options | {"cache_regions": True})
+
+    def save():
+        run(place, lambda store: store.commit(".metadata", b"{}"))
+        return len(os.listdir("/proc/self/fd"))
+
+    save()
+    gc.collect()
+    gc.disable()
+    try:
+        first = save()
+        assert [save() for _ in range(10)][-1] <= first
+    finally:
+        gc.enable()
+    assert run(moto_s3, lambda store: store.get(".metadata")) == b"{}"
 
 
 @pytest.mark.parametrize("secret", ["s3cr3t/v@lue+x", "plain-secret-value"])

@@ -94,7 +94,7 @@ def test_a_sound_checkpoint(saved):
 def test_every_damaged_block_is_told(saved):
     manifest = manifest_of(saved)
     expected = set()
-    for segment in manifest.tensors["weight"].chunks[0].segments:
+    for segment in manifest.tensors["weight"].segments(0):
         name, offset = manifest.objects[segment.object].name, segment.offset
         for number, length in enumerate(segment.lengths):
             if number % 3 == 0:

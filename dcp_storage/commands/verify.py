@@ -17,11 +17,12 @@ _NAMES = 3
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the sub-command."""
     add_place(parser)
+    parser.add_argument("--expect", metavar="HEX", help="the SHA-256 that an earlier verify printed")
 
 
 def run(args: argparse.Namespace) -> int:
     """Verify a checkpoint and return the exit code: 0 when it is sound, 1 when it is damaged."""
-    found = verify(args.path, storage_options=storage_options(args), observer=progress_bar())
+    found = verify(args.path, storage_options=storage_options(args), observer=progress_bar(), expect=args.expect)
     if args.json:
         print_json({"sound": found.sound} | asdict(found))
     else:
@@ -50,7 +51,8 @@ def _verdict(found: Verification) -> str:
         return f"UNCHECKED  {found.url}: {held}, all there; stock DCP wrote it, without checks for what is in them"
     part = "; the part of rank {} of {}, which saved it alone".format(*found.part) if found.part else ""
     checked = f"{counted(found.blocks, 'block')}, {size_text(found.raw_bytes)} raw, all checked"
-    return f"SOUND  {found.url}: {held}; {checked}{part}"
+    proof = f"; SHA-256 {found.sha256}" if found.sha256 else ""
+    return f"SOUND  {found.url}: {held}; {checked}{part}{proof}"
 
 
 def _table(found: Verification) -> Table:

@@ -1,6 +1,6 @@
-"""DCP's `Metadata` and this package's `Manifest`: each made from the other."""
+"""DCP's `Metadata` and this package's manifest: each made from the other."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from functools import cache
 from importlib.metadata import version
@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
-    ChunkStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorProperties,
@@ -20,17 +19,22 @@ from torch.distributed.checkpoint.storage import WriteResult
 from dcp_storage.collector import uncollected
 from dcp_storage.config import Codec
 from dcp_storage.dcp.kinds.boxes import chunk_box
+from dcp_storage.dcp.stored import StoredTensorMetadata
 from dcp_storage.dcp.tensors import dtype_from_name, dtype_name, planes_of
 from dcp_storage.dcp.undocumented import METADATA_VERSION
 from dcp_storage.errors import CoverageError, UnsupportedTensor
+from dcp_storage.format.boxes import Boxes
+from dcp_storage.format.columns import Columns, layout_of
+from dcp_storage.format.draft import Draft, DraftEntry, DraftTensor
+from dcp_storage.format.frames import StoredCodec
 from dcp_storage.format.legacy import StockManifest
-from dcp_storage.format.manifest import BytesEntry, Chunk, Manifest, Segment, StoredCodec, StoredObject, TensorEntry
-from dcp_storage.geometry import tiling_fault
-from dcp_storage.transfer.save import StoredSegment
+from dcp_storage.format.manifest import Manifest, StoredObject
+from dcp_storage.format.schema import ListedBoxes
+from dcp_storage.geometry import Box, Shape, tiling_fault
 
 
 @uncollected
-def build_manifest(
+def build_draft(
     metadata: Metadata,
     results: Iterable[WriteResult],
     codec: Codec,
@@ -39,34 +43,34 @@ def build_manifest(
     world_size: int,
     rank: int | None,
     attempt: str | None,
-) -> Manifest:
+    info: Mapping[str, Any],
+) -> Draft:
     """Join what the planner planned with what the ranks stored.
 
     Raises:
         CoverageError: The two do not match item by item, or a tensor's chunks do not tile it.
         UnsupportedTensor: The planner data is no flatten mapping.
     """
-    stored = _by_item(metadata, results)
+    stored = _Results(results)
     table = _ObjectTable()
-    tensors: dict[str, TensorEntry] = {}
-    entries: dict[str, BytesEntry] = {}
+    tensors: dict[str, DraftTensor] = {}
+    entries: dict[str, DraftEntry] = {}
     for fqn, entry in metadata.state_dict_metadata.items():
         if isinstance(entry, TensorStorageMetadata):
-            chunks = tuple(
-                Chunk(tuple(chunk.offsets), tuple(chunk.sizes), table.segments(_take(stored, fqn, number)))
-                for number, chunk in enumerate(entry.chunks)
-            )
             dtype = dtype_name(entry.properties.dtype, fqn)
             planes = planes_of(dtype, byte_planes=codec.byte_planes and codec.compression == "zstd")
-            tensors[fqn] = TensorEntry(dtype, tuple(entry.size), planes, chunks)
-            _check_tiling(fqn, tensors[fqn], partial=rank is not None)
+            boxes = sorted(Box(tuple(chunk.offsets), tuple(chunk.sizes)) for chunk in entry.chunks)
+            layout = layout_of(tuple(entry.size), boxes)
+            itemsize = entry.properties.dtype.itemsize
+            columns = table.columns(stored.take(fqn, box, itemsize) for box in boxes)
+            tensors[fqn] = DraftTensor(dtype, tuple(entry.size), planes, boxes, layout, columns)
+            if rank is None and isinstance(layout, ListedBoxes):
+                _check_tiling(fqn, tensors[fqn])
         else:
-            result = _take(stored, fqn, None)
-            entries[fqn] = BytesEntry(result.size_in_bytes, table.segments(result))
-    if stored:
-        fqn = next(iter(stored))[0]
-        raise CoverageError(f"{fqn} was written but the plan has no such item", fqn=fqn)
-    return Manifest(
+            result = stored.take(fqn, None)
+            entries[fqn] = DraftEntry(result.size_in_bytes, table.columns([result]))
+    stored.check_taken()
+    return Draft(
         save_id=save_id,
         created=datetime.now(UTC).isoformat(timespec="microseconds"),
         libraries=_libraries(),
@@ -74,9 +78,11 @@ def build_manifest(
         rank=rank,
         attempt=attempt,
         codec=StoredCodec(codec.compression, codec.block_bytes, codec.level),
+        digest=codec.digest,
+        info=dict(info),
         objects=table.objects(),
         tensors=tensors,
-        bytes=entries,
+        entries=entries,
         planner_data=_planner_data(metadata.planner_data),
     )
 
@@ -92,13 +98,17 @@ def to_metadata(manifest: Manifest | StockManifest) -> Metadata:
     """Return what DCP's planners read; the manifest itself is its `storage_data`.
 
     Raises:
+        ManifestCorrupt: Something in the manifest cannot be.
         UnsupportedFormat: This torch lacks a dtype that the checkpoint holds.
     """
+    if isinstance(manifest, Manifest):
+        manifest.check_whole()
     entries: dict[str, Any] = {fqn: BytesStorageMetadata() for fqn in manifest.bytes}
+    properties: dict[str, TensorProperties] = {}
     for fqn, tensor in manifest.tensors.items():
-        chunks = [ChunkStorageMetadata(torch.Size(c.offsets), torch.Size(c.sizes)) for c in tensor.chunks]
-        properties = TensorProperties(dtype=dtype_from_name(tensor.dtype))
-        entries[fqn] = TensorStorageMetadata(properties, torch.Size(tensor.size), chunks)
+        if tensor.dtype not in properties:
+            properties[tensor.dtype] = TensorProperties(dtype=dtype_from_name(tensor.dtype))
+        entries[fqn] = StoredTensorMetadata(properties[tensor.dtype], tensor.boxes)
     version = manifest.version if isinstance(manifest, StockManifest) else METADATA_VERSION
     return Metadata(entries, planner_data=manifest.planner_data, storage_data=manifest, version=version)
 
@@ -115,66 +125,82 @@ class _ObjectTable:
         self._numbers: dict[str, int] = {}
         self._sizes: list[int] = []
 
-    def segments(self, result: WriteResult) -> tuple[Segment, ...]:
-        return tuple(map(self._segment, result.storage_data))
+    def columns(self, results: Iterable[WriteResult]) -> Columns:
+        """Return where items were put."""
+        columns, numbers, sizes = Columns(), self._numbers, self._sizes
+        for result in results:
+            for stored in result.storage_data:
+                lengths = stored.lengths
+                number = numbers.setdefault(stored.object_name, len(sizes))
+                if number == len(sizes):
+                    sizes.append(0)
+                stop = stored.offset + (lengths[0] if len(lengths) == 1 else sum(lengths))
+                if stop > sizes[number]:  # noqa: PLR1730 - called for every block, which `max` would feel
+                    sizes[number] = stop
+                columns.add_segment(number, stored.offset, lengths, stored.checks, stored.digest)
+            columns.segments.append(len(result.storage_data))
+        return columns
 
-    def _segment(self, stored: StoredSegment) -> Segment:
-        number = self._numbers.setdefault(stored.object_name, len(self._numbers))
-        segment = Segment(number, stored.offset, stored.lengths, stored.checks)
-        if number == len(self._sizes):
-            self._sizes.append(0)
-        self._sizes[number] = max(self._sizes[number], segment.stop)
-        return segment
-
-    def objects(self) -> tuple[StoredObject, ...]:
-        return tuple(map(StoredObject, self._numbers, self._sizes))
-
-
-_Item = tuple[str, int | None]
-
-
-def _by_item(metadata: Metadata, results: Iterable[WriteResult]) -> dict[_Item, WriteResult]:
-    stored: dict[_Item, WriteResult] = {}
-    for result in results:
-        item = (result.index.fqn, _chunk_number(metadata, result.index))
-        if item in stored:
-            raise CoverageError(f"{result.index.fqn} at {result.index.offset} was written twice", fqn=result.index.fqn)
-        stored[item] = result
-    return stored
+    def objects(self) -> list[StoredObject]:
+        return list(map(StoredObject, self._numbers, self._sizes))
 
 
-def _chunk_number(metadata: Metadata, index: MetadataIndex) -> int | None:
-    """Return which chunk of its tensor an index means; `None` for an entry that is no tensor."""
-    entry = metadata.state_dict_metadata.get(index.fqn)
-    if not isinstance(entry, TensorStorageMetadata):
-        return None
-    return find_chunk(index, [chunk.offsets for chunk in entry.chunks])
+class _Results:
+    """What the ranks stored, by name and offsets, each taken once."""
+
+    def __init__(self, results: Iterable[WriteResult]) -> None:
+        self._left: dict[tuple[str, Shape], WriteResult] = {}
+        self._more: list[WriteResult] = []  # chunks without elements begin where others do
+        for result in results:
+            item = (result.index.fqn, result.index.offset or ())
+            if self._left.setdefault(item, result) is not result:
+                self._more.append(result)
+
+    def take(self, fqn: str, box: Box | None, itemsize: int = 0) -> WriteResult:
+        item = (fqn, box.offsets if box else ())
+        if self._more and box:
+            self._bring(item, box.numel * itemsize)
+        result = self._left.pop(item, None)
+        if result is None:
+            part = f" {box}" if box else ""
+            raise CoverageError(f"{fqn}{part} is in the plan but no rank wrote it", fqn=fqn)
+        return result
+
+    def _bring(self, item: tuple[str, Shape], nbytes: int) -> None:
+        """Of several that begin at one place have the one of this size taken next."""
+        first = self._left.get(item)
+        if first is not None and first.size_in_bytes == nbytes:
+            return
+        for number, other in enumerate(self._more):
+            if (other.index.fqn, other.index.offset or ()) == item and other.size_in_bytes == nbytes:
+                self._left[item] = self._more.pop(number)
+                self._more += [first] if first is not None else []
+                return
+
+    def check_taken(self) -> None:
+        left = [*self._left.values(), *self._more]
+        if left:
+            fqn = left[0].index.fqn
+            raise CoverageError(f"{fqn} was written but the plan has no such item", fqn=fqn)
 
 
-def find_chunk(index: MetadataIndex, offsets: Sequence[Sequence[int]]) -> int:
+def find_chunk(index: MetadataIndex, boxes: Boxes) -> int:
     """Return the number of the chunk that begins where an index says; of several (empty ones), the one it hints at.
 
     Raises:
         CoverageError: No chunk begins there.
     """
     wanted = tuple(index.offset or ())
-    if index.index is not None and index.index < len(offsets) and tuple(offsets[index.index]) == wanted:
+    if index.index is not None and index.index < len(boxes) and boxes[index.index].offsets == wanted:
         return index.index
-    for number, offset in enumerate(offsets):
-        if tuple(offset) == wanted:
-            return number
-    raise CoverageError(f"{index.fqn} has no chunk that begins at {list(wanted)}", fqn=index.fqn)
+    number = boxes.at(wanted)
+    if number is None:
+        raise CoverageError(f"{index.fqn} has no chunk that begins at {list(wanted)}", fqn=index.fqn)
+    return number
 
 
-def _take(stored: dict[_Item, WriteResult], fqn: str, number: int | None) -> WriteResult:
-    if (fqn, number) not in stored:
-        part = "" if number is None else f", chunk {number}"
-        raise CoverageError(f"{fqn}{part} is in the plan but no rank wrote it", fqn=fqn)
-    return stored.pop((fqn, number))
-
-
-def _check_tiling(fqn: str, tensor: TensorEntry, *, partial: bool) -> None:
-    fault = None if partial else tiling_fault(tensor.size, [chunk.box for chunk in tensor.chunks])
+def _check_tiling(fqn: str, tensor: DraftTensor) -> None:
+    fault = tiling_fault(tensor.size, tensor.boxes)
     if fault:
         raise CoverageError(
             f"{fqn}: {fault}. The state dict's sharding does not describe this tensor: nothing was committed", fqn=fqn

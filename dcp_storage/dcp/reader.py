@@ -111,11 +111,12 @@ class AsyncStorageReader(StorageReader):
         self._begun = time.monotonic()
         try:
             manifest = self._location.run(read_manifest)
+            metadata = to_metadata(manifest)
         except DcpStorageError as error:
             self._manifest = error
             raise
         origin = StorageMeta(checkpoint_id=self.checkpoint_id, save_id=manifest.save_id, load_id=new_token())
-        return replace(to_metadata(manifest), storage_meta=origin)
+        return replace(metadata, storage_meta=origin)
 
     @hook
     def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
@@ -132,7 +133,7 @@ class AsyncStorageReader(StorageReader):
     @hook
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Note in the plan which save this rank is about to read."""
-        return replace(plan, storage_data=getattr(self._manifest, "save_id", None))
+        return replace(plan, storage_data=getattr(self._manifest, "identity", None))
 
     @hook
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -243,13 +244,12 @@ def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner) -> lis
     """Group the reads by the stored chunk that they read: resharding aims many at one."""
     items = []
     by_chunk: defaultdict[tuple[str, int], list[ReadItem]] = defaultdict(list)
-    offsets = {fqn: [chunk.offsets for chunk in tensor.chunks] for fqn, tensor in manifest.tensors.items()}
     for read in plan.items:
         fqn = read.storage_index.fqn
         if read.type == LoadItemType.BYTE_IO:
             items.append(_bytes_item(manifest, fqn, read, planner))
-        elif fqn in offsets:
-            by_chunk[fqn, find_chunk(read.storage_index, offsets[fqn])].append(read)
+        elif tensor := manifest.tensors.get(fqn):
+            by_chunk[fqn, find_chunk(read.storage_index, tensor.boxes)].append(read)
         else:
             raise _not_stored(fqn)
     items.extend(_chunk_item(manifest, fqn, number, reads, planner) for (fqn, number), reads in by_chunk.items())
@@ -266,15 +266,15 @@ def _bytes_item(manifest: Manifest, fqn: str, read: ReadItem, planner: LoadPlann
 
 def _chunk_item(manifest: Manifest, fqn: str, number: int, reads: list[ReadItem], planner: LoadPlanner) -> LoadItem:
     tensor = manifest.tensors[fqn]
-    chunk = tensor.chunks[number]
+    shape = tensor.boxes[number].sizes
     boxes = [read_box(read) for read in reads]
     for box in boxes:
-        if not contains(chunk.sizes, box):
-            raise CoverageError(f"{fqn}: the plan reads {box} of a chunk of shape {list(chunk.sizes)}", fqn=fqn)
+        if not contains(shape, box):
+            raise CoverageError(f"{fqn}: the plan reads {box} of a chunk of shape {list(shape)}", fqn=fqn)
     item_bytes = ITEM_BYTES[tensor.dtype]
-    wanted = needed_blocks(chunk.sizes, boxes, item_bytes, manifest.codec.block_bytes)
-    target = ChunkTarget(chunk.sizes, dtype_from_name(tensor.dtype), reads, planner)
-    return LoadItem(fqn, prod(chunk.sizes) * item_bytes, tensor.planes, chunk.segments, wanted, target)
+    wanted = needed_blocks(shape, boxes, item_bytes, manifest.codec.block_bytes)
+    target = ChunkTarget(shape, dtype_from_name(tensor.dtype), reads, planner)
+    return LoadItem(fqn, prod(shape) * item_bytes, tensor.planes, tensor.segments(number), wanted, target)
 
 
 def _not_stored(fqn: str) -> CoverageError:

@@ -16,8 +16,9 @@ from torch.futures import Future
 
 from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.calls import Location, Path, choose_observer
+from dcp_storage.dcp.groups import group_items
 from dcp_storage.dcp.hooks import hook
-from dcp_storage.dcp.metadata import build_manifest, is_whole
+from dcp_storage.dcp.metadata import build_draft, is_whole
 from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
 from dcp_storage.dcp.replicas.compare import Results, judge
 from dcp_storage.dcp.saves.attempt import name_attempt
@@ -33,6 +34,7 @@ from dcp_storage.dcp.staging.staged import StagedState, redeem
 from dcp_storage.dcp.tensors import check_text, dtype_name
 from dcp_storage.dcp.undocumented import METADATA_VERSION, rank_alone, world_size_of_save
 from dcp_storage.errors import ConfigError
+from dcp_storage.format.frames import check_info
 from dcp_storage.observe import Observer
 from dcp_storage.transfer.save import Source, StoredSegment
 
@@ -58,11 +60,13 @@ class AsyncStorageWriter(StorageWriter):
         transfer: How bytes move, and how much memory that may take.
         overwrite: Whether a checkpoint that stands at the path may be replaced; it stays whole until the new one does.
         sync_files: On local disk, whether data reaches the disk (fsync) before the save is reported done.
+        info: What you want to know of the checkpoint before you load it (`{"step": 5, "metrics": {"loss": 0.3}}`): any
+            JSON object, of at most 4 KiB. `open_checkpoint` gives it back.
         progress: Show a progress bar on local rank 0, if standard error is a terminal.
         observer: Is told of every transfer of this rank.
 
     Raises:
-        ConfigError: An argument is impossible: an unknown protocol, options for a local path.
+        ConfigError: An argument is impossible: an unknown protocol, options for a local path, `info` that is no JSON.
 
     What a save raises reaches the caller of `dcp.save`, on every rank, inside of DCP's `CheckpointException`, whose
     `failures` hold the typed errors: `CheckpointExists`, `UnsupportedTensor`, `CoverageError`, `DtypeMismatch`,
@@ -79,6 +83,7 @@ class AsyncStorageWriter(StorageWriter):
         transfer: Transfer = Transfer(),  # noqa: B008 (frozen)
         overwrite: bool = True,
         sync_files: bool = True,
+        info: Mapping[str, Any] | None = None,
         progress: bool = False,
         observer: Observer | None = None,
     ) -> None:
@@ -87,6 +92,7 @@ class AsyncStorageWriter(StorageWriter):
         self._codec = codec
         self._transfer = transfer
         self._overwrite = overwrite
+        self._info = check_info(info or {})
         self._observer = choose_observer(observer, progress=progress)
         self._thread = _Thread()
 
@@ -170,12 +176,14 @@ class AsyncStorageWriter(StorageWriter):
         """
         save, part = self._current()
         with ending_on_error(save):
+            begun = time.monotonic()
             sources = plan_sources(plan, planner, byte_planes=self._codec.byte_planes)
-            segments = self._put(save, part, sources) if sources else []
+            segments = self._put(save, part, sources, group_items(plan, planner)) if sources else []
             results = Results(
                 WriteResult(item.index, source.nbytes, stored)
                 for item, source, stored in zip(plan.items, sources, segments, strict=True)
             )
+            results.seconds = time.monotonic() - begun
             if isinstance(planner, ShardedSavePlanner):
                 results.fingerprints = planner.fingerprints()
                 planner.release()
@@ -184,9 +192,11 @@ class AsyncStorageWriter(StorageWriter):
         future.set_result(results)
         return future
 
-    def _put(self, save: Save, part: Part, sources: Sequence[Source]) -> list[list[StoredSegment]]:
+    def _put(
+        self, save: Save, part: Part, sources: Sequence[Source], groups: Sequence[str]
+    ) -> list[list[StoredSegment]]:
         how = partial(put, codec=self._codec, transfer=self._transfer, observer=self._observer)
-        return save.location.run(partial(how, save=save, part=part, sources=sources))
+        return save.location.run(partial(how, save=save, part=part, sources=sources, groups=groups))
 
     @hook
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
@@ -205,7 +215,7 @@ class AsyncStorageWriter(StorageWriter):
         with ending_on_error(save):
             judge([getattr(told, "fingerprints", None) for told in results], metadata, save.location.store().url)
             is_part = part.attempt is not None or (part.alone and not is_whole(metadata))
-            manifest = build_manifest(
+            draft = build_draft(
                 metadata,
                 chain.from_iterable(results),
                 self._codec,
@@ -213,13 +223,14 @@ class AsyncStorageWriter(StorageWriter):
                 world_size=part.world_size if is_part else len(results),
                 rank=part.rank if is_part else None,
                 attempt=part.attempt,
+                info=self._info,
             )
         # DCP sends the metadata to all ranks, and `dcp.save` returns it.
         metadata.version = METADATA_VERSION
         metadata.storage_meta = StorageMeta(checkpoint_id=save.location.shown, save_id=save.token)
         with ending_on_error(save, commits=True):
-            save.location.run(partial(commit, manifest=manifest, overwrite=self._overwrite))
-        log_saved(save, manifest)
+            save.location.run(partial(commit, draft=draft, overwrite=self._overwrite))
+        log_saved(save, draft, results)
         save.done = True
 
     def _begin(self, checkpoint_id: Path | None = None) -> Save:

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.dcp.undocumented import stock_url_reader, stock_url_writer, stock_zstandard
 from dcp_storage.demo.figures import OURS, STOCK_ZSTD, Part, Place
+from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.manifest import Manifest
 from dcp_storage.store.open import open_store
 from dcp_storage.transfer.manifests import read_manifest
@@ -68,8 +69,9 @@ async def _read_own_manifest(place: Place) -> Manifest:
 
 def _own_items(manifest: Manifest) -> Iterator[tuple[str, str, int, int]]:
     for fqn, entry in manifest.tensors.items():
-        raw_bytes = sum(entry.chunk_bytes(chunk) for chunk in entry.chunks)
-        stored_bytes = sum(sum(segment.lengths) for chunk in entry.chunks for segment in chunk.segments)
+        raw_bytes = prod(entry.size) * ITEM_BYTES[entry.dtype]
+        segments = (segment for number in range(len(entry.boxes)) for segment in entry.segments(number))
+        stored_bytes = sum(sum(segment.lengths) for segment in segments)
         yield fqn, entry.dtype, raw_bytes, stored_bytes
 
 

@@ -13,6 +13,7 @@ from xxhash import xxh3_64
 
 from dcp_storage.config import Codec
 from dcp_storage.errors import BlockCorrupt
+from dcp_storage.format.digests import make_digest
 from dcp_storage.format.planes import make_planes
 from dcp_storage.format.zstd import (
     MAGIC,
@@ -52,10 +53,14 @@ def encoded_limit(raw_bytes: int, compression: str, blocks: int = 1) -> int:
 
 
 class Encoded(Struct, frozen=True, gc=False):
-    """Consecutive blocks of one item: their stored sizes and, in hexadecimal, their check values."""
+    """Consecutive blocks of one item: their stored sizes and, in hexadecimal, their check values and the digest of all.
+
+    The digest is empty where none is asked for.
+    """
 
     lengths: tuple[int, ...]
     checks: str
+    digest: str
 
 
 class BlockEncoder:
@@ -64,6 +69,7 @@ class BlockEncoder:
     def __init__(self, codec: Codec) -> None:
         self._compression = codec.compression
         self._block_bytes = codec.block_bytes
+        self._digest = codec.digest
         self._planes = make_planes()
         self._laid = memoryview(empty(codec.block_bytes, uint8).data)
         self._searching = make_compressor(codec.level)
@@ -90,8 +96,11 @@ class BlockEncoder:
         data = memoryview(raw)
         compressor: Compressor | None = None
         lengths, checks, filled = [], [], 0
+        digest = make_digest(self._digest) if self._digest else None
         for start in range(0, len(data), self._block_bytes):
             block, rest = data[start : start + self._block_bytes], out[filled:]
+            if digest is not None:
+                digest.update(block)  # and then the cache holds it
             if self._compression == "none":
                 copy_bytes(block, rest[: len(block)])
                 size, check = len(block), _check_value(block)
@@ -103,7 +112,7 @@ class BlockEncoder:
             lengths.append(size)
             checks.append(check)
             filled += size
-        return Encoded(tuple(lengths), "".join(checks))
+        return Encoded(tuple(lengths), "".join(checks), "" if digest is None else digest.hexdigest())
 
     def _lay(self, block: memoryview, planes: int) -> memoryview:
         if planes == 1:

@@ -7,6 +7,7 @@ from typing import Any
 from msgspec import Struct
 
 from dcp_storage.errors import ManifestCorrupt, UnsupportedFormat
+from dcp_storage.format.boxes import Boxes, Listed
 from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.names import is_safe
 from dcp_storage.format.paths import list_slots
@@ -31,6 +32,11 @@ class StockTensor(Struct, frozen=True):
     size: Shape
     chunks: tuple[Box, ...]
 
+    @property
+    def boxes(self) -> Boxes:
+        """The chunks."""
+        return Listed(self.size, self.chunks)
+
 
 class StockItem(Struct, frozen=True):
     """Where one stored item lies, and the descriptors of the streams to undo, outermost first."""
@@ -51,6 +57,7 @@ class StockManifest(Struct, frozen=True):
         storage: Where each chunk and each bytes entry lies.
         version: The version of DCP's metadata, or `None` before torch had one.
         save_id: What tells this save from others, or `None` before torch had that.
+        identity: Tells the `.metadata` that it was read from from any other.
     """
 
     tensors: dict[str, StockTensor]
@@ -59,6 +66,7 @@ class StockManifest(Struct, frozen=True):
     storage: dict[StorageKey, StockItem]
     version: str | None = None
     save_id: str | None = None
+    identity: str = ""
 
 
 def decode_stock_metadata(data: bytes, *, where: str) -> StockManifest:

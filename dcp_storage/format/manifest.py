@@ -1,190 +1,276 @@
-"""The manifest, `.metadata`: its schema, and its way to bytes and back. `validate.py` says what must hold in it."""
+"""The manifest, `.metadata`, as it is read: frame by frame, as its tensors are asked for."""
 
-from math import prod
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
-import zstandard
+import numpy as np
 from msgspec import Struct
 
 from dcp_storage.collector import uncollected
-from dcp_storage.errors import ConfigError, ManifestCorrupt, UnsupportedFormat
-from dcp_storage.format.dtypes import ITEM_BYTES
-from dcp_storage.format.zstd import MAGIC
-from dcp_storage.geometry import Box, Shape
+from dcp_storage.errors import ManifestCorrupt
+from dcp_storage.format.columns import BytesEntry, Digests, TensorEntry, decode_entries, decode_tensors
+from dcp_storage.format.digests import DIGEST_CHARS, digest_of
+from dcp_storage.format.frames import (
+    Head,
+    StoredCodec,
+    split_frames,
+    unpack_frame,
+    unpack_head,
+)
+from dcp_storage.format.schema import DigestFrame, EntryFrame, ObjectFrame, PathFrame, TensorFrame
+from dcp_storage.format.validate import Fault, check_head, check_names, check_objects, check_paths, require
 
-FORMAT = "dcp_storage"
-VERSION = 1
-MAX_JSON_BYTES = 1 << 31
-"""A manifest that says it is larger is refused: 2 GiB of JSON describes some 20 million chunks."""
-ANY_JSON_BYTES = 64 << 20
-MAX_JSON_RATIO = 256
-"""... and above 64 MiB one that expands to more than this: the check values of blocks do not compress that well."""
-
-
-class Segment(Struct, frozen=True, array_like=True, gc=False):
-    """Consecutive blocks of one item, back to back in one object.
-
-    Attributes:
-        object: Index into the manifest's object table.
-        offset: Where in the object the first block begins, in bytes.
-        lengths: Stored size of each block, in bytes.
-        checks: The check values of the blocks in hexadecimal, one after another, all of one width.
-    """
-
-    object: int
-    offset: int
-    lengths: tuple[int, ...]
-    checks: str
-
-    @property
-    def stop(self) -> int:
-        """Where in the object the last block ends, in bytes."""
-        return self.offset + sum(self.lengths)
+T = TypeVar("T")
+F = TypeVar("F", bound=Struct)
+Path = tuple[str | int, ...]
 
 
-class StoredObject(Struct, frozen=True, array_like=True, gc=False):
+class StoredObject(NamedTuple):
     """A data object: its name below the checkpoint's prefix and its size in bytes."""
 
     name: str
     size: int
 
 
-class Chunk(Struct, frozen=True, gc=False):
-    """A box of a tensor, stored row-major as one item."""
+class Table(Mapping[str, T], Generic[T]):
+    """What frames of one kind hold, by name. A frame is decoded, and checked whole, when a name in it is asked for."""
 
-    offsets: Shape
-    sizes: Shape
-    segments: tuple[Segment, ...] = ()
+    def __init__(self, firsts: Sequence[str], decode: Callable[[int], dict[str, T]]) -> None:
+        self._firsts = firsts
+        self._decode = decode
+        self._frames: dict[int, dict[str, T]] = {}
 
-    @property
-    def box(self) -> Box:
-        """The elements of the tensor that this chunk holds."""
-        return Box(self.offsets, self.sizes)
+    def __getitem__(self, name: str) -> T:
+        number = bisect_right(self._firsts, name) - 1
+        if number < 0:
+            raise KeyError(name)
+        return self._frame(number)[name]
 
+    def __iter__(self) -> Iterator[str]:
+        for number in range(len(self._firsts)):
+            yield from self._frame(number)
 
-class TensorEntry(Struct, frozen=True, gc=False):
-    """A tensor: its dtype, its global shape and the chunks that tile it.
+    def __len__(self) -> int:
+        return sum(len(self._frame(number)) for number in range(len(self._firsts)))
 
-    `planes` is the number of byte planes that each of its blocks is laid out in; 1 is none.
-    """
-
-    dtype: str
-    size: Shape
-    planes: int
-    chunks: tuple[Chunk, ...]
-
-    def chunk_bytes(self, chunk: Chunk) -> int:
-        """Return the raw bytes of one of its chunks."""
-        return prod(chunk.sizes) * ITEM_BYTES[self.dtype]
+    def _frame(self, number: int) -> dict[str, T]:
+        if number not in self._frames:
+            self._frames[number] = self._decode(number)
+        return self._frames[number]
 
 
-class BytesEntry(Struct, frozen=True, gc=False):
-    """An object that is no tensor, as the bytes that the planner made of it."""
+class Manifest:
+    """What a checkpoint holds.
 
-    size: int
-    segments: tuple[Segment, ...] = ()
-
-
-class StoredCodec(Struct, frozen=True):
-    """What a reader must know of the codec, and the level for those who wonder."""
-
-    compression: str
-    block_bytes: int
-    level: int
-
-
-class Manifest(Struct, frozen=True, kw_only=True):
-    """All that a checkpoint is, but for its blocks.
+    Args:
+        head: Its head.
+        stored_head: The same as it is stored.
+        frames: The frames that the head lists.
+        where: Where it was read, for errors.
 
     Attributes:
-        save_id: Names this save, as no other.
-        created: UTC time of the commit, ISO 8601.
-        libraries: Versions of the packages that wrote it.
-        world_size: Ranks that took part in the save.
-        rank: The rank whose part this is, in a save without collectives, or of one rank alone; else `None`.
-        attempt: What the parts of a save without collectives share, as no others.
-        codec: How blocks are encoded.
-        objects: The data objects.
         tensors: By fully qualified name.
-        bytes: Entries that are no tensors, by fully qualified name.
-        planner_data: For each fully qualified name its path in the nested state dict (`str` for a key, `int` for an
-            index), or `None` where the planner did not flatten.
+        bytes: Entries that are not tensors, by fully qualified name.
+
+    Raises (whenever something is asked for):
+        ManifestCorrupt: The frame that holds it is damaged, or says what cannot be.
     """
 
-    format: str = FORMAT
-    version: int = VERSION
-    save_id: str
-    created: str
-    libraries: dict[str, str]
-    world_size: int
-    rank: int | None = None
-    attempt: str | None = None
-    codec: StoredCodec
-    objects: tuple[StoredObject, ...]
-    tensors: dict[str, TensorEntry]
-    bytes: dict[str, BytesEntry]
-    planner_data: dict[str, tuple[str | int, ...]] | None = None
+    stock = False
+
+    def __init__(self, head: Head, stored_head: bytes, frames: Sequence[bytes], where: str) -> None:
+        self.head = head
+        self._stored_head = stored_head
+        self._frames = frames
+        self._where = where
+        self._numbers: dict[str, list[int]] = {}
+        for number, frame in enumerate(head.frames):
+            self._numbers.setdefault(frame.kind, []).append(number)
+        self.tensors: Mapping[str, TensorEntry] = self._table("tensors", self._tensors)
+        self.bytes: Mapping[str, BytesEntry] = self._table("entries", self._entries)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Manifest) and self.head == other.head
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.head, self._stored_head, self._frames, self._where)
+
+    def __repr__(self) -> str:
+        return f"Manifest({self._where!r}, save_id={self.head.save_id!r})"
+
+    @property
+    def save_id(self) -> str:
+        """Names this save, as no other."""
+        return self.head.save_id
+
+    @property
+    def sha256(self) -> str:
+        """The SHA-256 of the head as it is stored; it proves the whole checkpoint where its digests are SHA-256."""
+        return digest_of(self._stored_head, "sha256")
+
+    @property
+    def identity(self) -> str:
+        """Tells this manifest from any other."""
+        return self.head.save_id
+
+    @property
+    def created(self) -> str:
+        """UTC time of the commit, ISO 8601."""
+        return self.head.created
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that took part in the save."""
+        return self.head.world_size
+
+    @property
+    def rank(self) -> int | None:
+        """The rank whose part this is, or `None`."""
+        return self.head.rank
+
+    @property
+    def attempt(self) -> str | None:
+        """What the parts of one save without collectives share."""
+        return self.head.attempt
+
+    @property
+    def codec(self) -> StoredCodec:
+        """How blocks are encoded."""
+        return self.head.codec
+
+    @cached_property
+    def objects(self) -> tuple[StoredObject, ...]:
+        """The data objects, by their numbers."""
+        names: list[str] = []
+        sizes: list[int] = []
+        for number in self._numbers.get("objects", ()):
+            frame = self._frame(number, ObjectFrame)
+            names += frame.names
+            sizes += frame.sizes
+        with self._checked():
+            check_objects(names, sizes)
+            require(len(names) == self.head.objects, f"{len(names)} objects in place of {self.head.objects}")
+        return tuple(map(StoredObject, names, sizes))
+
+    @cached_property
+    def planner_data(self) -> dict[str, Path] | None:
+        """For each name its path in the nested state dict, or `None` where the planner did not flatten."""
+        if "paths" not in self._numbers:
+            return None
+        paths: dict[str, Path] = {}
+        with self._checked():
+            for number in self._numbers["paths"]:
+                frame = self._frame(number, PathFrame)
+                require(len(frame.names) == len(frame.paths), "columns of paths that are uneven")
+                if frame.names or self.head.frames[number].first:
+                    self._check_names(number, frame.names)
+                paths.update(zip(frame.names, frame.paths, strict=True))
+            check_paths(paths)
+        return paths
+
+    @cached_property
+    def _object_sizes(self) -> Any:
+        return np.array([stored.size for stored in self.objects], np.int64)
+
+    def _table(self, kind: str, decode: Callable[[int], dict[str, T]]) -> Table[T]:
+        numbers = self._numbers.get(kind, [])
+        firsts = [self.head.frames[number].first for number in numbers]
+        return Table(firsts, lambda at: decode(numbers[at]))
+
+    @uncollected
+    def _tensors(self, number: int) -> dict[str, TensorEntry]:
+        frame = self._frame(number, TensorFrame)
+        with self._checked():
+            self._check_names(number, frame.names)
+            digests = self._digests(number)
+            return decode_tensors(frame, self.codec, self._object_sizes, digests, partial=self.rank is not None)
+
+    @uncollected
+    def _entries(self, number: int) -> dict[str, BytesEntry]:
+        frame = self._frame(number, EntryFrame)
+        with self._checked():
+            self._check_names(number, frame.names)
+            return decode_entries(frame, self.codec, self._object_sizes, self._digests(number))
+
+    def _digests(self, number: int) -> Digests:
+        """Return what says the digests of a frame's segments: they have a frame of their own, which few read."""
+        listed = self.head.frames[number]
+        digest = self.head.digest
+        wanted = (f"{listed.kind}_digests", listed.first)
+        found = [other for other, frame in enumerate(self.head.frames) if (frame.kind, frame.first) == wanted]
+        decoded: list[str] = []
+
+        def digests(count: int) -> list[str]:
+            if digest is not None and not decoded:
+                with self._checked():
+                    require(bool(found), f"no digests of what follows {listed.first!r}")
+                text, chars = self._frame(found[0], DigestFrame).digests, DIGEST_CHARS[digest]
+                with self._checked():
+                    right = len(text) == chars * count and not text.strip("0123456789abcdef")
+                    require(right, f"digests of other segments than there are, after {listed.first!r}")
+                decoded.extend(text[at : at + chars] for at in range(0, len(text), chars))
+            return decoded
+
+        return digests
+
+    def _check_names(self, number: int, names: Sequence[str]) -> None:
+        listed = self.head.frames
+        numbers = self._numbers[listed[number].kind]
+        later = [other for other in numbers if other > number]
+        check_names(names, listed[number].first, listed[later[0]].first if later else None)
+
+    def _frame(self, number: int, kind: type[F]) -> F:
+        text = unpack_frame(self._frames[number], self._where)
+        try:
+            return msgspec.json.decode(text, type=kind)
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise ManifestCorrupt(f"{self._where} does not follow the schema: {error}", url=self._where) from error
+
+    def _checked(self) -> "_Checked":
+        return _Checked(self._where)
+
+    def check_whole(self) -> None:
+        """Decode and check all of it.
+
+        Raises:
+            ManifestCorrupt: Something in it cannot be.
+        """
+        names = list(self.tensors)
+        others = list(self.bytes)
+        with self._checked():
+            both = set(names).intersection(others)
+            require(not both, f"{next(iter(both), '')} is both a tensor and not")
+            right = (len(names), len(others)) == (self.head.tensors, self.head.entries)
+            require(right, f"{len(names)} tensors and {len(others)} entries, other than its head says")
+        self.planner_data  # noqa: B018 - checks them
 
 
-class _Header(Struct, frozen=True):
-    format: str
-    version: int
+@dataclass(frozen=True)
+class _Checked:
+    where: str
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
+        if isinstance(error, Fault):
+            raise ManifestCorrupt(f"{self.where} cannot be right: {error}", url=self.where) from None
 
 
-def encode(manifest: Manifest) -> bytes:
-    """Return the manifest as it is stored: one zstd frame, with content size and checksum, of UTF-8 JSON.
-
-    Raises:
-        ConfigError: It is larger than what `decode` accepts.
-    """
-    text = msgspec.json.encode(manifest)
-    frame: bytes = zstandard.ZstdCompressor(level=3, write_content_size=True, write_checksum=True).compress(text)
-    if len(text) > _most_json(frame):
-        raise ConfigError(f"the manifest would be {len(text)} bytes of JSON, too many: raise Codec.block_bytes")
-    return frame
-
-
-def is_manifest(data: bytes) -> bool:
-    """Return whether these bytes begin as a manifest of this package does; a stock `.metadata` is a pickle."""
-    return data.startswith(MAGIC)
-
-
-@uncollected
 def decode(data: bytes, where: str) -> Manifest:
-    """Decode and type-check a manifest that was read at `where`; `validate` must follow.
+    """Return a manifest that was read at `where`; what it holds is decoded, and checked, when it is asked for.
 
     Raises:
-        ManifestCorrupt: It is damaged or does not follow the schema.
-        UnsupportedFormat: It is of a later version of the format.
+        ManifestCorrupt: It is damaged, or its head says what cannot be.
+        UnsupportedFormat: It is of another version of the format, or requires a feature that this one lacks.
     """
-    text = _decompress(data, where)
-    try:
-        header = msgspec.json.decode(text, type=_Header)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ManifestCorrupt(f"{where} is no manifest of dcp_storage: {error}", url=where) from error
-    if header.format != FORMAT:
-        raise ManifestCorrupt(f"{where} is no manifest of dcp_storage: its format is {header.format!r}", url=where)
-    if header.version != VERSION:
-        raise UnsupportedFormat(
-            f"{where} is of format version {header.version} and this dcp_storage reads version {VERSION}: "
-            "install a later dcp_storage",
-            url=where,
-        )
-    try:
-        return msgspec.json.decode(text, type=Manifest)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
-        raise ManifestCorrupt(f"{where} does not follow the manifest's schema: {error}", url=where) from error
-
-
-def _most_json(frame: bytes) -> int:
-    return min(MAX_JSON_BYTES, max(ANY_JSON_BYTES, MAX_JSON_RATIO * len(frame)))
-
-
-def _decompress(data: bytes, where: str) -> bytes:
-    try:
-        header = zstandard.get_frame_parameters(data)
-        if not 0 < header.content_size <= _most_json(data):
-            raise ManifestCorrupt(f"{where} says that it holds {header.content_size} bytes of JSON", url=where)
-        return zstandard.ZstdDecompressor().decompress(data, allow_extra_data=False)
-    except zstandard.ZstdError as error:
-        raise ManifestCorrupt(f"{where} is damaged: {error}", url=where) from error
+    head, start = unpack_head(data, where)
+    with _Checked(where):
+        check_head(head)
+    return Manifest(head, data[:start], split_frames(head, data, start, where), where)

@@ -1,13 +1,21 @@
 """One manifest out of those that the ranks of a save without collectives each committed by themselves."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from msgspec.structs import replace
+from xxhash import xxh3_128_hexdigest
 
 from dcp_storage.errors import ManifestCorrupt
+from dcp_storage.format.columns import TensorEntry, columns_of, layout_of
+from dcp_storage.format.draft import Draft, DraftEntry, DraftTensor, encode
 from dcp_storage.format.legacy import StockItem, StockManifest, StockTensor, StorageKey
-from dcp_storage.format.manifest import BytesEntry, Chunk, Manifest, Segment, StoredObject, TensorEntry
+from dcp_storage.format.manifest import Manifest, Path, StoredObject, decode
+from dcp_storage.format.schema import Segment
+
+if TYPE_CHECKING:
+    from dcp_storage.geometry import Box
 
 _MOST_MISSING = 1000
 """Ranks that an error names: a manifest may claim any number of them."""
@@ -19,7 +27,7 @@ def is_complete(part: Manifest, ranks: Collection[int]) -> bool:
 
 
 def merge(parts: Sequence[Manifest], where: str) -> Manifest:
-    """Return the whole checkpoint of which each part is one rank's; `validate` must follow.
+    """Return the whole checkpoint of which each part is one rank's.
 
     What several ranks stored alike (a replicated chunk, an entry that is no tensor) is read from the lowest of them.
 
@@ -27,37 +35,60 @@ def merge(parts: Sequence[Manifest], where: str) -> Manifest:
         ManifestCorrupt: A rank's part is missing, or two disagree on a tensor or on the codec.
     """
     parts = sorted(parts, key=lambda part: part.rank or 0)
-    first = parts[0]
     _check_complete(parts, where)
+    first = parts[0]
     objects: list[StoredObject] = []
-    chunks: dict[str, list[Chunk]] = {}
-    heads: dict[str, TensorEntry] = {}
-    entries: dict[str, BytesEntry] = {}
-    planner_data: dict[str, tuple[str | int, ...]] = {}
+    tensors: dict[str, _Joined] = {}
+    entries: dict[str, DraftEntry] = {}
+    planner_data: dict[str, Path] = {}
     for part in parts:
         _check_agrees(first.codec == part.codec, "the codec", part, where)
         for fqn, tensor in part.tensors.items():
-            head = heads.setdefault(fqn, tensor)
-            same = (head.dtype, len(head.size), head.planes) == (tensor.dtype, len(tensor.size), tensor.planes)
+            joined = tensors.setdefault(fqn, _Joined(tensor))
+            same = (joined.dtype, len(joined.size), joined.planes) == (tensor.dtype, len(tensor.size), tensor.planes)
             _check_agrees(same, f"dtype or dimensions of {fqn}", part, where)
-            # A bare LocalShardsWrapper knows no further than its own shards; `validate` proves the largest size full.
-            heads[fqn] = replace(head, size=tuple(map(max, head.size, tensor.size)))
-            known = chunks.setdefault(fqn, [])
-            boxes = {chunk.box for chunk in known}
-            known.extend(_shift(chunk, len(objects)) for chunk in tensor.chunks if chunk.box not in boxes)
+            joined.add(tensor, len(objects))
         for fqn, entry in part.bytes.items():
-            entries.setdefault(fqn, replace(entry, segments=_shift_segments(entry.segments, len(objects))))
+            if fqn not in entries:
+                entries[fqn] = DraftEntry(entry.size, columns_of([_shift(entry.segments, len(objects))]))
         planner_data = (part.planner_data or {}) | planner_data
-        objects.extend(part.objects)
-    tensors = {fqn: replace(head, chunks=tuple(chunks[fqn])) for fqn, head in heads.items()}
-    return replace(
-        first,
-        rank=None,
-        objects=tuple(objects),
-        tensors=tensors,
-        bytes=entries,
+        objects += part.objects
+    draft = Draft(
+        save_id=first.save_id,
+        created=first.created,
+        libraries=first.head.libraries,
+        world_size=first.world_size,
+        attempt=first.attempt,
+        codec=first.codec,
+        info=first.head.info,
+        objects=objects,
+        tensors={fqn: joined.draft() for fqn, joined in tensors.items()},
+        entries=entries,
         planner_data=None if first.planner_data is None else planner_data,
     )
+    return decode(encode(draft), where)
+
+
+class _Joined:
+    """A tensor of several parts."""
+
+    def __init__(self, tensor: TensorEntry) -> None:
+        self.dtype = tensor.dtype
+        self.planes = tensor.planes
+        self.size = tensor.size
+        self._stored: dict[Box, tuple[Segment, ...]] = {}
+
+    def add(self, tensor: TensorEntry, objects: int) -> None:
+        # A bare LocalShardsWrapper knows no further than its own shards; the tiling proves the largest size full.
+        self.size = tuple(map(max, self.size, tensor.size))
+        for number, box in enumerate(tensor.boxes):
+            if box not in self._stored:
+                self._stored[box] = _shift(tensor.segments(number), objects)
+
+    def draft(self) -> DraftTensor:
+        boxes = sorted(self._stored)
+        stored = columns_of(self._stored[box] for box in boxes)
+        return DraftTensor(self.dtype, self.size, self.planes, boxes, layout_of(self.size, boxes), stored)
 
 
 def merge_stock(parts: Mapping[int, StockManifest], where: str) -> StockManifest:
@@ -89,6 +120,7 @@ def merge_stock(parts: Mapping[int, StockManifest], where: str) -> StockManifest
         storage=storage,
         planner_data=None if parts[0].planner_data is None else planner_data,
         save_id=None,  # each rank has one of its own
+        identity=xxh3_128_hexdigest("".join(part.identity for _, part in sorted(parts.items())).encode()),
     )
 
 
@@ -114,9 +146,5 @@ def _check_agrees(agrees: bool, what: str, part: Manifest, where: str) -> None:
         raise ManifestCorrupt(f"{where}: the ranks' manifests disagree on {what} (rank {part.rank})", url=where)
 
 
-def _shift(chunk: Chunk, objects: int) -> Chunk:
-    return replace(chunk, segments=_shift_segments(chunk.segments, objects))
-
-
-def _shift_segments(segments: Sequence[Segment], objects: int) -> tuple[Segment, ...]:
-    return tuple(replace(segment, object=segment.object + objects) for segment in segments)
+def _shift(segments: Iterable[Segment], objects: int) -> tuple[Segment, ...]:
+    return tuple(segment._replace(object=segment.object + objects) for segment in segments)

@@ -1,83 +1,146 @@
-"""The check pipeline: blocks are fetched, `concurrency` reads at once, and decoded in threads to check them alone."""
+"""The check pipeline: segments are fetched, `concurrency` reads at once, and decoded in threads to check them alone."""
 
 from collections.abc import Iterable, Sequence
 from functools import partial
+from typing import NamedTuple
 
 from dcp_storage.config import Transfer
 from dcp_storage.errors import BlockCorrupt, ObjectNotFound
 from dcp_storage.format.blocks import BlockDecoder
-from dcp_storage.format.manifest import StoredCodec
+from dcp_storage.format.digests import make_digest
+from dcp_storage.format.frames import StoredCodec
 from dcp_storage.observe import Advance
 from dcp_storage.store.base import Room, Store, room_bytes
 from dcp_storage.transfer.memory import Memories
-from dcp_storage.transfer.ranges import Block, Fetch, coalesce
+from dcp_storage.transfer.ranges import Block
 from dcp_storage.transfer.workers import CodecThreads, for_each
 
 
-async def check_blocks(
+class Run(NamedTuple):
+    """Blocks that are read together: those of a segment, or of a part of one.
+
+    `digest` is that of their raw bytes, or empty; `planes` those of the blocks.
+    """
+
+    blocks: Sequence[Block]
+    planes: int
+    digest: str
+
+    @property
+    def object(self) -> int:
+        """The number of the object that they lie in."""
+        return self.blocks[0].object
+
+    @property
+    def start(self) -> int:
+        """Where the first begins."""
+        return self.blocks[0].offset
+
+    @property
+    def stop(self) -> int:
+        """Where the last ends."""
+        return self.blocks[-1].offset + self.blocks[-1].length
+
+
+class Fault(NamedTuple):
+    """A block that is not what was written, or all of a run, whose blocks are sound."""
+
+    run: Run
+    block: Block | None
+
+
+async def check_runs(
     store: Store,
-    blocks: Iterable[Block],
+    runs: Iterable[Run],
     object_names: Sequence[str],
     codec: StoredCodec,
+    algorithm: str | None,
     *,
     transfer: Transfer,
     advance: Advance,
-) -> list[Block]:
-    """Read and decode all blocks, and return those that failed their check in two readings.
+) -> list[Fault]:
+    """Read and decode all runs, and return what failed its check in two readings.
 
     Raises:
         StoreError: A range could not be read, for any reason but that its object is gone: its blocks are returned.
     """
-    fetches = coalesce(blocks, 0, min(transfer.object_bytes, store.read_bytes))
-    make = partial(_BlockChecker, codec.compression, codec.block_bytes)
+    groups = _group(runs, min(transfer.object_bytes, store.read_bytes))
+    make = partial(_Checks, codec, algorithm)
     with CodecThreads(transfer.resolve_threads(), make) as threads:
         checker = _Checker(store, object_names, threads, advance)
-        await for_each(transfer.concurrency, fetches, checker.check)
-    return checker.damaged
+        await for_each(transfer.concurrency, groups, checker.check)
+    return checker.faults
 
 
-class _BlockChecker:
-    """Checks blocks for one thread, in memory that it uses again; a check needs no byte planes undone."""
+def _group(runs: Iterable[Run], most: int) -> list[list[Run]]:
+    """Join runs that lie side by side into requests of at most so many bytes, unless one run is larger."""
+    groups: list[list[Run]] = []
+    for run in sorted(runs, key=lambda run: (run.object, run.start)):
+        last = groups[-1] if groups else None
+        beside = last is not None and (last[-1].object, last[-1].stop) == (run.object, run.start)
+        if last is not None and beside and run.stop - last[0].start <= most:
+            last.append(run)
+        else:
+            groups.append([run])
+    return groups
 
-    def __init__(self, compression: str, block_bytes: int) -> None:
-        self._decoder = BlockDecoder(compression, block_bytes)
-        self._raw = memoryview(bytearray(block_bytes))
 
-    def is_sound(self, block: Block, stored: memoryview) -> bool:
-        try:
-            self._decoder.decode_into(stored, block.check, 1, self._raw[: block.stop - block.start])
-        except BlockCorrupt:
-            return False
-        return True
+class _Checks:
+    """Checks runs for one thread, in memory that it uses again; byte planes are undone for digests alone."""
+
+    def __init__(self, codec: StoredCodec, algorithm: str | None) -> None:
+        self._decoder = BlockDecoder(codec.compression, codec.block_bytes)
+        self._raw = memoryview(bytearray(codec.block_bytes))
+        self._algorithm = algorithm
+
+    def faults(self, run: Run, stored: memoryview) -> list[Fault]:
+        digest = make_digest(self._algorithm) if self._algorithm and run.digest else None
+        faults = []
+        for block in run.blocks:
+            at, raw = block.offset - run.start, self._raw[: block.stop - block.start]
+            try:
+                planes = run.planes if digest else 1
+                self._decoder.decode_into(stored[at : at + block.length], block.check, planes, raw)
+            except BlockCorrupt:
+                faults.append(Fault(run, block))
+                continue
+            if digest:
+                digest.update(raw)
+        if digest and not faults and digest.hexdigest() != run.digest:
+            faults.append(Fault(run, None))
+        return faults
 
 
 class _Checker:
     def __init__(
-        self, store: Store, object_names: Sequence[str], threads: CodecThreads[_BlockChecker], advance: Advance
+        self, store: Store, object_names: Sequence[str], threads: CodecThreads[_Checks], advance: Advance
     ) -> None:
-        self.damaged: list[Block] = []
+        self.faults: list[Fault] = []
         self._store = store
         self._names = object_names
         self._threads = threads
         self._advance = advance
         self._memories = Memories()
 
-    async def check(self, fetch: Fetch) -> None:
-        for block in await self._find_damaged(fetch):
-            alone = Fetch(block.object, block.offset, block.offset + block.length, [block])
-            self.damaged += await self._find_damaged(alone)
-        self._advance(sum(b.stop - b.start for b in fetch.blocks), sum(b.length for b in fetch.blocks))
+    async def check(self, runs: Sequence[Run]) -> None:
+        again = dict.fromkeys(id(fault.run) for fault in await self._find_faults(runs))
+        for run in runs:
+            if id(run) in again:
+                self.faults += await self._find_faults([run])
+        blocks = [block for run in runs for block in run.blocks]
+        self._advance(sum(b.stop - b.start for b in blocks), sum(b.length for b in blocks))
 
-    async def _find_damaged(self, fetch: Fetch) -> list[Block]:
+    async def _find_faults(self, runs: Sequence[Run]) -> list[Fault]:
+        start, stop = runs[0].start, runs[-1].stop
         try:
-            with self._memories.hold(room_bytes(fetch.stop - fetch.start)) as pages:
-                room = Room(pages)
-                data = memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop, room))
-                return await self._threads.run(partial(_find_damaged, fetch, data))
+            with self._memories.hold(room_bytes(stop - start)) as pages:
+                name = self._names[runs[0].object]
+                data = memoryview(await self._store.get_range(name, start, stop, Room(pages)))
+                return await self._threads.run(partial(_find_faults, runs, data))
         except ObjectNotFound:
-            return fetch.blocks
+            return [Fault(run, block) for run in runs for block in run.blocks]
 
 
-def _find_damaged(fetch: Fetch, data: memoryview, checker: _BlockChecker) -> list[Block]:
-    pieces = ((block, block.offset - fetch.start) for block in fetch.blocks)
-    return [block for block, at in pieces if not checker.is_sound(block, data[at : at + block.length])]
+def _find_faults(runs: Sequence[Run], data: memoryview, checks: _Checks) -> list[Fault]:
+    start = runs[0].start
+    return [fault for run in runs for fault in checks.faults(run, data[run.start - start : run.stop - start])]

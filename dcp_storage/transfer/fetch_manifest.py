@@ -1,9 +1,12 @@
 """One manifest, read from its store, decoded and validated."""
 
-from dcp_storage.errors import ManifestCorrupt
+from msgspec.structs import replace
+from xxhash import xxh3_128_hexdigest
+
+from dcp_storage.errors import ManifestCorrupt, UnsupportedFormat
+from dcp_storage.format.frames import HEAD_BYTES, MAX_HEAD_BYTES, Head, is_manifest, unpack_head
 from dcp_storage.format.legacy import StockManifest, decode_stock_metadata
-from dcp_storage.format.manifest import Manifest, decode, is_manifest
-from dcp_storage.format.validate import validate
+from dcp_storage.format.manifest import Manifest, decode
 from dcp_storage.store.base import Store
 
 
@@ -23,5 +26,28 @@ async def fetch_manifest(store: Store, name: str) -> Manifest | StockManifest:
         return _decode(await store.get(name), where)
 
 
+async def fetch_head(store: Store, name: str) -> Head:
+    """Read the head of a manifest of this package alone, with one small request where it is not very large.
+
+    Raises:
+        ObjectNotFound: There is no such manifest.
+        ManifestCorrupt: It is damaged, or cannot be right.
+        UnsupportedFormat: It is of a later format, or a stock checkpoint's.
+        StoreError: It could not be read.
+    """
+    where = f"{store.url}/{name}"
+    data = bytes(await store.get_range(name, 0, HEAD_BYTES))
+    if not is_manifest(data):
+        raise UnsupportedFormat(f"{where} is a stock checkpoint's, which has no head", url=where)
+    try:
+        return unpack_head(data, where)[0]
+    except ManifestCorrupt:
+        if len(data) < HEAD_BYTES:
+            raise
+    return unpack_head(bytes(await store.get_range(name, 0, MAX_HEAD_BYTES)), where)[0]
+
+
 def _decode(data: bytes, where: str) -> Manifest | StockManifest:
-    return validate(decode(data, where), where) if is_manifest(data) else decode_stock_metadata(data, where=where)
+    if is_manifest(data):
+        return decode(data, where)
+    return replace(decode_stock_metadata(data, where=where), identity=xxh3_128_hexdigest(data))

@@ -1,6 +1,7 @@
 """Which bytes of which item go into which object: pure planning of a save."""
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
@@ -30,16 +31,38 @@ def target_bytes(total: int, object_bytes: int, concurrency: int, least: int | N
 
 
 @uncollected
-def lay_out(sizes: Sequence[int], block_bytes: int, target: int) -> list[list[Piece]]:
+def lay_out(sizes: Sequence[int], block_bytes: int, target: int, groups: Sequence[str] = ()) -> list[list[Piece]]:
     """Fill objects with the items of these sizes, in order, to `target` raw bytes each; large items span several.
 
-    Each item's pieces are in order and cover it; items of no bytes have none. Every object but the last holds more than
-    `target - block_bytes` bytes, and none holds more than `max(target, block_bytes)`.
+    Each item's pieces are in order and cover it; items of no bytes have none. Every object but the last of a group
+    holds more than `target - block_bytes` bytes, and none holds more than `max(target, block_bytes)`.
+
+    `groups` names the group of each item, if there are any: items of a block and more share no object with those of
+    another group, so that a group can be deleted by its objects.
     """
     objects: list[list[Piece]] = []
+    for members in _members(sizes, block_bytes, groups):
+        objects += _fill(members, sizes, block_bytes, target)
+    return objects
+
+
+def _members(sizes: Sequence[int], block_bytes: int, groups: Sequence[str]) -> list[list[int]]:
+    """Return the items of each group that has a large one; those of the other groups join the last of these."""
+    if not groups:
+        return [list(range(len(sizes)))]
+    members: defaultdict[str, list[int]] = defaultdict(list)
+    for item, group in enumerate(groups):
+        members[group].append(item)
+    large = [each for each in members.values() if any(sizes[item] >= block_bytes for item in each)]
+    small = [item for each in members.values() if each not in large for item in each]
+    return [*large[:-1], [*(large[-1] if large else []), *small]]
+
+
+def _fill(members: Iterable[int], sizes: Sequence[int], block_bytes: int, target: int) -> list[list[Piece]]:
+    objects: list[list[Piece]] = []
     room = 0
-    for item, size in enumerate(sizes):
-        start = 0
+    for item in members:
+        start, size = 0, sizes[item]
         while start < size:
             fits = size - start if size - start <= room else room // block_bytes * block_bytes
             if not fits:

@@ -8,7 +8,8 @@ from typing import Protocol
 from dcp_storage.config import MIB, Transfer
 from dcp_storage.errors import BlockCorrupt
 from dcp_storage.format.blocks import BlockDecoder
-from dcp_storage.format.manifest import Segment, StoredCodec
+from dcp_storage.format.frames import StoredCodec
+from dcp_storage.format.schema import Segment
 from dcp_storage.observe import Advance
 from dcp_storage.store.base import Room, Store, room_bytes
 from dcp_storage.transfer.layout import target_bytes

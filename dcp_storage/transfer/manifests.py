@@ -10,8 +10,9 @@ from dcp_storage.errors import (
     ObjectNotFound,
     UnsupportedFormat,
 )
+from dcp_storage.format.draft import Draft, encode
 from dcp_storage.format.legacy import StockManifest
-from dcp_storage.format.manifest import Manifest, encode
+from dcp_storage.format.manifest import Manifest
 from dcp_storage.format.names import MANIFEST, Part, is_data_object, is_stock_object, parse_part_manifest, part_manifest
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.fetch_manifest import fetch_manifest
@@ -53,7 +54,7 @@ async def read_manifest(store: Store) -> Manifest | StockManifest:
     raise AssertionError("the last listing returns or raises")
 
 
-async def write_manifest(store: Store, manifest: Manifest, *, over: str | None) -> None:
+async def write_manifest(store: Store, draft: Draft, *, over: str | None) -> None:
     """Make a checkpoint of the objects that a manifest names: the last act of a save, and an atomic one.
 
     `over` is the version of the manifest that may be replaced, `ABSENT`, or `None` for any.
@@ -62,9 +63,9 @@ async def write_manifest(store: Store, manifest: Manifest, *, over: str | None) 
         ObjectExists: There is one of another version.
     """
     name = MANIFEST  # of one rank's part, too, where no parts of others are to join it
-    if manifest.rank is not None and manifest.attempt is not None:
-        name = part_manifest(Part(manifest.attempt, manifest.rank))
-    await store.commit(name, encode(manifest), over)
+    if draft.rank is not None and draft.attempt is not None:
+        name = part_manifest(Part(draft.attempt, draft.rank))
+    await store.commit(name, encode(draft), over)
 
 
 async def is_committed(store: Store, *, parts: bool) -> bool:
@@ -105,7 +106,7 @@ async def replaced_objects(store: Store) -> list[str]:
     return [*parts, *_data_objects(old)]
 
 
-async def superseded_objects(store: Store, part: Manifest) -> list[str]:
+async def superseded_objects(store: Store, part: Draft) -> list[str]:
     """Return what a part makes superfluous if it completes its attempt: the older complete attempts."""
     attempts = group_parts(await _names(store))
     complete = [first.attempt for first in await complete_attempts(store, attempts)]

@@ -11,7 +11,6 @@ from dcp_storage.format.legacy import StockManifest
 from dcp_storage.format.manifest import Manifest
 from dcp_storage.format.merge import is_complete, merge, merge_stock
 from dcp_storage.format.names import MANIFEST, parse_part_manifest
-from dcp_storage.format.validate import validate
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.fetch_manifest import fetch_manifest
 
@@ -96,7 +95,7 @@ async def _read_newest(store: Store, attempts: Attempts) -> Manifest:
                 "%s: the save of %s is loaded, not that of %s by %d ranks, of which only these committed: %s",
                 *(store.url, chosen.created, part.created, part.world_size, there),
             )
-    return validate(merge(await read_attempt(store, chosen.attempt, attempts[chosen.attempt]), store.url), store.url)
+    return merge(await read_attempt(store, chosen.attempt, attempts[chosen.attempt]), store.url)
 
 
 async def _first_parts(store: Store, attempts: Attempts) -> list[Manifest]:

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from dcp_storage.collector import uncollected
 from dcp_storage.format.blocks import CHECK_CHARS
-from dcp_storage.format.manifest import Segment, StoredCodec
+from dcp_storage.format.frames import StoredCodec
+from dcp_storage.format.schema import Segment
 from dcp_storage.geometry import Box, Shape, flat_offset
 
 WASTE = 0.1

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Protocol
 
 from msgspec import Struct
+from msgspec.structs import astuple
 
 from dcp_storage.collector import uncollected
 from dcp_storage.config import MIB, Codec, Transfer
@@ -38,12 +39,16 @@ class Source(Protocol):
 
 
 class StoredSegment(Struct, frozen=True, gc=False):
-    """Consecutive blocks of one item as they were put: the manifest's `Segment`, with the object's name."""
+    """Consecutive blocks of one item as they were put: the manifest's `Segment`, with the object's name.
+
+    `digest` is that of their raw bytes, or empty.
+    """
 
     object_name: str
     offset: int
     lengths: tuple[int, ...]
     checks: str
+    digest: str = ""
 
 
 async def save_items(
@@ -52,6 +57,7 @@ async def save_items(
     name: Callable[[int], str],
     codec: Codec,
     *,
+    groups: Sequence[str] = (),
     transfer: Transfer,
     apart: bool,
     advance: Advance,
@@ -59,12 +65,13 @@ async def save_items(
     """Encode and put all items; return each one's segments, in the order of their blocks.
 
     Encoding goes on in threads, or `apart` from this process where that pays.
+    Large items of different `groups` (a name for each item, if given) share no object.
     Objects are named `name(0)`, `name(1)`, ... When one put fails the others are cancelled and the error is raised;
     objects that were put by then stay: nothing names them.
     """
     sizes = [source.nbytes for source in sources]
     target = target_bytes(sum(sizes), min(transfer.object_bytes, store.put_bytes), transfer.concurrency)
-    objects = list(enumerate(lay_out(sizes, codec.block_bytes, target)))
+    objects = list(enumerate(lay_out(sizes, codec.block_bytes, target, groups)))
     stored: dict[Piece, StoredSegment] = {}
     memories = Memories()
     apart = apart and pays_apart(sum(sizes))
@@ -142,7 +149,7 @@ class _ObjectWriter:
     def _note(self, unit: Sequence[Piece], encoded: Sequence[Encoded]) -> None:
         raw_bytes, before = 0, self._offset
         for piece, blocks in zip(unit, encoded, strict=True):
-            self.stored[piece] = StoredSegment(self.name, self._offset, blocks.lengths, blocks.checks)
+            self.stored[piece] = StoredSegment(self.name, self._offset, *astuple(blocks))
             self._offset += sum(blocks.lengths)
             raw_bytes += piece.stop - piece.start
         self._advance(raw_bytes, self._offset - before)

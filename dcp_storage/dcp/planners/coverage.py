@@ -1,15 +1,13 @@
 """Which parts of which stored chunks make up a destination: the proof that a load is complete, without any data."""
 
-from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from typing import NamedTuple
 
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, ReadItem
 
-from dcp_storage.dcp.kinds.boxes import chunk_box
+from dcp_storage.dcp.stored import boxes_of
 from dcp_storage.errors import CoverageError
 from dcp_storage.geometry import Box, Shape, contains, find_overlap, intersect, subtract
 
@@ -40,10 +38,7 @@ class StoredTensor:
         self.fqn = fqn
         self._note = note
         self.shape: Shape = tuple(entry.size)
-        distinct: dict[Box, int] = {}
-        for number, chunk in enumerate(entry.chunks):
-            distinct.setdefault(chunk_box(chunk), number)
-        self._chunks = [Chunk(number, box) for box, number in distinct.items() if box.numel]
+        self._boxes = boxes_of(entry)
 
     def reads(self, wanted: Box, place: int) -> list[ReadItem]:
         """Return the reads that fill a destination, which is the shard at this place of its rank, exactly once.
@@ -55,8 +50,8 @@ class StoredTensor:
             return []
         if not contains(self.shape, wanted):
             raise self._fault(f"its shard {wanted} is outside of the stored shape {list(self.shape)}")
-        if len(self._chunks) == 1 and self._chunks[0].box == wanted:  # by far the most common
-            return [_read(MetadataIndex(self.fqn, wanted.offsets, place), wanted, self._chunks[0], wanted)]
+        if len(self._boxes) == 1 and self._boxes[0] == wanted:  # by far the most common
+            return [_read(MetadataIndex(self.fqn, wanted.offsets, place), wanted, Chunk(0, wanted), wanted)]
         parts = [(chunk, part) for chunk in self._near(wanted) if (part := intersect(wanted, chunk.box))]
         self._prove(wanted, [part for _, part in parts])
         index = MetadataIndex(self.fqn, wanted.offsets, place)
@@ -75,21 +70,11 @@ class StoredTensor:
         return CoverageError(f"{self.fqn}: {says}", fqn=self.fqn)
 
     def _near(self, wanted: Box) -> Iterable[Chunk]:
-        """Return the chunks that may share an element with a box: all that begin in its reach along one dimension."""
-        if len(self._chunks) < 8 or not self.shape:  # noqa: PLR2004
-            return self._chunks
-        dim, chunks, starts, longest = self._sorted
-        start = wanted.offsets[dim]
-        first = bisect_right(starts, start - longest)
-        return chunks[first : bisect_left(starts, start + wanted.sizes[dim])]
-
-    @cached_property
-    def _sorted(self) -> tuple[int, list[Chunk], list[int], int]:
-        """The chunks by where they begin along the dimension that tells most of them apart, and the longest there."""
-        dim = max(range(len(self.shape)), key=lambda dim: len({chunk.box.offsets[dim] for chunk in self._chunks}))
-        chunks = sorted(self._chunks, key=lambda chunk: chunk.box.offsets[dim])
-        starts = [chunk.box.offsets[dim] for chunk in chunks]
-        return dim, chunks, starts, max(chunk.box.sizes[dim] for chunk in chunks)
+        """Return the chunks that share an element with a box; of equal ones the first."""
+        distinct: dict[Box, int] = {}
+        for number in self._boxes.near(wanted):
+            distinct.setdefault(self._boxes[number], number)
+        return (Chunk(number, box) for box, number in distinct.items())
 
 
 def _read(destination: MetadataIndex, wanted: Box, stored: Chunk, part: Box) -> ReadItem:

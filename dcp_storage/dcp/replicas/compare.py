@@ -36,9 +36,10 @@ class Fingerprints(NamedTuple):
 
 
 class Results(list[Any]):
-    """What a rank wrote, and the fingerprints of what it holds beside other ranks."""
+    """What a rank wrote, in how many seconds, and the fingerprints of what it holds beside other ranks."""
 
     fingerprints: Fingerprints | None = None
+    seconds = 0.0
 
 
 class Mismatch(NamedTuple):

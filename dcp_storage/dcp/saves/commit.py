@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dcp_storage.errors import CheckpointExists, CheckpointReplaced, ManifestCorrupt, ObjectExists, StoreError
-from dcp_storage.format.manifest import Manifest
+from dcp_storage.format.draft import Draft
 from dcp_storage.format.names import MANIFEST
 from dcp_storage.store.base import ABSENT, Store
 from dcp_storage.transfer.manifests import is_committed, replaced_objects, superseded_objects, write_manifest
@@ -36,7 +36,7 @@ async def check_vacant(store: Store, *, overwrite: bool) -> None:
         raise _exists(store, overwrite=overwrite)
 
 
-async def commit(store: Store, manifest: Manifest, *, overwrite: bool = True) -> None:
+async def commit(store: Store, draft: Draft, *, overwrite: bool = True) -> None:
     """Write the manifest, and only then delete what the one that it replaced had named.
 
     Raises:
@@ -44,20 +44,20 @@ async def commit(store: Store, manifest: Manifest, *, overwrite: bool = True) ->
         CheckpointReplaced: Another save committed here in the same moment, and may have deleted this one's objects.
         StoreError: The manifest could not be written; the checkpoint that was there before still stands.
     """
-    if manifest.attempt is not None:
-        await _commit_part(store, manifest, overwrite=overwrite)
+    if draft.attempt is not None:
+        await _commit_part(store, draft, overwrite=overwrite)
     elif overwrite:
-        await _replace(store, manifest)
+        await _replace(store, draft)
     else:
-        await _create(store, manifest, overwrite=False)
+        await _create(store, draft, overwrite=False)
 
 
-async def _replace(store: Store, manifest: Manifest) -> None:
+async def _replace(store: Store, draft: Draft) -> None:
     # The version is looked up first: what is replaced must not be newer than what is read of it.
     over = await store.version(MANIFEST)
     superfluous = await replaced_objects(store)
     try:
-        await write_manifest(store, manifest, over=over)
+        await write_manifest(store, draft, over=over)
     except ObjectExists as error:
         raise CheckpointReplaced(
             f"another save committed at {store.url} in the same moment, and this one does not stand: let one job at a "
@@ -68,7 +68,7 @@ async def _replace(store: Store, manifest: Manifest) -> None:
         await store.delete(superfluous)
 
 
-async def _commit_part(store: Store, part: Manifest, *, overwrite: bool) -> None:
+async def _commit_part(store: Store, part: Draft, *, overwrite: bool) -> None:
     await check_vacant(store, overwrite=overwrite)
     await _create(store, part, overwrite=overwrite)
     if overwrite:
@@ -76,9 +76,9 @@ async def _commit_part(store: Store, part: Manifest, *, overwrite: bool) -> None
             await store.delete(await superseded_objects(store, part))
 
 
-async def _create(store: Store, manifest: Manifest, *, overwrite: bool) -> None:
+async def _create(store: Store, draft: Draft, *, overwrite: bool) -> None:
     try:
-        await write_manifest(store, manifest, over=ABSENT)
+        await write_manifest(store, draft, over=ABSENT)
     except ObjectExists as error:
         raise _exists(store, overwrite=overwrite) from error
 

@@ -2,21 +2,43 @@
 
 import logging
 import time
+from collections.abc import Sequence
+from statistics import median
+
+from torch.distributed.checkpoint.storage import WriteResult
 
 from dcp_storage.dcp.saves.save import Save
-from dcp_storage.format.manifest import Manifest
-from dcp_storage.words import counted, transfer_text
+from dcp_storage.format.draft import Draft
+from dcp_storage.words import counted, size_text, transfer_text
 
 logger = logging.getLogger(__name__)
 
 
-def log_saved(save: Save, manifest: Manifest) -> None:
-    """Log one line of a save: where, how much, how fast, and how long training waited."""
+_MUCH_LONGER, _MUCH_LONGER_S = 2, 1.0
+"""A rank is told of that took so many times what half of the ranks took, and so many seconds more."""
+
+
+def log_saved(save: Save, draft: Draft, results: Sequence[Sequence[WriteResult]]) -> None:
+    """Log a line of a save: where, how much, how fast, how long training waited; and one of a rank that was slow."""
     if not logger.isEnabledFor(logging.INFO):
         return
-    raw_bytes = sum(entry.size for entry in manifest.bytes.values())
-    raw_bytes += sum(tensor.chunk_bytes(chunk) for tensor in manifest.tensors.values() for chunk in tensor.chunks)
-    stored_bytes = sum(stored.size for stored in manifest.objects)
-    moved = transfer_text(raw_bytes, stored_bytes, time.monotonic() - save.begun)
+    stored_bytes = sum(stored.size for stored in draft.objects)
+    moved = transfer_text(draft.raw_bytes, stored_bytes, time.monotonic() - save.begun)
     waited = "" if save.blocked_s is None else f"; training waited {save.blocked_s:.2f} s"
-    logger.info("saved %s from %s: %s%s", save.url, counted(manifest.world_size, "rank"), moved, waited)
+    logger.info("saved %s from %s: %s%s", save.url, counted(draft.world_size, "rank"), moved, waited)
+    if slow := slowest(results):
+        logger.info("%s: %s", save.url, slow)
+
+
+def slowest(results: Sequence[Sequence[WriteResult]]) -> str | None:
+    """Say which rank's data took much longer to put than that of the others, and how much that was."""
+    spent = [(getattr(told, "seconds", 0.0), rank) for rank, told in enumerate(results)]
+    seconds, rank = max(spent)
+    usual = median(each for each, _ in spent)
+    if seconds < _MUCH_LONGER * usual or seconds < usual + _MUCH_LONGER_S:
+        return None
+    nbytes = [sum(result.size_in_bytes for result in told) for told in results]
+    return (
+        f"rank {rank} wrote its {size_text(nbytes[rank])} in {seconds:.1f} s, where half of the ranks took at most "
+        f"{usual:.1f} s for {size_text(int(median(nbytes)))}"
+    )

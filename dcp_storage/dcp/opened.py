@@ -1,0 +1,303 @@
+"""A checkpoint without a template: what it holds, slices of its tensors, and states, without a process group."""
+
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from math import prod
+from numbers import Integral
+from types import EllipsisType, TracebackType
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+
+from dcp_storage.config import Transfer
+from dcp_storage.dcp.calls import Path
+from dcp_storage.dcp.entries import TrustPolicy, load_entry
+from dcp_storage.dcp.planners.coverage import StoredTensor, part_note
+from dcp_storage.dcp.reader import AsyncStorageReader
+from dcp_storage.errors import ConfigError, MissingKeys
+from dcp_storage.geometry import Box, Shape, whole
+from dcp_storage.observe import Observer
+
+_Index = int | slice | EllipsisType
+
+
+def open_checkpoint(
+    path: Path,
+    *,
+    storage_options: Mapping[str, Any] | None = None,
+    transfer: Transfer = Transfer(),  # noqa: B008 (frozen)
+    allowed_types: Sequence[Callable[..., Any] | tuple[Callable[..., Any], str]] = (),
+    trust: TrustPolicy = "listed",
+    observer: Observer | None = None,
+) -> "Checkpoint":
+    """Open a checkpoint, of this package or a stock one, to look at and to read from: no model, no process group.
+
+    ```python
+    with open_checkpoint("s3://bucket/run/step-100") as checkpoint:
+        rows = checkpoint["model.embed.weight"][1000:1064]  # reads the blocks of these rows alone
+        state = checkpoint.load(keys=["model.*"], rename={"model.": ""})
+    ```
+
+    Args:
+        path: A directory or a URL, as text or as a path object.
+        storage_options: Go to the fsspec file system as they are.
+        transfer: How bytes move.
+        allowed_types: Types that entries which are not tensors may hold; see `ShardedLoadPlanner`.
+        trust: `"all"` loads entries of any type, which may run anything.
+        observer: Is told of every transfer.
+
+    Raises:
+        CheckpointNotFound: There is none here.
+        ManifestCorrupt: There is one, and it is damaged.
+        UnsupportedFormat: It is of a later version, or a pickle that names what no stock checkpoint does.
+        StoreError: It could not be read.
+        ConfigError: The path or the options are impossible.
+    """
+    reader = AsyncStorageReader(path, storage_options=storage_options, transfer=transfer, observer=observer)
+    return Checkpoint(reader, allowed_types, trust)
+
+
+class StoredTensorView(NamedTuple):
+    """A tensor in a checkpoint: nothing of it is read until it is indexed.
+
+    It takes what a tensor's basic indexing takes: integers, slices with positive steps, and `...`. `view[...]` is all.
+    """
+
+    checkpoint: "Checkpoint"
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in memory."""
+        return prod(self.shape) * self.dtype.itemsize
+
+    def __repr__(self) -> str:
+        return f"<{self.name}: {self.dtype} of shape {list(self.shape)}>"
+
+    def __getitem__(self, index: Any) -> Tensor:  # type: ignore[override]
+        """Read a part; see `Checkpoint.load` for what is raised.
+
+        Raises:
+            IndexError: An integer is out of range, there are too many indices, or one is of another kind.
+        """
+        box, rest = _box_of(self.shape, index if isinstance(index, tuple) else (index,))
+        part: Tensor = self.checkpoint.read({self.name: box})[self.name]
+        return part[rest]
+
+
+class Checkpoint:
+    """What lies at a path, as it was when it was opened. It holds no file, connection or thread between calls.
+
+    Attributes:
+        url: Where it is, without credentials.
+        info: What its save said of it (`AsyncStorageWriter(info=...)`).
+    """
+
+    def __init__(
+        self,
+        reader: AsyncStorageReader,
+        allowed_types: Sequence[Callable[..., Any] | tuple[Callable[..., Any], str]],
+        trust: TrustPolicy,
+    ) -> None:
+        self._reader = reader
+        self._metadata: Metadata = reader.read_metadata()
+        reader.set_up_storage_reader(self._metadata, False)
+        self._allowed_types, self._trust = tuple(allowed_types), trust
+        self.url = str(reader.checkpoint_id)
+        head = getattr(self._metadata.storage_data, "head", None)
+        self.info: dict[str, Any] = {} if head is None else head.info
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Do nothing: nothing is held."""
+
+    def __repr__(self) -> str:
+        return f"<checkpoint at {self.url}: {len(self)} entries>"
+
+    def keys(self) -> list[str]:
+        """Return the names of all entries, tensors and others, ascending."""
+        return sorted(self._metadata.state_dict_metadata)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.keys())
+
+    def __len__(self) -> int:
+        return len(self._metadata.state_dict_metadata)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._metadata.state_dict_metadata
+
+    def __getitem__(self, name: str) -> Any:
+        """Return a tensor, to be read by indexing it, or the value of an entry that is not a tensor, which is read.
+
+        Raises:
+            MissingKeys: There is none of this name; similar ones are named.
+            UnsupportedEntry: The entry holds a type that is not allowed.
+        """
+        entry = self._metadata.state_dict_metadata.get(name)
+        if entry is None:
+            raise self._missing([name])
+        if isinstance(entry, TensorStorageMetadata):
+            return StoredTensorView(self, name, tuple(entry.size), entry.properties.dtype)
+        return self.load([name])[name]
+
+    def load(self, keys: Sequence[str] | None = None, rename: Mapping[str, str] | None = None) -> dict[str, Any]:
+        """Return whole tensors, in host memory, and values of other entries.
+
+        Args:
+            keys: Names, or patterns of them (`fnmatch`); all of them where it is `None`.
+            rename: What names begin with, and what they shall begin with instead; the longest that fits counts.
+
+        Raises:
+            MissingKeys: A name or pattern fits nothing.
+            ConfigError: Two names would become one.
+            BlockCorrupt: A block failed its check twice.
+            CoverageError: The checkpoint is one rank's part, and does not hold all of a tensor.
+            UnsupportedEntry: An entry holds a type that is not allowed.
+            CheckpointReplaced: Another save replaced the checkpoint by one that holds something else.
+            StoreError: It could not be read.
+        """
+        names = self._match(keys)
+        renamed = {name: _rename(name, rename or {}) for name in names}
+        if len(set(renamed.values())) < len(renamed):
+            twice = next(new for new in renamed.values() if list(renamed.values()).count(new) > 1)
+            raise ConfigError(f"{self.url}: rename makes {twice} of several names")
+        entries = self._metadata.state_dict_metadata
+        wanted = {
+            name: whole(tuple(entry.size)) if isinstance(entry := entries[name], TensorStorageMetadata) else None
+            for name in names
+        }
+        return {renamed[name]: value for name, value in self.read(wanted).items()}
+
+    def read(self, boxes: Mapping[str, Box | None]) -> dict[str, Any]:
+        """Return a box of each tensor, and the value of each other entry (`None`), all read at once."""
+        planner = _Planner(self._metadata, boxes, self._allowed_types, self._trust)
+        plan = self._reader.prepare_global_plan([self._reader.prepare_local_plan(planner.plan())])[0]
+        self._reader.read_data(plan, planner).wait()
+        return planner.values
+
+    def _match(self, keys: Sequence[str] | None) -> list[str]:
+        names = self.keys()
+        if keys is None:
+            return names
+        if isinstance(keys, str):
+            raise ConfigError(f"keys is {keys!r}; give a list of names or patterns")
+        stored = self._metadata.state_dict_metadata
+        fits = {key: [key] if key in stored else [name for name in names if fnmatchcase(name, key)] for key in keys}
+        if missing := [key for key, found in fits.items() if not found]:
+            raise self._missing(missing)
+        return list(dict.fromkeys(name for found in fits.values() for name in found))
+
+    def _missing(self, names: Sequence[str]) -> MissingKeys:
+        near = {name: get_close_matches(name, self.keys(), 3) for name in names}
+        told = [f"{name} (is it {' or '.join(near[name])}?)" if near[name] else name for name in names]
+        return MissingKeys(f"{self.url} holds no {', '.join(told)}", url=self.url, fqns=tuple(names))
+
+
+class _Planner(LoadPlanner):
+    """Gives reads memory of their own, and keeps what was read."""
+
+    def __init__(
+        self,
+        metadata: Metadata,
+        boxes: Mapping[str, Box | None],
+        allowed_types: Sequence[Callable[..., Any] | tuple[Callable[..., Any], str]],
+        trust: TrustPolicy,
+    ) -> None:
+        self.values: dict[str, Any] = dict.fromkeys(boxes)
+        self._metadata = metadata
+        self._boxes = boxes
+        self._allowed_types = allowed_types
+        self._trust = trust
+
+    def plan(self) -> LoadPlan:
+        reads: list[ReadItem] = []
+        for name, box in self._boxes.items():
+            entry = self._metadata.state_dict_metadata[name]
+            if isinstance(entry, BytesStorageMetadata) or box is None:
+                index, nothing = MetadataIndex(name), torch.Size((0,))
+                reads.append(ReadItem(LoadItemType.BYTE_IO, index, nothing, index, nothing, nothing))
+            else:
+                self.values[name] = torch.empty(box.sizes, dtype=entry.properties.dtype)
+                reads += StoredTensor(name, entry, part_note(self._metadata)).reads(box, 0)
+        return LoadPlan(reads)
+
+    def resolve_tensor(self, read_item: ReadItem) -> Tensor:
+        part = Box(tuple(read_item.dest_offsets), tuple(read_item.lengths))
+        found: Tensor = self.values[read_item.dest_index.fqn][part.slices]
+        return found
+
+    def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
+        """Do nothing: it was filled where it lies."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        name = read_item.dest_index.fqn
+        self.values[name] = load_entry(name, value, self._allowed_types, trust=self._trust)
+
+    def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
+        """Not called: there is no state dict."""
+
+    def create_local_plan(self) -> LoadPlan:
+        return self.plan()
+
+    def create_global_plan(self, global_plan: list[LoadPlan]) -> list[LoadPlan]:
+        return global_plan
+
+    def finish_plan(self, central_plan: LoadPlan) -> LoadPlan:
+        return central_plan
+
+
+def _rename(name: str, rename: Mapping[str, str]) -> str:
+    longest = max((prefix for prefix in rename if name.startswith(prefix)), key=len, default=None)
+    return name if longest is None else rename[longest] + name.removeprefix(longest)
+
+
+def _box_of(shape: Shape, index: tuple[_Index, ...]) -> tuple[Box, tuple[int | slice, ...]]:
+    """Return the box that an index reaches over, and the index that is left to take within it."""
+    offsets: list[int] = []
+    sizes: list[int] = []
+    rest: list[int | slice] = []
+    for dim, one in enumerate(_expand(shape, index)):
+        extent = shape[dim]
+        if isinstance(one, slice):
+            start, stop, step = one.indices(extent)
+            if step < 1:
+                raise IndexError(f"a step of {step}; only positive ones can be taken")
+            offsets.append(start)
+            sizes.append(max(0, stop - start))
+            rest.append(slice(None, None, step))
+        else:
+            if not -extent <= one < extent:
+                raise IndexError(f"index {one} is out of range in dimension {dim}, of {extent}")
+            offsets.append(one % extent)
+            sizes.append(1)
+            rest.append(0)
+    return Box(tuple(offsets), tuple(sizes)), tuple(rest)
+
+
+def _expand(shape: Shape, index: tuple[_Index, ...]) -> list[int | slice]:
+    """Return an index for each dimension.
+
+    Raises:
+        IndexError: There are too many, or one is of another kind.
+    """
+    given = [one for one in index if not isinstance(one, EllipsisType)]
+    plain = all(isinstance(one, slice | Integral) and not isinstance(one, bool) for one in given)
+    if not plain or len(index) > len(given) + 1:
+        raise IndexError(f"{index!r}: give integers, slices and one `...` at most")
+    if len(given) > len(shape):
+        raise IndexError(f"{len(given)} indices for {len(shape)} dimensions")
+    at = next((at for at, one in enumerate(index) if isinstance(one, EllipsisType)), len(given))
+    filler = [slice(None)] * (len(shape) - len(given))
+    return [*given[:at], *filler, *given[at:]]
