@@ -259,7 +259,7 @@ def _starts(fqn: str, cuts: Cuts, extent: int) -> Sequence[int]:
         require(cuts >= 1, f"{fqn} is cut every {cuts} elements")
         return range(0, extent, cuts)
     ascending = all(a < b for a, b in itertools.pairwise(cuts))
-    require(bool(cuts) and cuts[0] == 0 and ascending and cuts[-1] < extent, f"{fqn} has cuts that are none")
+    require(bool(cuts) and cuts[0] == 0 and ascending and cuts[-1] < extent, f"{fqn} has invalid cuts")
     return cuts
 
 

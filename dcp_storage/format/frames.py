@@ -173,7 +173,7 @@ def unpack_head(data: bytes, where: str) -> tuple[Head, int]:
             url=where,
         )
     if len(head.frames) > MAX_FRAMES or any(frame.size < 0 for frame in head.frames):
-        raise ManifestCorrupt(f"{where} has {len(head.frames)} frames, or one of a size that is none", url=where)
+        raise ManifestCorrupt(f"{where} has {len(head.frames)} frames, or one of a negative size", url=where)
     return head, size
 
 
@@ -247,7 +247,7 @@ def unpack_frame(frame: bytes, where: str) -> bytes:
     """Return the JSON of a frame of the body.
 
     Raises:
-        ManifestCorrupt: It is no frame, or says that it is larger than any is.
+        ManifestCorrupt: It is not a frame, or says that it is larger than any is.
     """
     try:
         content = zstandard.get_frame_parameters(frame).content_size

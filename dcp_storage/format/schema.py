@@ -55,7 +55,7 @@ class Stored(Struct, frozen=True, gc=False):
 
 
 class ListedBoxes(Struct, frozen=True, gc=False):
-    """Boxes that are no grid: of each its offsets and then its sizes."""
+    """Boxes that are not a grid: of each its offsets and then its sizes."""
 
     boxes: list[list[Count]]
 

@@ -118,7 +118,7 @@ def sync_path(directory: Path) -> None:
 def make_directory(directory: Path) -> None:
     """Create a directory and its parents; a commit makes them last.
 
-    What stands there already is not looked at: some parallel file systems say for a while that it is no directory.
+    What stands there already is not looked at: some parallel file systems say for a while that it is not a directory.
     Where that is true, nothing can be created in it.
     """
     with suppress(FileExistsError):

@@ -39,8 +39,8 @@ def open_store(path: Address, storage_options: Mapping[str, Any] | None = None, 
         sync_files: Whether local files are synced to the disk (see `LocalStore`).
 
     Raises:
-        ConfigError: The path is none, or a URL that lost a slash; the protocol is unknown or is no storage; its fsspec
-            implementation is not installed or takes other options; or options are given for a local path.
+        ConfigError: The path is not one, or is a URL that lost a slash; the protocol is unknown, or is not storage; its
+            fsspec implementation is not installed or takes other options; or options are given for a local path.
     """
     url = url_of(path)
     options = {**options_of(path), **(storage_options or {})}

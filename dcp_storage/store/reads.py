@@ -53,7 +53,7 @@ def reopening(read: Callable[Concatenate[Path, P], R]) -> Callable[Concatenate[P
 
 
 def _check_regular(path: Path) -> None:
-    """Refuse what is no file before it is opened: a pipe would wait for a writer for ever."""
+    """Refuse what is not a file before it is opened: a pipe would wait for a writer for ever."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 

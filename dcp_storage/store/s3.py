@@ -271,7 +271,7 @@ def _check_options(fs_class: type, options: Mapping[str, Any]) -> None:
     """Refuse early what s3fs would pass on, to fail in the middle of a save.
 
     Raises:
-        ConfigError: Nothing takes an option, or there is no such profile or no such file with certificates.
+        ConfigError: Nothing takes an option, or the profile or the file with certificates does not exist.
     """
     known = {name for cls in (*fs_class.__mro__, AioSession) for name in _parameters(cls)}
     unknown = sorted(options.keys() - known - _OF_FSSPEC)
