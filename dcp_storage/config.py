@@ -23,7 +23,7 @@ class Codec:
         block_bytes: Raw bytes in a block, 4 KiB to 64 MiB, a multiple of 16. One block is the least that is read.
         digest: What digests of raw bytes the manifest keeps, which tell whether two checkpoints hold the same:
             `"xxh3_128"`; `"sha256"`, by which `verify(expect=...)` proves a whole checkpoint against one number, and
-            which costs more than the compression; or `None`.
+            which slows saves down; or `None`.
 
     Raises:
         ConfigError: A value is out of its range.

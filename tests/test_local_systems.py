@@ -1,4 +1,4 @@
-"""Local paths on file systems as people have them: stale ones, shared directories, network mounts, what is no file."""
+"""Local paths on file systems as people have them: stale ones, shared directories, mounts, what is not a file."""
 
 import errno
 import os
@@ -46,7 +46,7 @@ def load(path: Path) -> float:
 
 class TestDirectories:
     def test_one_that_a_stale_stat_calls_none(self, place: Place, monkeypatch):
-        """BeeGFS, Lustre and virtiofs say for a while that what another machine made is no directory."""
+        """BeeGFS, Lustre and virtiofs say for a while that what another machine made is not a directory."""
         Path(place.url).mkdir(parents=True)
         monkeypatch.setattr(Path, "is_dir", lambda path: False)
         monkeypatch.setattr(Path, "exists", lambda path, **_: False)

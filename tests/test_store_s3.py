@@ -41,6 +41,7 @@ every_operation = pytest.mark.parametrize("operation", OPERATIONS.values(), ids=
 
 class TestS3Store(StoreSuite):
     creates_at_once = True
+    server_in_process = True
 
     @pytest.fixture
     def place(self, moto_s3: Place) -> Place:

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import prod
-from numbers import Integral
-from types import EllipsisType, TracebackType
+from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import torch
@@ -17,13 +16,12 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from dcp_storage.config import Transfer
 from dcp_storage.dcp.calls import Path
 from dcp_storage.dcp.entries import TrustPolicy, load_entry
+from dcp_storage.dcp.indexing import box_of
 from dcp_storage.dcp.planners.coverage import StoredTensor, part_note
 from dcp_storage.dcp.reader import AsyncStorageReader
 from dcp_storage.errors import ConfigError, MissingKeys
 from dcp_storage.geometry import Box, Shape, whole
 from dcp_storage.observe import Observer
-
-_Index = int | slice | EllipsisType
 
 
 def open_checkpoint(
@@ -87,7 +85,7 @@ class StoredTensorView(NamedTuple):
         Raises:
             IndexError: An integer is out of range, there are too many indices, or one is of another kind.
         """
-        box, rest = _box_of(self.shape, index if isinstance(index, tuple) else (index,))
+        box, rest = box_of(self.shape, index if isinstance(index, tuple) else (index,))
         part: Tensor = self.checkpoint.read({self.name: box})[self.name]
         return part[rest]
 
@@ -261,43 +259,3 @@ class _Planner(LoadPlanner):
 def _rename(name: str, rename: Mapping[str, str]) -> str:
     longest = max((prefix for prefix in rename if name.startswith(prefix)), key=len, default=None)
     return name if longest is None else rename[longest] + name.removeprefix(longest)
-
-
-def _box_of(shape: Shape, index: tuple[_Index, ...]) -> tuple[Box, tuple[int | slice, ...]]:
-    """Return the box that an index reaches over, and the index that is left to take within it."""
-    offsets: list[int] = []
-    sizes: list[int] = []
-    rest: list[int | slice] = []
-    for dim, one in enumerate(_expand(shape, index)):
-        extent = shape[dim]
-        if isinstance(one, slice):
-            start, stop, step = one.indices(extent)
-            if step < 1:
-                raise IndexError(f"a step of {step}; only positive ones can be taken")
-            offsets.append(start)
-            sizes.append(max(0, stop - start))
-            rest.append(slice(None, None, step))
-        else:
-            if not -extent <= one < extent:
-                raise IndexError(f"index {one} is out of range in dimension {dim}, of {extent}")
-            offsets.append(one % extent)
-            sizes.append(1)
-            rest.append(0)
-    return Box(tuple(offsets), tuple(sizes)), tuple(rest)
-
-
-def _expand(shape: Shape, index: tuple[_Index, ...]) -> list[int | slice]:
-    """Return an index for each dimension.
-
-    Raises:
-        IndexError: There are too many, or one is of another kind.
-    """
-    given = [one for one in index if not isinstance(one, EllipsisType)]
-    plain = all(isinstance(one, slice | Integral) and not isinstance(one, bool) for one in given)
-    if not plain or len(index) > len(given) + 1:
-        raise IndexError(f"{index!r}: give integers, slices and one `...` at most")
-    if len(given) > len(shape):
-        raise IndexError(f"{len(given)} indices for {len(shape)} dimensions")
-    at = next((at for at, one in enumerate(index) if isinstance(one, EllipsisType)), len(given))
-    filler = [slice(None)] * (len(shape) - len(given))
-    return [*given[:at], *filler, *given[at:]]

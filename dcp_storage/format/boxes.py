@@ -30,8 +30,8 @@ class Boxes(Sequence[Box]):
         """Return the number of the first box that begins there."""
 
     @abstractmethod
-    def counts(self) -> Any:
-        """Return the elements of each box, as an array of `int64` or, of a single one, as a tuple."""
+    def counts(self) -> list[int]:
+        """Return the elements of each box."""
 
     @overload
     def __getitem__(self, number: int) -> Box: ...
@@ -71,9 +71,9 @@ class Whole(Boxes):
         """Return the one, if it begins there."""
         return None if any(offsets) or len(offsets) != len(self.size) else 0
 
-    def counts(self) -> Any:
+    def counts(self) -> list[int]:
         """Return its elements."""
-        return (prod(self.size),)
+        return [prod(self.size)]
 
 
 class Grid(Boxes):
@@ -123,12 +123,13 @@ class Grid(Boxes):
                 return None
         return self._number(places)
 
-    def counts(self) -> Any:
+    def counts(self) -> list[int]:
         """Return the elements of each."""
         counts = np.ones(1, np.int64)
         for starts, extent in zip(self._starts, self.size, strict=True):
             counts = np.multiply.outer(counts, np.diff(np.array([*starts, extent], np.int64))).ravel()
-        return counts
+        numbers: list[int] = counts.tolist()
+        return numbers
 
 
 class Listed(Boxes):
@@ -171,9 +172,9 @@ class Listed(Boxes):
     def _firsts(self) -> dict[Shape, int]:
         return {box.offsets: number for number, box in reversed(list(enumerate(self._boxes)))}
 
-    def counts(self) -> Any:
+    def counts(self) -> list[int]:
         """Return the elements of each."""
-        return np.array([box.numel for box in self._boxes], np.int64)
+        return [box.numel for box in self._boxes]
 
 
 def grid_of(size: Shape, boxes: Sequence[Box]) -> list[Cuts] | None:

@@ -3,7 +3,6 @@
 import itertools
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from math import prod
 from typing import Any, Protocol
 
 import numpy as np
@@ -215,10 +214,7 @@ def decode_tensors(
         item_bytes = check_tensor(fqn, dtype, size, planes)
         boxes = _boxes(fqn, size, layout, left, partial=partial)
         left -= len(boxes) if isinstance(boxes, Grid) else 0
-        if isinstance(boxes, Whole):
-            raw_bytes.append(prod(size) * item_bytes)
-        else:
-            raw_bytes.extend((boxes.counts() * item_bytes).tolist())
+        raw_bytes += [count * item_bytes for count in boxes.counts()]
         boxed += len(boxes)
         firsts.append(boxed)
         cut.append((dtype, planes, boxes))

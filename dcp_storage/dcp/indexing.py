@@ -1,0 +1,48 @@
+"""Basic indexing, as tensors take it, as the box that it reaches over."""
+
+from numbers import Integral
+from types import EllipsisType
+
+from dcp_storage.geometry import Box, Shape
+
+Index = int | slice | EllipsisType
+
+
+def box_of(shape: Shape, index: tuple[Index, ...]) -> tuple[Box, tuple[int | slice, ...]]:
+    """Return the box that an index reaches over, and the index that is left to take within it."""
+    offsets: list[int] = []
+    sizes: list[int] = []
+    rest: list[int | slice] = []
+    for dim, one in enumerate(_expand(shape, index)):
+        extent = shape[dim]
+        if isinstance(one, slice):
+            start, stop, step = one.indices(extent)
+            if step < 1:
+                raise IndexError(f"a step of {step}; only positive ones can be taken")
+            offsets.append(start)
+            sizes.append(max(0, stop - start))
+            rest.append(slice(None, None, step))
+        else:
+            if not -extent <= one < extent:
+                raise IndexError(f"index {one} is out of range in dimension {dim}, of {extent}")
+            offsets.append(one % extent)
+            sizes.append(1)
+            rest.append(0)
+    return Box(tuple(offsets), tuple(sizes)), tuple(rest)
+
+
+def _expand(shape: Shape, index: tuple[Index, ...]) -> list[int | slice]:
+    """Return an index for each dimension.
+
+    Raises:
+        IndexError: There are too many, or one is of another kind.
+    """
+    given = [one for one in index if not isinstance(one, EllipsisType)]
+    plain = all(isinstance(one, slice | Integral) and not isinstance(one, bool) for one in given)
+    if not plain or len(index) > len(given) + 1:
+        raise IndexError(f"{index!r}: give integers, slices and one `...` at most")
+    if len(given) > len(shape):
+        raise IndexError(f"{len(given)} indices for {len(shape)} dimensions")
+    at = next((at for at, one in enumerate(index) if isinstance(one, EllipsisType)), len(given))
+    filler = [slice(None)] * (len(shape) - len(given))
+    return [*given[:at], *filler, *given[at:]]
