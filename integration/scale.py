@@ -13,6 +13,7 @@ from math import log
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -27,10 +28,10 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from xxhash import xxh32_hexdigest
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner
-from dcp_storage.dcp.replicas.compare import Results
-from dcp_storage.format.digests import digest_of
+from dcp_storage.dcp.saves.results import Results, index_items
+from dcp_storage.format.columns import Columns, numbers, texts
+from dcp_storage.format.digests import DIGEST_CHARS, digest_of
 from dcp_storage.format.names import data_object
-from dcp_storage.transfer.save import StoredSegment
 
 ROWS, COLUMNS = 2, 64
 """The shape of each rank's shard."""
@@ -71,18 +72,24 @@ def plan_of(rank: int, ranks: int, tensors: int) -> SavePlan:
     return SavePlan(items, planner_data={name: tuple(name.split(".")) for name in names(tensors)})
 
 
-def stored_by_us(plan: SavePlan, rank: int, token: str, digest: str | None) -> Results:
+def stored_by_us(plan: SavePlan, rank: int, token: str, codec: Codec) -> Results:
     """Return what a rank would tell of the items of its plan."""
-    results, offset = Results(), 0
-    name = data_object(token, rank, 0, compression="zstd")
-    for number, item in enumerate(plan.items):
-        length = 400 + (rank * 31 + number * 17) % 97
-        said = f"{rank} {number}".encode()
-        told = digest_of(said, digest) if digest else ""
-        segment = StoredSegment(name, offset, (length,), xxh32_hexdigest(said), told)
-        results.append(WriteResult(item.index, ROWS * COLUMNS * 4, [segment]))
-        offset += length
-    return results
+    count = len(plan.items)
+    lengths = numbers(400 + (rank * 31 + number * 17) % 97 for number in range(count))
+    said = [f"{rank} {number}".encode() for number in range(count)]
+    stored = Columns(
+        segments=np.ones(count, np.int64),
+        blocks=np.ones(count, np.int64),
+        objects=np.zeros(count, np.int64),
+        offsets=np.cumsum(lengths) - lengths,
+        lengths=lengths,
+        checks=texts([xxh32_hexdigest(each) for each in said], 8),
+        digests=texts([digest_of(each, codec.digest) for each in said], DIGEST_CHARS[codec.digest])
+        if codec.digest
+        else texts([], 1),
+    )
+    names, items = index_items([item.index for item in plan.items], [ROWS * COLUMNS * 4] * count)
+    return Results(names, items, [data_object(token, rank, 0, compression="zstd")], stored, codec)
 
 
 def stored_by_stock(plan: SavePlan, rank: int) -> list[WriteResult]:
@@ -139,7 +146,7 @@ def _save(
     if stock:
         results = [stored_by_stock(plan, rank) for rank, plan in enumerate(plans)]
     else:
-        results = [stored_by_us(plan, rank, "0123456789abcdef", codec.digest) for rank, plan in enumerate(plans)]
+        results = [stored_by_us(plan, rank, "0123456789abcdef", codec) for rank, plan in enumerate(plans)]
     writer.prepare_local_plan(SavePlan([]))
     measured.time("commit", lambda: writer.finish(metadata, results))
     measured.manifest_bytes = (directory / ".metadata").stat().st_size

@@ -8,14 +8,14 @@ from xxhash import xxh3_64_hexdigest
 
 from dcp_storage.dcp.saves.commit import commit
 from dcp_storage.errors import CheckpointExists, CheckpointNotFound, CheckpointReplaced, ObjectExists, ObjectNotFound
-from dcp_storage.format.columns import columns_of
-from dcp_storage.format.draft import Draft, DraftEntry, encode
+from dcp_storage.format.draft import Draft, encode
 from dcp_storage.format.frames import StoredCodec
 from dcp_storage.format.manifest import Manifest, StoredObject, decode
 from dcp_storage.format.names import MANIFEST, data_object
 from dcp_storage.format.schema import Segment
 from dcp_storage.store.base import ABSENT, Store
 from dcp_storage.transfer.manifests import read_manifest
+from tests.drafts import columns_of
 
 
 class Turn:
@@ -102,7 +102,8 @@ def manifest_of(token: str, objects: int) -> Draft:
         codec=StoredCodec("none", 1 << 20, 1),
         objects=tuple(StoredObject(name, 1) for name in names),
         tensors={},
-        entries={name: DraftEntry(1, columns_of([[segment]])) for name, segment in zip(names, segments, strict=True)},
+        entries=dict.fromkeys(names, 1),
+        stored=columns_of([[segment] for segment in segments], 16),
         planner_data=None,
     )
 

@@ -7,13 +7,13 @@ from contextlib import contextmanager
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import MetadataIndex
-from torch.distributed.checkpoint.storage import WriteResult
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter
-from dcp_storage.dcp.replicas.compare import Results
+from dcp_storage.config import Codec
+from dcp_storage.dcp.saves.results import Results, items_of
 from dcp_storage.dcp.saves.summary import slowest
 from dcp_storage.errors import ConfigError, StoreError
+from dcp_storage.format.columns import NOTHING
 from dcp_storage.progress import progress_bar
 from dcp_storage.store.local import LocalStore
 
@@ -154,6 +154,6 @@ def test_transfers_that_overlap_have_a_bar_each_and_leave_no_thread(tmp_path, mo
 def test_a_rank_that_is_much_slower_than_the_others_is_told_of(seconds, told):
     results = []
     for number, each in enumerate(seconds):
-        results.append(Results([WriteResult(MetadataIndex("w"), 1_000_000 if number else 3_000_000, [])]))
-        results[-1].seconds = each
+        items = items_of([()], [1_000_000 if number else 3_000_000])
+        results.append(Results(["w"], items, [], NOTHING, Codec(), each))
     assert slowest(results) == told

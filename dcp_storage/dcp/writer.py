@@ -5,27 +5,28 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
+from torch.distributed.checkpoint.storage import StorageWriter
 from torch.futures import Future
 
 from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.calls import Location, Path, choose_observer
 from dcp_storage.dcp.groups import group_items
 from dcp_storage.dcp.hooks import hook
-from dcp_storage.dcp.metadata import build_draft, is_whole
+from dcp_storage.dcp.metadata import is_whole
 from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
-from dcp_storage.dcp.replicas.compare import Results, judge
+from dcp_storage.dcp.replicas.compare import judge
 from dcp_storage.dcp.saves.attempt import name_attempt
 from dcp_storage.dcp.saves.commit import check_place, commit
+from dcp_storage.dcp.saves.draft import build_draft
 from dcp_storage.dcp.saves.failing import ending_on_error
 from dcp_storage.dcp.saves.order import begin, leave_save
 from dcp_storage.dcp.saves.put import put
+from dcp_storage.dcp.saves.results import Results, index_items
 from dcp_storage.dcp.saves.save import Part, Save
 from dcp_storage.dcp.saves.summary import log_saved
 from dcp_storage.dcp.sources import plan_sources
@@ -34,9 +35,10 @@ from dcp_storage.dcp.staging.staged import StagedState, redeem
 from dcp_storage.dcp.tensors import check_text, dtype_name
 from dcp_storage.dcp.undocumented import METADATA_VERSION, rank_alone, world_size_of_save
 from dcp_storage.errors import ConfigError
+from dcp_storage.format.columns import NOTHING, Columns
 from dcp_storage.format.frames import check_info
 from dcp_storage.observe import Observer
-from dcp_storage.transfer.save import Source, StoredSegment
+from dcp_storage.transfer.save import Source
 
 
 class _Thread(threading.local):
@@ -165,7 +167,7 @@ class AsyncStorageWriter(StorageWriter):
         return plans
 
     @hook
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
         """Encode and put this rank's items, and return a future that is done: DCP waits for it at once.
 
         Raises:
@@ -178,28 +180,26 @@ class AsyncStorageWriter(StorageWriter):
         with ending_on_error(save):
             begun = time.monotonic()
             sources = plan_sources(plan, planner, byte_planes=self._codec.byte_planes)
-            segments = self._put(save, part, sources, group_items(plan, planner)) if sources else []
-            results = Results(
-                WriteResult(item.index, source.nbytes, stored)
-                for item, source, stored in zip(plan.items, sources, segments, strict=True)
-            )
-            results.seconds = time.monotonic() - begun
+            objects, stored = self._put(save, part, sources, group_items(plan, planner)) if sources else ([], NOTHING)
+            names, items = index_items([item.index for item in plan.items], [source.nbytes for source in sources])
+            seconds, fingerprints = time.monotonic() - begun, None
             if isinstance(planner, ShardedSavePlanner):
-                results.fingerprints = planner.fingerprints()
+                fingerprints = planner.fingerprints()
                 planner.release()
+            results = Results(names, items, objects, stored, self._codec, seconds, fingerprints)
         save.done = not part.commits
-        future: Future[list[WriteResult]] = Future()
+        future: Future[Any] = Future()
         future.set_result(results)
         return future
 
     def _put(
         self, save: Save, part: Part, sources: Sequence[Source], groups: Sequence[str]
-    ) -> list[list[StoredSegment]]:
+    ) -> tuple[list[str], Columns]:
         how = partial(put, codec=self._codec, transfer=self._transfer, observer=self._observer)
         return save.location.run(partial(how, save=save, part=part, sources=sources, groups=groups))
 
     @hook
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+    def finish(self, metadata: Metadata, results: list[Any]) -> None:
         """Commit: write the manifest, and only then delete what the one that it replaced had named.
 
         Called on the coordinator (without collectives: on every rank, which then commits its own manifest).
@@ -213,11 +213,11 @@ class AsyncStorageWriter(StorageWriter):
         """
         save, part = self._current()
         with ending_on_error(save):
-            judge([getattr(told, "fingerprints", None) for told in results], metadata, save.location.store().url)
+            judge([told.fingerprints for told in results], metadata, save.location.store().url)
             is_part = part.attempt is not None or (part.alone and not is_whole(metadata))
             draft = build_draft(
                 metadata,
-                chain.from_iterable(results),
+                results,
                 self._codec,
                 save_id=save.token,
                 world_size=part.world_size if is_part else len(results),

@@ -177,18 +177,19 @@ class Listed(Boxes):
         return [box.numel for box in self._boxes]
 
 
-def grid_of(size: Shape, boxes: Sequence[Box]) -> list[Cuts] | None:
-    """Return the cuts of the grid that boxes are, ascending in their offsets; `None` where they are none."""
-    if not size or not all(size) or len(boxes) < 1:
+def grid_of(size: Shape, offsets: Any, sizes: Any) -> list[Cuts] | None:
+    """Return the cuts of the grid that boxes are, ascending in their offsets; `None` where they are not a grid.
+
+    `offsets` and `sizes` are arrays of `int64`, with a row for each box.
+    """
+    if not size or not all(size) or len(offsets) < 1:
         return None
-    offsets = np.array([box.offsets for box in boxes], np.int64)
     starts = [np.unique(offsets[:, dim]) for dim in range(len(size))]
-    if prod(map(len, starts)) != len(boxes) or any(cuts[0] for cuts in starts):
+    if prod(map(len, starts)) != len(offsets) or any(cuts[0] for cuts in starts):
         return None
     extents = [np.diff(np.append(cuts, extent)) for cuts, extent in zip(starts, size, strict=True)]
     if not all((extent > 0).all() for extent in extents):
         return None
-    sizes = np.array([box.sizes for box in boxes], np.int64)
     for dim in range(len(size)):
         inner, outer = prod(map(len, starts[dim + 1 :])), prod(map(len, starts[:dim]))
         for cut, column in ((starts[dim], offsets[:, dim]), (extents[dim], sizes[:, dim])):

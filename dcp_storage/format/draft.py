@@ -6,48 +6,53 @@ from math import prod
 from typing import Any, NamedTuple
 
 import msgspec
+import numpy as np
 from msgspec import Struct
 
 from dcp_storage.collector import uncollected
 from dcp_storage.config import KIB
-from dcp_storage.format.columns import Columns
+from dcp_storage.format.boxes import grid_of
+from dcp_storage.format.columns import Columns, text_of
 from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.frames import MAX_FRAMES, Frame, Head, StoredCodec, list_frame, pack, pack_frame
 from dcp_storage.format.manifest import Path, StoredObject
 from dcp_storage.format.schema import DigestFrame, EntryFrame, Layout, ListedBoxes, ObjectFrame, PathFrame, TensorFrame
-from dcp_storage.geometry import Box, Shape
+from dcp_storage.geometry import Shape
 
 _FRAME_WEIGHT = 64 * KIB
 """Segments and names of a frame, at least: enough to compress well, and few enough to decode for one tensor."""
 
 
 class DraftTensor(NamedTuple):
-    """A tensor that is to be written: its boxes, ascending in their offsets, their layout, and where they lie."""
+    """A tensor that is to be written: of how many boxes it is, in which layout, and in how many byte planes.
+
+    The boxes ascend in their offsets.
+    """
 
     dtype: str
     size: Shape
     planes: int
-    boxes: Sequence[Box]
+    boxes: int
     layout: Layout
-    stored: Columns
 
     @property
-    def numel(self) -> int:
-        """Elements of all boxes."""
-        listed = isinstance(self.layout, ListedBoxes)
-        return sum(box.numel for box in self.boxes) if listed else prod(self.size)
-
-
-class DraftEntry(NamedTuple):
-    """An entry that is not a tensor, to be written: its raw size in bytes, and where it lies."""
-
-    size: int
-    stored: Columns
+    def raw_bytes(self) -> int:
+        """Size of all boxes, in memory."""
+        numel = prod(self.size)
+        if isinstance(self.layout, ListedBoxes):
+            numel = sum(prod(box[len(self.size) :]) for box in self.layout.boxes)
+        return numel * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A manifest that is to be written; `Head` says what its fields are."""
+    """A manifest that is to be written; `Head` says what its other fields are.
+
+    Attributes:
+        tensors: By name, ascending.
+        entries: The raw sizes of those that are not tensors, by name, ascending.
+        stored: Where all of it lies: the boxes of the first tensor, and so on, and then the entries.
+    """
 
     save_id: str
     created: str
@@ -56,7 +61,8 @@ class Draft:
     codec: StoredCodec
     objects: Sequence[StoredObject]
     tensors: Mapping[str, DraftTensor]
-    entries: Mapping[str, DraftEntry]
+    entries: Mapping[str, int]
+    stored: Columns
     planner_data: Mapping[str, Path] | None
     rank: int | None = None
     attempt: str | None = None
@@ -66,8 +72,7 @@ class Draft:
     @property
     def raw_bytes(self) -> int:
         """Size of all boxes and entries, in memory."""
-        tensors = (tensor.numel * ITEM_BYTES[tensor.dtype] for tensor in self.tensors.values())
-        return sum(tensors) + sum(entry.size for entry in self.entries.values())
+        return sum(tensor.raw_bytes for tensor in self.tensors.values()) + sum(self.entries.values())
 
 
 @uncollected
@@ -77,16 +82,19 @@ def encode(draft: Draft) -> bytes:
     Raises:
         ConfigError: It is larger than what `decode` accepts.
     """
-    frames = _Frames(draft.digest)
+    frames, items = _Frames(draft.digest), _Items(draft.stored)
     names = [stored.name for stored in draft.objects]
     frames.add("objects", "", ObjectFrame(names, [stored.size for stored in draft.objects]))
-    tensors = sorted(draft.tensors)
-    most = max(_FRAME_WEIGHT, sum(_weight(name, draft.tensors[name]) for name in tensors) // (MAX_FRAMES // 4))
-    for group in _groups(tensors, [_weight(name, draft.tensors[name]) for name in tensors], most):
-        frames.add_with_digests("tensors", group, *_tensor_frame(group, draft.tensors))
-    entries = sorted(draft.entries)
+    weights = [_weight(name, tensor) for name, tensor in draft.tensors.items()]
+    for group in _groups(list(draft.tensors), weights, max(_FRAME_WEIGHT, sum(weights) // (MAX_FRAMES // 4))):
+        held = [draft.tensors[name] for name in group]
+        stored = items.next(sum(tensor.boxes for tensor in held))
+        frames.add_with_digests("tensors", group[0], _tensor_frame(group, held, stored), stored)
+    entries = list(draft.entries)
     for group in _groups(entries, [1] * len(entries), max(_FRAME_WEIGHT, len(entries) // 32)):
-        frames.add_with_digests("entries", group, *_entry_frame(group, draft.entries))
+        stored = items.next(len(group))
+        frame = EntryFrame(group, [draft.entries[name] for name in group], stored.stored())
+        frames.add_with_digests("entries", group[0], frame, stored)
     paths = sorted(draft.planner_data or {})
     for group in _groups(paths, [1] * len(paths), max(_FRAME_WEIGHT, len(paths) // 32)):
         assert draft.planner_data is not None
@@ -103,7 +111,7 @@ def encode(draft: Draft) -> bytes:
         codec=draft.codec,
         digest=draft.digest,
         info=draft.info,
-        tensors=len(tensors),
+        tensors=len(draft.tensors),
         entries=len(entries),
         objects=len(names),
         raw_bytes=draft.raw_bytes,
@@ -124,15 +132,27 @@ class _Frames:
         self.stored.append(frame)
         self.listed.append(list_frame(kind, frame, first, self._digest))
 
-    def add_with_digests(self, kind: str, names: Sequence[str], columns: Struct, stored: Columns) -> None:
-        self.add(kind, names[0], columns)
+    def add_with_digests(self, kind: str, first: str, columns: Struct, stored: Columns) -> None:
+        self.add(kind, first, columns)
         if self._digest is not None:
-            self.add(f"{kind}_digests", names[0], DigestFrame("".join(stored.digests)))
+            self.add(f"{kind}_digests", first, DigestFrame(text_of(stored.digests)))
+
+
+class _Items:
+    """Takes items from the front."""
+
+    def __init__(self, stored: Columns) -> None:
+        self._stored = stored
+        self._taken = 0
+
+    def next(self, count: int) -> Columns:
+        self._taken += count
+        return self._stored.take(np.arange(self._taken - count, self._taken))
 
 
 def _weight(name: str, tensor: DraftTensor) -> int:
     """Return about how many bytes of a frame a tensor takes."""
-    return 64 + len(name) + 32 * len(tensor.boxes)
+    return 64 + len(name) + 32 * tensor.boxes
 
 
 def _groups(names: Sequence[str], weights: Sequence[int], most: int) -> Iterator[list[str]]:
@@ -148,25 +168,19 @@ def _groups(names: Sequence[str], weights: Sequence[int], most: int) -> Iterator
         yield group
 
 
-def _tensor_frame(names: list[str], tensors: Mapping[str, DraftTensor]) -> tuple[TensorFrame, Columns]:
-    columns = Columns()
-    held = [tensors[name] for name in names]
-    for tensor in held:
-        columns.extend(tensor.stored)
-    frame = TensorFrame(
+def _tensor_frame(names: list[str], held: Sequence[DraftTensor], stored: Columns) -> TensorFrame:
+    return TensorFrame(
         names=names,
         dtypes=[tensor.dtype for tensor in held],
         sizes=[tensor.size for tensor in held],
         planes=[tensor.planes for tensor in held],
         layouts=[tensor.layout for tensor in held],
-        stored=columns.stored(),
+        stored=stored.stored(),
     )
-    return frame, columns
 
 
-def _entry_frame(names: list[str], entries: Mapping[str, DraftEntry]) -> tuple[EntryFrame, Columns]:
-    columns = Columns()
-    for name in names:
-        columns.extend(entries[name].stored)
-    frame = EntryFrame(names=names, sizes=[entries[name].size for name in names], stored=columns.stored())
-    return frame, columns
+def layout_of(size: Shape, offsets: Any, sizes: Any) -> Layout:
+    """Return how a frame says what the boxes of a tensor are: arrays with a row for each box, ascending."""
+    if len(offsets) == 1 and tuple(sizes[0].tolist()) == size:
+        return None
+    return grid_of(size, offsets, sizes) or ListedBoxes(np.concatenate((offsets, sizes), axis=1).tolist())

@@ -4,6 +4,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import msgspec
@@ -12,7 +13,7 @@ from msgspec import Struct
 
 from dcp_storage.collector import uncollected
 from dcp_storage.errors import ManifestCorrupt
-from dcp_storage.format.columns import BytesEntry, Digests, TensorEntry, decode_entries, decode_tensors
+from dcp_storage.format.columns import Columns, join
 from dcp_storage.format.digests import DIGEST_CHARS, digest_of
 from dcp_storage.format.frames import (
     Head,
@@ -21,6 +22,7 @@ from dcp_storage.format.frames import (
     unpack_frame,
     unpack_head,
 )
+from dcp_storage.format.items import BytesEntry, Digests, TensorEntry, decode_entries, decode_tensors
 from dcp_storage.format.schema import DigestFrame, EntryFrame, ObjectFrame, PathFrame, TensorFrame
 from dcp_storage.format.validate import Fault, check_head, check_names, check_objects, check_paths, require
 
@@ -173,6 +175,12 @@ class Manifest:
                 paths.update(zip(frame.names, frame.paths, strict=True))
             check_paths(paths)
         return paths
+
+    def stored(self) -> Columns:
+        """Return where all of it lies: the boxes of the first tensor, and so on, and then the entries."""
+        tensors = (tensor.frame for tensor in self.tensors.values())
+        frames = dict.fromkeys(chain(tensors, (entry.frame for entry in self.bytes.values())))
+        return join([frame.columns() for frame in frames], [0] * len(frames))
 
     @cached_property
     def _object_sizes(self) -> Any:

@@ -1,18 +1,19 @@
 """One manifest out of those that the ranks of a save without collectives each committed by themselves."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Collection, Mapping, Sequence
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
+import numpy as np
 from msgspec.structs import replace
 from xxhash import xxh3_128_hexdigest
 
 from dcp_storage.errors import ManifestCorrupt
-from dcp_storage.format.columns import TensorEntry, columns_of, layout_of
-from dcp_storage.format.draft import Draft, DraftEntry, DraftTensor, encode
+from dcp_storage.format.columns import join, numbers
+from dcp_storage.format.draft import Draft, DraftTensor, encode, layout_of
+from dcp_storage.format.items import TensorEntry
 from dcp_storage.format.legacy import StockItem, StockManifest, StockTensor, StorageKey
-from dcp_storage.format.manifest import Manifest, Path, StoredObject, decode
-from dcp_storage.format.schema import Segment
+from dcp_storage.format.manifest import Manifest, Path, decode
 
 if TYPE_CHECKING:
     from dcp_storage.geometry import Box
@@ -37,22 +38,25 @@ def merge(parts: Sequence[Manifest], where: str) -> Manifest:
     parts = sorted(parts, key=lambda part: part.rank or 0)
     _check_complete(parts, where)
     first = parts[0]
-    objects: list[StoredObject] = []
     tensors: dict[str, _Joined] = {}
-    entries: dict[str, DraftEntry] = {}
+    entries: dict[str, tuple[int, int]] = {}  # raw size, and the number of the item
     planner_data: dict[str, Path] = {}
+    item = 0
     for part in parts:
-        _check_agrees(first.codec == part.codec, "the codec", part, where)
+        _check_agrees((first.codec, first.head.digest) == (part.codec, part.head.digest), "the codec", part, where)
         for fqn, tensor in part.tensors.items():
             joined = tensors.setdefault(fqn, _Joined(tensor))
             same = (joined.dtype, len(joined.size), joined.planes) == (tensor.dtype, len(tensor.size), tensor.planes)
             _check_agrees(same, f"dtype or dimensions of {fqn}", part, where)
-            joined.add(tensor, len(objects))
-        for fqn, entry in part.bytes.items():
-            if fqn not in entries:
-                entries[fqn] = DraftEntry(entry.size, columns_of([_shift(entry.segments, len(objects))]))
+            item = joined.add(tensor, item)
+        for number, (fqn, entry) in enumerate(part.bytes.items(), item):
+            entries.setdefault(fqn, (entry.size, number))
+        item += len(part.bytes)
         planner_data = (part.planner_data or {}) | planner_data
-        objects += part.objects
+    drafts = {fqn: tensors[fqn].draft() for fqn in sorted(tensors)}
+    order = [number for _, items in drafts.values() for number in items]
+    objects = [stored for part in parts for stored in part.objects]
+    firsts = accumulate((len(part.objects) for part in parts[:-1]), initial=0)
     draft = Draft(
         save_id=first.save_id,
         created=first.created,
@@ -60,10 +64,14 @@ def merge(parts: Sequence[Manifest], where: str) -> Manifest:
         world_size=first.world_size,
         attempt=first.attempt,
         codec=first.codec,
+        digest=first.head.digest,
         info=first.head.info,
         objects=objects,
-        tensors={fqn: joined.draft() for fqn, joined in tensors.items()},
-        entries=entries,
+        tensors={fqn: tensor for fqn, (tensor, _) in drafts.items()},
+        entries={fqn: entries[fqn][0] for fqn in sorted(entries)},
+        stored=join([part.stored() for part in parts], firsts).take(
+            numbers([*order, *(entries[fqn][1] for fqn in sorted(entries))])
+        ),
         planner_data=None if first.planner_data is None else planner_data,
     )
     return decode(encode(draft), where)
@@ -76,19 +84,22 @@ class _Joined:
         self.dtype = tensor.dtype
         self.planes = tensor.planes
         self.size = tensor.size
-        self._stored: dict[Box, tuple[Segment, ...]] = {}
+        self._items: dict[Box, int] = {}
 
-    def add(self, tensor: TensorEntry, objects: int) -> None:
+    def add(self, tensor: TensorEntry, first: int) -> int:
+        """Add a part's boxes, whose items are numbered from `first`, and return the number after the last."""
         # A bare LocalShardsWrapper knows no further than its own shards; the tiling proves the largest size full.
         self.size = tuple(map(max, self.size, tensor.size))
-        for number, box in enumerate(tensor.boxes):
-            if box not in self._stored:
-                self._stored[box] = _shift(tensor.segments(number), objects)
+        for number, box in enumerate(tensor.boxes, first):
+            self._items.setdefault(box, number)
+        return first + len(tensor.boxes)
 
-    def draft(self) -> DraftTensor:
-        boxes = sorted(self._stored)
-        stored = columns_of(self._stored[box] for box in boxes)
-        return DraftTensor(self.dtype, self.size, self.planes, boxes, layout_of(self.size, boxes), stored)
+    def draft(self) -> tuple[DraftTensor, list[int]]:
+        """Return the whole tensor, and the numbers of the items that it is."""
+        boxes, dims = sorted(self._items), len(self.size)
+        offsets, sizes = (np.array(rows, np.int64).reshape(len(boxes), dims) for rows in zip(*boxes, strict=True))
+        layout = layout_of(self.size, offsets, sizes)
+        return DraftTensor(self.dtype, self.size, self.planes, len(boxes), layout), [self._items[box] for box in boxes]
 
 
 def merge_stock(parts: Mapping[int, StockManifest], where: str) -> StockManifest:
@@ -144,7 +155,3 @@ def _check_complete(parts: Sequence[Manifest], where: str) -> None:
 def _check_agrees(agrees: bool, what: str, part: Manifest, where: str) -> None:
     if not agrees:
         raise ManifestCorrupt(f"{where}: the ranks' manifests disagree on {what} (rank {part.rank})", url=where)
-
-
-def _shift(segments: Iterable[Segment], objects: int) -> tuple[Segment, ...]:
-    return tuple(segment._replace(object=segment.object + objects) for segment in segments)

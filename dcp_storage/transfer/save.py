@@ -1,16 +1,18 @@
 """The save pipeline: objects are encoded in threads and put, `concurrency` at once, in bounded memory."""
 
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
-from typing import Protocol
+from itertools import chain
+from typing import Any, Protocol
 
-from msgspec import Struct
-from msgspec.structs import astuple
+import numpy as np
 
 from dcp_storage.collector import uncollected
 from dcp_storage.config import MIB, Codec, Transfer
-from dcp_storage.format.blocks import Encoded, encoded_limit
+from dcp_storage.format.blocks import CHECK_CHARS, Encoded, encoded_limit
+from dcp_storage.format.columns import NOTHING, Columns, numbers, texts
+from dcp_storage.format.digests import DIGEST_CHARS
 from dcp_storage.observe import Advance
 from dcp_storage.raw import Raw
 from dcp_storage.store.base import PAGE_BYTES, Batch, Store
@@ -38,19 +40,6 @@ class Source(Protocol):
         """Return bytes `start` to `stop` in host memory. Called on codec threads, for several slices at once."""
 
 
-class StoredSegment(Struct, frozen=True, gc=False):
-    """Consecutive blocks of one item as they were put: the manifest's `Segment`, with the object's name.
-
-    `digest` is that of their raw bytes, or empty.
-    """
-
-    object_name: str
-    offset: int
-    lengths: tuple[int, ...]
-    checks: str
-    digest: str = ""
-
-
 async def save_items(
     store: Store,
     sources: Sequence[Source],
@@ -61,8 +50,8 @@ async def save_items(
     transfer: Transfer,
     apart: bool,
     advance: Advance,
-) -> list[list[StoredSegment]]:
-    """Encode and put all items; return each one's segments, in the order of their blocks.
+) -> Columns:
+    """Encode and put all items; return where they lie, each one's segments in the order of their blocks.
 
     Encoding goes on in threads, or `apart` from this process where that pays.
     Large items of different `groups` (a name for each item, if given) share no object.
@@ -72,7 +61,7 @@ async def save_items(
     sizes = [source.nbytes for source in sources]
     target = target_bytes(sum(sizes), min(transfer.object_bytes, store.put_bytes), transfer.concurrency)
     objects = list(enumerate(lay_out(sizes, codec.block_bytes, target, groups)))
-    stored: dict[Piece, StoredSegment] = {}
+    stored = _Stored(codec)
     memories = Memories()
     apart = apart and pays_apart(sum(sizes))
     encoder, unit_bytes = (encoder_apart, APART_UNIT_BYTES) if apart else (encoder_here, UNIT_BYTES)
@@ -81,28 +70,56 @@ async def save_items(
 
         async def put(numbered: tuple[int, list[Piece]]) -> None:
             number, pieces = numbered
-            writer = _ObjectWriter(name(number), sources, codec, threads=threads, memories=memories, advance=advance)
-            await store.put(writer.name, writer.batches(split_units(pieces, codec.block_bytes, unit_bytes)))
-            stored.update(writer.stored)
+            writer = _ObjectWriter(sources, codec, threads=threads, memories=memories, advance=advance)
+            await store.put(name(number), writer.batches(split_units(pieces, codec.block_bytes, unit_bytes)))
+            stored.add(number, writer.pieces, writer.encoded)
 
         await for_each(transfer.concurrency, objects, put)
-    return _by_item(stored, len(sources))
+    return stored.by_item(len(sources))
 
 
-@uncollected
-def _by_item(stored: Mapping[Piece, StoredSegment], items: int) -> list[list[StoredSegment]]:
-    segments: list[list[StoredSegment]] = [[] for _ in range(items)]
-    for piece in sorted(stored):
-        segments[piece.item].append(stored[piece])
-    return segments
+class _Stored:
+    """Gathers what was put, object by object."""
+
+    def __init__(self, codec: Codec) -> None:
+        self._chars = CHECK_CHARS[codec.compression]
+        self._digest_chars = DIGEST_CHARS[codec.digest] if codec.digest else 0
+        self._pieces: list[Piece] = []
+        self._encoded: list[Encoded] = []
+        self._objects: list[Any] = []
+        self._offsets: list[Any] = []
+
+    def add(self, number: int, pieces: Sequence[Piece], encoded: Sequence[Encoded]) -> None:
+        """Note an object: it is its pieces, one behind the other."""
+        sizes = numbers(sum(blocks.lengths) for blocks in encoded)
+        self._pieces += pieces
+        self._encoded += encoded
+        self._objects.append(np.full(len(sizes), number))
+        self._offsets.append(np.cumsum(sizes) - sizes)
+
+    @uncollected
+    def by_item(self, items: int) -> Columns:
+        """Return where each of so many items lies, in the order of their bytes."""
+        if not self._pieces:
+            return NOTHING._replace(segments=np.zeros(items, np.int64))
+        segments = Columns(
+            segments=np.ones(len(self._pieces), np.int64),
+            blocks=numbers(len(blocks.lengths) for blocks in self._encoded),
+            objects=np.concatenate(self._objects),
+            offsets=np.concatenate(self._offsets),
+            lengths=numbers(chain.from_iterable(blocks.lengths for blocks in self._encoded)),
+            checks=texts([blocks.checks for blocks in self._encoded], self._chars),
+            digests=texts([blocks.digest for blocks in self._encoded], self._digest_chars),
+        )
+        item, start = (numbers(each) for each in zip(*((p.item, p.start) for p in self._pieces), strict=True))
+        return segments.take(np.lexsort((start, item)))._replace(segments=np.bincount(item, minlength=items))
 
 
 class _ObjectWriter:
-    """Encodes one object's pieces, in order, and notes where each block came to lie."""
+    """Encodes one object's pieces, in order, and keeps what each became."""
 
     def __init__(
         self,
-        name: str,
         sources: Sequence[Source],
         codec: Codec,
         *,
@@ -110,15 +127,14 @@ class _ObjectWriter:
         memories: Memories,
         advance: Advance,
     ) -> None:
-        self.name = name
-        self.stored: dict[Piece, StoredSegment] = {}
+        self.pieces: list[Piece] = []
+        self.encoded: list[Encoded] = []
         self._sources = sources
         self._block_bytes = codec.block_bytes
         self._compression = codec.compression
         self._threads = threads
         self._memories = memories
         self._advance = advance
-        self._offset = 0
 
     async def batches(self, units: Sequence[Sequence[Piece]]) -> AsyncIterator[Batch]:
         """Yield the object's bytes in whole pages, and what is left at the end."""
@@ -147,9 +163,7 @@ class _ObjectWriter:
         return encoder.encode_items(items, out)
 
     def _note(self, unit: Sequence[Piece], encoded: Sequence[Encoded]) -> None:
-        raw_bytes, before = 0, self._offset
-        for piece, blocks in zip(unit, encoded, strict=True):
-            self.stored[piece] = StoredSegment(self.name, self._offset, *astuple(blocks))
-            self._offset += sum(blocks.lengths)
-            raw_bytes += piece.stop - piece.start
-        self._advance(raw_bytes, self._offset - before)
+        self.pieces += unit
+        self.encoded += encoded
+        stored_bytes = sum(sum(blocks.lengths) for blocks in encoded)
+        self._advance(sum(piece.stop - piece.start for piece in unit), stored_bytes)

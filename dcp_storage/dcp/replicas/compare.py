@@ -35,13 +35,6 @@ class Fingerprints(NamedTuple):
     digests: Any
 
 
-class Results(list[Any]):
-    """What a rank wrote, in how many seconds, and the fingerprints of what it holds beside other ranks."""
-
-    fingerprints: Fingerprints | None = None
-    seconds = 0.0
-
-
 class Mismatch(NamedTuple):
     """An item that ranks hold differently, and the ranks that hold the same, each list ascending."""
 

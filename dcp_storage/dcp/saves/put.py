@@ -4,10 +4,11 @@ from collections.abc import Sequence
 
 from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.saves.save import Part, Save
+from dcp_storage.format.columns import Columns
 from dcp_storage.format.names import data_object
 from dcp_storage.observe import Observer, observed
 from dcp_storage.store.base import Store
-from dcp_storage.transfer.save import Source, StoredSegment, save_items
+from dcp_storage.transfer.save import Source, save_items
 
 
 async def put(
@@ -20,21 +21,28 @@ async def put(
     codec: Codec,
     transfer: Transfer,
     observer: Observer,
-) -> list[list[StoredSegment]]:
-    """Put the sources of a rank; return the segments of each. The names of its objects are noted in the save."""
+) -> tuple[list[str], Columns]:
+    """Put the sources of a rank; return the names of its objects, by number, and where in them each source lies.
+
+    The names are noted in the save as the objects are begun.
+    """
 
     def name(number: int) -> str:
-        save.objects.append(data_object(save.token, part.rank, number, compression=codec.compression))
+        return data_object(save.token, part.rank, number, compression=codec.compression)
+
+    def begin(number: int) -> str:
+        save.objects.append(name(number))
         return save.objects[-1]
 
     with observed(observer, "save", store.url, sum(source.nbytes for source in sources)) as advance:
-        return await save_items(
+        stored = await save_items(
             store,
             sources,
-            name,
+            begin,
             codec,
             groups=groups,
             transfer=save.pace.transfer(transfer, remote=store.remote),
             apart=save.pace.encodes_apart,
             advance=advance,
         )
+        return list(map(name, range(int(stored.objects.max(initial=-1)) + 1))), stored

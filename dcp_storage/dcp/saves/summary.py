@@ -5,8 +5,7 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-from torch.distributed.checkpoint.storage import WriteResult
-
+from dcp_storage.dcp.saves.results import Results
 from dcp_storage.dcp.saves.save import Save
 from dcp_storage.format.draft import Draft
 from dcp_storage.words import counted, size_text, transfer_text
@@ -18,7 +17,7 @@ _MUCH_LONGER, _MUCH_LONGER_S = 2, 1.0
 """A rank is told of that took so many times what half of the ranks took, and so many seconds more."""
 
 
-def log_saved(save: Save, draft: Draft, results: Sequence[Sequence[WriteResult]]) -> None:
+def log_saved(save: Save, draft: Draft, results: Sequence[Results]) -> None:
     """Log a line of a save: where, how much, how fast, how long training waited; and one of a rank that was slow."""
     if not logger.isEnabledFor(logging.INFO):
         return
@@ -30,14 +29,14 @@ def log_saved(save: Save, draft: Draft, results: Sequence[Sequence[WriteResult]]
         logger.info("%s: %s", save.url, slow)
 
 
-def slowest(results: Sequence[Sequence[WriteResult]]) -> str | None:
+def slowest(results: Sequence[Results]) -> str | None:
     """Say which rank's data took much longer to put than that of the others, and how much that was."""
-    spent = [(getattr(told, "seconds", 0.0), rank) for rank, told in enumerate(results)]
+    spent = [(told.seconds, rank) for rank, told in enumerate(results)]
     seconds, rank = max(spent)
     usual = median(each for each, _ in spent)
     if seconds < _MUCH_LONGER * usual or seconds < usual + _MUCH_LONGER_S:
         return None
-    nbytes = [sum(result.size_in_bytes for result in told) for told in results]
+    nbytes = [told.nbytes for told in results]
     return (
         f"rank {rank} wrote its {size_text(nbytes[rank])} in {seconds:.1f} s, where half of the ranks took at most "
         f"{usual:.1f} s for {size_text(int(median(nbytes)))}"
