@@ -1,27 +1,10 @@
 """What lies in a checkpoint's directory beside the checkpoint: left by a save that died, or somebody else's."""
 
-import re
 from collections.abc import Iterable
 
 from dcp_storage.format.legacy import StockManifest
 from dcp_storage.format.manifest import Manifest
-from dcp_storage.format.names import MANIFEST, parse_part_manifest
-
-_TOKEN = "[0-9a-f]{16}"  # noqa: S105 - no password
-_TEMPORARY = rf"\.tmp-{_TOKEN}"
-_DATA_OBJECT = re.compile(rf"({_TOKEN})-\d+-\d+\.distcp(?:\.zst)?(?:{_TEMPORARY})?")
-_MANIFEST_TEMPORARY = re.compile(rf"(?:__\d+(?:-{_TOKEN})?)?\.metadata{_TEMPORARY}")
-
-
-def save_of(name: str) -> str | None:
-    """Return what the objects of one save have in common, where a name is of this package's form; else `None`.
-
-    That is the save's token for a data object. Manifests of single ranks, and temporaries of manifests, do not tell
-    their save and stand for themselves.
-    """
-    if match := _DATA_OBJECT.fullmatch(name):
-        return match[1]
-    return name if _MANIFEST_TEMPORARY.fullmatch(name) or parse_part_manifest(name) else None
+from dcp_storage.format.names import MANIFEST, parse_part_manifest, save_of
 
 
 def object_names(manifest: Manifest | StockManifest | None) -> set[str]:

@@ -9,7 +9,8 @@ from datetime import timedelta
 from typing import Any
 
 from dcp_storage.errors import CheckpointNotFound, ConfigError
-from dcp_storage.leftovers import save_of, split
+from dcp_storage.format.names import save_of
+from dcp_storage.leftovers import split
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
 from dcp_storage.transfer.manifests import read_manifest

@@ -89,7 +89,7 @@ def stored_by_us(plan: SavePlan, rank: int, token: str, codec: Codec) -> Results
         else texts([], 1),
     )
     names, items = index_items([item.index for item in plan.items], [ROWS * COLUMNS * 4] * count)
-    return Results(names, items, [data_object(token, rank, 0, compression="zstd")], stored, codec)
+    return Results(names, items, [data_object(token, rank, 0, ".distcp.zst")], stored, codec)
 
 
 def stored_by_stock(plan: SavePlan, rank: int) -> list[WriteResult]:

@@ -28,7 +28,7 @@ from xxhash import xxh3_64_hexdigest
 from dcp_storage.config import Codec
 from dcp_storage.dcp.metadata import to_metadata
 from dcp_storage.errors import BlockCorrupt, DcpStorageError
-from dcp_storage.format.blocks import BlockDecoder, BlockEncoder, encoded_limit
+from dcp_storage.format.blocks import CODECS, ItemEncoder
 from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.legacy import decode_stock_metadata
 from dcp_storage.format.manifest import Manifest, decode
@@ -233,8 +233,8 @@ def sound_block(compression: str, planes: int) -> bytes:
     """Return an encoded block of `RAW_BYTES`."""
     codec = Codec(compression, block_bytes=RAW_BYTES)  # type: ignore[arg-type]
     raw = (torch.arange(RAW_BYTES // 4, dtype=torch.int32) * 77).numpy().tobytes()
-    room = memoryview(bytearray(encoded_limit(RAW_BYTES, "zstd")))
-    (size,) = BlockEncoder(codec).encode(raw, planes, room).lengths
+    room = memoryview(bytearray(CODECS["zstd"].limit(RAW_BYTES)))
+    (size,) = ItemEncoder(codec).encode(raw, planes, room).lengths
     return bytes(room[:size])
 
 
@@ -243,7 +243,7 @@ def read_block(data: bytes, compression: str, planes: int) -> None:
     check = data[-4:].hex() if compression == "zstd" else xxh3_64_hexdigest(data)
     out = memoryview(bytearray(RAW_BYTES + 32))
     with contextlib.suppress(BlockCorrupt):
-        BlockDecoder(compression, RAW_BYTES).decode_into(data, check, planes, out[16:-16])
+        CODECS[compression].make_decoder(RAW_BYTES).decode(data, check, planes, out[16:-16])
     assert bytes(out[:16]) == bytes(out[-16:]) == bytes(16)
 
 

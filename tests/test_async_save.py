@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner, Transfer
 from dcp_storage.errors import StoreError
-from dcp_storage.format.blocks import BlockEncoder
+from dcp_storage.format.blocks import ItemEncoder
 from dcp_storage.store.local import LocalStore
 from dcp_storage.transfer import encoder_process
 
@@ -233,13 +233,13 @@ class Encoders:
 
     def __init__(self, monkeypatch):
         self.threads, self.processes = set(), []
-        real = BlockEncoder.encode
+        real = ItemEncoder.encode
 
         def encode(encoder, *args):
             self.threads.add(threading.get_native_id())
             return real(encoder, *args)
 
-        monkeypatch.setattr(BlockEncoder, "encode", encode)
+        monkeypatch.setattr(ItemEncoder, "encode", encode)
         start = encoder_process._start
 
         def noted(*args):

@@ -8,7 +8,8 @@ from dcp_storage.config import MIB, Codec
 from dcp_storage.errors import BlockCorrupt
 from dcp_storage.format import planes as planes_module
 from dcp_storage.format import zstd
-from dcp_storage.format.blocks import CHECK_CHARS, BlockDecoder, BlockEncoder, encoded_limit, plane_count
+from dcp_storage.format.blocks import CODECS as BLOCK_CODECS
+from dcp_storage.format.blocks import ItemEncoder
 
 
 @pytest.fixture(params=["fast", "plain"], scope="module", autouse=True)
@@ -31,15 +32,15 @@ planes = st.sampled_from([1, 2, 4, 8])
 
 def encode(codec, raw, plane):
     """Encode one block into just enough memory."""
-    out = memoryview(bytearray(encoded_limit(len(raw), "zstd")))
-    blocks = BlockEncoder(codec).encode(raw, plane, out)
+    out = memoryview(bytearray(BLOCK_CODECS["zstd"].limit(len(raw))))
+    blocks = ItemEncoder(codec).encode(raw, plane, out)
     (size,) = blocks.lengths
     return bytes(out[:size]), blocks.checks
 
 
 def decoded(codec, stored, check, plane, size):
     out = bytearray(size)
-    BlockDecoder(codec.compression, BLOCK).decode_into(stored, check, plane, memoryview(out))
+    BLOCK_CODECS[codec.compression].make_decoder(BLOCK).decode(stored, check, plane, memoryview(out))
     return bytes(out)
 
 
@@ -49,19 +50,19 @@ def test_blocks_come_back_as_they_were(codec, plane, seed):
     if not raw:
         return
     stored, check = encode(codec, raw, plane)
-    assert len(check) == CHECK_CHARS[codec.compression]
-    assert len(stored) <= encoded_limit(len(raw), codec.compression)
+    assert len(check) == BLOCK_CODECS[codec.compression].check_chars
+    assert len(stored) <= BLOCK_CODECS[codec.compression].limit(len(raw))
     assert decoded(codec, stored, check, plane, len(raw)) == raw
 
 
 def test_one_encoder_serves_blocks_of_any_size_and_planes():
-    encoder, decoder = BlockEncoder(CODECS[0]), BlockDecoder("zstd", BLOCK)
-    memory = memoryview(bytearray(encoded_limit(BLOCK, "zstd")))
+    encoder, decoder = ItemEncoder(CODECS[0]), BLOCK_CODECS["zstd"].make_decoder(BLOCK)
+    memory = memoryview(bytearray(BLOCK_CODECS["zstd"].limit(BLOCK)))
     for size, plane in [(8, 8), (BLOCK, 2), (16, 4), (BLOCK, 1), (24, 8), (BLOCK, 4)]:
         raw = np.random.default_rng(size).bytes(size)
         out = bytearray(size)
         blocks = encoder.encode(raw, plane, memory)
-        decoder.decode_into(memory[: blocks.lengths[0]], blocks.checks, plane, memoryview(out))
+        decoder.decode(memory[: blocks.lengths[0]], blocks.checks, plane, memoryview(out))
         assert out == raw
 
 
@@ -70,8 +71,8 @@ def test_many_blocks_at_once_are_those_of_one_at_a_time(codec, plane, count, see
     raw = np.random.default_rng(seed).bytes(count * BLOCK - 8 * (seed % 1024))
     cut = [raw[start : start + BLOCK] for start in range(0, len(raw), BLOCK)]
     one_by_one = [encode(codec, block, plane) for block in cut]
-    out = memoryview(bytearray(encoded_limit(len(raw), codec.compression, len(cut))))
-    blocks = BlockEncoder(codec).encode(raw, plane, out)
+    out = memoryview(bytearray(BLOCK_CODECS[codec.compression].limit(len(raw), len(cut))))
+    blocks = ItemEncoder(codec).encode(raw, plane, out)
     assert blocks.lengths == tuple(len(stored) for stored, _ in one_by_one)
     assert blocks.checks == "".join(check for _, check in one_by_one)
     assert out[: sum(blocks.lengths)] == b"".join(stored for stored, _ in one_by_one)
@@ -143,15 +144,15 @@ def test_a_frame_of_another_size_is_refused_before_it_is_decompressed():
 
 @pytest.mark.parametrize(("itemsize", "expected"), [(1, 1), (2, 2), (4, 4), (8, 8), (16, 1)])
 def test_plane_count(itemsize, expected):
-    assert plane_count(itemsize, byte_planes=True) == expected
-    assert plane_count(itemsize, byte_planes=False) == 1
+    assert BLOCK_CODECS["zstd"].planes(itemsize) == expected
+    assert BLOCK_CODECS["none"].planes(itemsize) == 1
 
 
 @pytest.mark.parametrize("plane", [1, 2, 4])
 def test_a_block_that_does_not_fit_is_never_cut_short(plane):
     raw = np.random.default_rng(0).bytes(1 << 20)
     with pytest.raises((BufferError, ValueError, zstandard.ZstdError)):
-        BlockEncoder(Codec()).encode(raw, plane, memoryview(bytearray(1 << 18)))
+        ItemEncoder(Codec()).encode(raw, plane, memoryview(bytearray(1 << 18)))
 
 
 @given(planes.filter(lambda count: count > 1), st.binary(min_size=1, max_size=500), st.integers(0, 64))
@@ -173,9 +174,9 @@ def test_what_one_way_encodes_the_other_decodes(codec, plane, seed):
     raw = seed * 8
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zstd, "_LIB", None)
-        plainly, decoder = encode(codec, raw, plane), BlockDecoder(codec.compression, BLOCK)
+        plainly, decoder = encode(codec, raw, plane), BLOCK_CODECS[codec.compression].make_decoder(BLOCK)
     out = bytearray(len(raw))
-    decoder.decode_into(*encode(codec, raw, plane), plane, memoryview(out))
+    decoder.decode(*encode(codec, raw, plane), plane, memoryview(out))
     assert out == raw
     assert decoded(codec, *plainly, plane, len(raw)) == raw
 
@@ -207,12 +208,12 @@ def test_what_a_search_for_matches_would_shrink_is_searched(name):
     """The bounds are what zstd's level 1 with a small table for matches makes of them."""
     elements, most = states()[name]
     raw = elements.tobytes()
-    out = memoryview(bytearray(encoded_limit(len(raw), "zstd")))
-    stored = sum(BlockEncoder(Codec()).encode(raw, elements.dtype.itemsize, out).lengths)
+    out = memoryview(bytearray(BLOCK_CODECS["zstd"].limit(len(raw))))
+    stored = sum(ItemEncoder(Codec()).encode(raw, elements.dtype.itemsize, out).lengths)
     assert stored <= most * len(raw)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(zstd, "_LIB", None)
-        plainly = sum(BlockEncoder(Codec()).encode(raw, elements.dtype.itemsize, out).lengths)
+        plainly = sum(ItemEncoder(Codec()).encode(raw, elements.dtype.itemsize, out).lengths)
     assert stored <= 1.001 * plainly + 100
 
 

@@ -15,7 +15,8 @@ MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"
 FLOORS = [
     {"errors", "observe", "geometry", "collector", "raw", "words"},
     {"config"},
-    {"format", "store", "progress"},
+    {"format", "progress"},
+    {"store"},
     {"transfer", "leftovers"},
     {"dcp"},
     {"verify", "prune"},

@@ -55,7 +55,7 @@ def fake(monkeypatch):
 
 def test_a_slice_is_copied_on_a_stream_of_its_own_and_is_there_when_it_is_read(fake):
     tensor = torch.arange(12, dtype=torch.int16).view(3, 4).t()
-    source = TensorSource(tensor, "t", byte_planes=True)
+    source = TensorSource(tensor, "t", Codec())
     assert bytes(source.read(4, 20)) == tensor.contiguous().numpy().tobytes()[4:20]
     assert fake.events == ["enter", "leave", "synchronize"]
     assert fake.pinned == 1

@@ -13,7 +13,8 @@ import zstandard
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.cli import main
 from dcp_storage.errors import ConfigError, ManifestCorrupt, UnsupportedFormat
-from dcp_storage.format.blocks import BlockEncoder, encoded_limit
+from dcp_storage.format.blocks import CODECS as BLOCK_CODECS
+from dcp_storage.format.blocks import ItemEncoder
 from dcp_storage.format.manifest import decode
 from dcp_storage.verify import verify
 from tests import documents
@@ -193,5 +194,5 @@ def test_a_checkpoint_that_has_no_such_number(tmp_path: Path):
 def test_units_of_several_blocks_have_one_digest(algorithm):
     codec = Codec(block_bytes=4096, digest=algorithm)
     raw = bytes(range(256)) * 40
-    out = memoryview(bytearray(encoded_limit(len(raw), "zstd", 3)))
-    assert BlockEncoder(codec).encode(raw, 4, out).digest == MAKERS[algorithm](raw)
+    out = memoryview(bytearray(BLOCK_CODECS["zstd"].limit(len(raw), 3)))
+    assert ItemEncoder(codec).encode(raw, 4, out).digest == MAKERS[algorithm](raw)

@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp_storage.config import Codec
-from dcp_storage.format.blocks import BlockEncoder, encoded_limit
+from dcp_storage.format.blocks import CODECS as BLOCK_CODECS
+from dcp_storage.format.blocks import ItemEncoder
 from dcp_storage.transfer import encoder_process, encoders
 from dcp_storage.transfer.encoder_process import EncoderProcess
 from dcp_storage.transfer.encoders import encoder_apart
@@ -40,7 +41,7 @@ def slices(seed, shapes):
 def encoded(encoder, items):
     raw_bytes = sum(len(raw) for raw, _ in items)
     blocks = sum(-(-len(raw) // BLOCK) for raw, _ in items)
-    out = memoryview(bytearray(encoded_limit(raw_bytes, "zstd", blocks)))
+    out = memoryview(bytearray(BLOCK_CODECS["zstd"].limit(raw_bytes, blocks)))
     pieces = encoder.encode_items(items, out)
     return pieces, bytes(out[: sum(sum(piece.lengths) for piece in pieces)])
 
@@ -48,7 +49,7 @@ def encoded(encoder, items):
 @pytest.fixture(scope="module", params=CODECS, ids=lambda codec: codec.compression)
 def both(request):
     with closing(EncoderProcess(request.param)) as process:
-        yield process, BlockEncoder(request.param)
+        yield process, ItemEncoder(request.param)
 
 
 @given(seed=st.integers(0, 2**32), shapes=st.lists(st.tuples(st.integers(1, 3000), st.sampled_from([1, 2, 4, 8]))))
@@ -63,7 +64,7 @@ ITEMS = slices(1, [(1000, 4), (3, 1), (20_000, 2)])
 
 @pytest.mark.parametrize("at", ["start", "later"])
 def test_a_process_that_dies_costs_a_warning_and_no_byte(caplog, at):
-    expected = encoded(BlockEncoder(CODECS[0]), ITEMS)
+    expected = encoded(ItemEncoder(CODECS[0]), ITEMS)
     with encoder_apart(CODECS[0]) as encoder:
         process = encoder._encoder._process
         if at == "later":
@@ -94,7 +95,7 @@ def test_where_no_process_can_be_had_the_thread_encodes(monkeypatch, caplog, sab
     sabotage(monkeypatch)
     for _ in range(3):
         with encoder_apart(CODECS[0]) as encoder:
-            assert encoded(encoder, ITEMS) == encoded(BlockEncoder(CODECS[0]), ITEMS)
+            assert encoded(encoder, ITEMS) == encoded(ItemEncoder(CODECS[0]), ITEMS)
     [record] = caplog.records
     assert says in record.message
     assert os.listdir("/proc/self/fd") == before
@@ -107,7 +108,7 @@ def refuse(*args):
 def test_what_is_no_text_in_sys_path_does_no_harm(monkeypatch, caplog):
     monkeypatch.setattr(sys, "path", [Path("/somewhere"), *sys.path, None, 5])
     with closing(EncoderProcess(CODECS[0])) as process:
-        assert encoded(process, ITEMS) == encoded(BlockEncoder(CODECS[0]), ITEMS)
+        assert encoded(process, ITEMS) == encoded(ItemEncoder(CODECS[0]), ITEMS)
 
 
 def test_a_process_that_stops_without_dying_is_given_up(monkeypatch, caplog):
@@ -115,7 +116,7 @@ def test_a_process_that_stops_without_dying_is_given_up(monkeypatch, caplog):
     with encoder_apart(CODECS[0]) as encoder:
         process = encoder._encoder._process
         process.send_signal(signal.SIGSTOP)
-        assert encoded(encoder, ITEMS) == encoded(BlockEncoder(CODECS[0]), ITEMS)
+        assert encoded(encoder, ITEMS) == encoded(ItemEncoder(CODECS[0]), ITEMS)
     [record] = caplog.records
     assert "it did not answer for" in record.message
     assert process.returncode == -signal.SIGKILL

@@ -92,7 +92,7 @@ class SteppedStore(Store):
 
 
 def manifest_of(token: str, objects: int) -> Draft:
-    names = [data_object(f"{ord(token[0]):016x}", rank, 0, compression="none") for rank in range(objects)]
+    names = [data_object(f"{ord(token[0]):016x}", rank, 0, ".distcp") for rank in range(objects)]
     segments = [Segment(number, 0, (1,), xxh3_64_hexdigest(b"x")) for number in range(objects)]
     return Draft(
         save_id=token,

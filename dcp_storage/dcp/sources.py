@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from dcp_storage.collector import uncollected
+from dcp_storage.config import Codec
 from dcp_storage.dcp.device import wait_for_device
 from dcp_storage.dcp.entry_bytes import encode_entry, warn_of_types
 from dcp_storage.dcp.kinds.plain import Checkpointable
@@ -17,7 +18,7 @@ from dcp_storage.transfer.save import Source
 
 
 @uncollected
-def plan_sources(plan: SavePlan, planner: SavePlanner, *, byte_planes: bool) -> list[Source]:
+def plan_sources(plan: SavePlan, planner: SavePlanner, codec: Codec) -> list[Source]:
     """Return the source of each of a plan's items.
 
     Raises:
@@ -30,7 +31,7 @@ def plan_sources(plan: SavePlan, planner: SavePlanner, *, byte_planes: bool) -> 
     sources: list[Source] = []
     for item in plan.items:
         if item.tensor_data:
-            sources.append(_tensor_source(item, planner, byte_planes=byte_planes))
+            sources.append(_tensor_source(item, planner, codec))
             continue
         data, asked[item.index.fqn] = encode_entry(item, planner)
         sources.append(BytesSource(data))
@@ -38,13 +39,13 @@ def plan_sources(plan: SavePlan, planner: SavePlanner, *, byte_planes: bool) -> 
     return sources
 
 
-def _tensor_source(item: WriteItem, planner: SavePlanner, *, byte_planes: bool) -> Source:
+def _tensor_source(item: WriteItem, planner: SavePlanner, codec: Codec) -> Source:
     planned = item.tensor_data
     if planned and item.type is WriteItemType.SHARD and 0 in planned.chunk.sizes:  # others may begin at its offset
         return TensorSource(
             torch.empty(planned.chunk.sizes, dtype=planned.properties.dtype, device="cpu"),
             item.index.fqn,
-            byte_planes=byte_planes,
+            codec,
         )
     data = planner.resolve_data(item)
     assert planned is not None
@@ -68,7 +69,7 @@ def _tensor_source(item: WriteItem, planner: SavePlanner, *, byte_planes: bool) 
             fqn=item.index.fqn,
         )
     wait_for_device(data)
-    return TensorSource(data, item.index.fqn, byte_planes=byte_planes)
+    return TensorSource(data, item.index.fqn, codec)
 
 
 def _is_a_part(fqn: str, data: Tensor) -> bool:

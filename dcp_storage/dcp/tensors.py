@@ -8,12 +8,13 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
+from dcp_storage.config import Codec
 from dcp_storage.dcp.device import copying_from, host_memory
 from dcp_storage.dcp.hand_over import hand_over
 from dcp_storage.dcp.kinds.base import check_plain, dispatches
 from dcp_storage.dcp.undocumented import is_zero_tensor
 from dcp_storage.errors import CoverageError, UnsupportedFormat, UnsupportedTensor
-from dcp_storage.format.blocks import plane_count
+from dcp_storage.format.blocks import CODECS
 from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
 from dcp_storage.geometry import Box, Shape, boxes_of_run, flat_extent, intersect
 from dcp_storage.raw import Raw
@@ -61,9 +62,9 @@ def dtype_from_name(name: str) -> torch.dtype:
     return _DTYPES[name]
 
 
-def planes_of(dtype: str, *, byte_planes: bool) -> int:
-    """Return how many byte planes elements of this dtype are stored in."""
-    return plane_count(number_bytes(dtype), byte_planes=byte_planes)
+def planes_of(dtype: str, codec: Codec) -> int:
+    """Return how many byte planes elements of this dtype are stored in; 1 is none."""
+    return CODECS[codec.compression].planes(number_bytes(dtype)) if codec.byte_planes else 1
 
 
 class BytesSource:
@@ -89,14 +90,14 @@ class TensorSource:
         UnsupportedTensor: It is sparse, on the meta device, or a subclass that is no plain memory.
     """
 
-    def __init__(self, tensor: Tensor, fqn: str, *, byte_planes: bool) -> None:
+    def __init__(self, tensor: Tensor, fqn: str, codec: Codec) -> None:
         check_plain(fqn, tensor)
         self._tensor = tensor.detach().as_subclass(Tensor)
         self._memory = borrowed_view(self._tensor) if tensor.device.type == "cpu" and as_it_lies(tensor) else None
         self._fqn = fqn
         self._item = tensor.element_size()
         self.nbytes = tensor.numel() * self._item
-        self.planes = planes_of(dtype_name(tensor.dtype, fqn), byte_planes=byte_planes)
+        self.planes = planes_of(dtype_name(tensor.dtype, fqn), codec)
 
     def read(self, start: int, stop: int) -> Raw:
         """Return bytes `start` to `stop`, which are on element boundaries, in host memory.

@@ -179,7 +179,7 @@ class AsyncStorageWriter(StorageWriter):
         save, part = self._current()
         with ending_on_error(save):
             begun = time.monotonic()
-            sources = plan_sources(plan, planner, byte_planes=self._codec.byte_planes)
+            sources = plan_sources(plan, planner, self._codec)
             objects, stored = self._put(save, part, sources, group_items(plan, planner)) if sources else ([], NOTHING)
             names, items = index_items([item.index for item in plan.items], [source.nbytes for source in sources])
             seconds, fingerprints = time.monotonic() - begun, None

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dcp_storage.format.blocks import CHECK_CHARS
+from dcp_storage.format.blocks import CODECS
 from dcp_storage.format.boxes import Boxes, Cuts, Grid, Listed, Whole
 from dcp_storage.format.columns import Columns, texts
 from dcp_storage.format.frames import StoredCodec
@@ -46,7 +46,7 @@ class Segments:
         self, stored: Stored, raw_bytes: Any, codec: StoredCodec, object_sizes: Any, name: Callable[[int], str]
     ) -> None:
         self._name = name
-        self._checks, self._chars = stored.checks, CHECK_CHARS[codec.compression]
+        self._checks, self._chars = stored.checks, CODECS[codec.compression].check_chars
         self._lengths = stored.lengths
         self._first = self._cumulate(stored.segments, len(raw_bytes), len(stored.offsets), "segments")
         self._first_block = self._cumulate(stored.blocks, len(stored.offsets), len(stored.lengths), "blocks")
@@ -73,8 +73,7 @@ class Segments:
         raw = np.full(len(lengths), codec.block_bytes, np.int64)
         filled = np.flatnonzero(blocks)
         raw[of_item[1:][filled] - 1] = (raw_bytes - (needed - 1) * codec.block_bytes)[filled]
-        most = raw if codec.compression == "none" else raw + (raw >> 7) + 256
-        wrong = (lengths != raw) if codec.compression == "none" else (lengths <= 0) | (lengths > most)
+        wrong = ~CODECS[codec.compression].fits(lengths, raw)
         if wrong.any():
             block = int(np.flatnonzero(wrong)[0])
             item = bisect_right(of_item, block) - 1
@@ -179,7 +178,7 @@ def decode_tensors(
     firsts, boxed = [0], 0
     raw_bytes: list[int] = []
     for fqn, dtype, size, planes, layout in zip(frame.names, *columns, strict=True):
-        item_bytes = check_tensor(fqn, dtype, size, planes)
+        item_bytes = check_tensor(fqn, dtype, size, planes, CODECS[codec.compression])
         boxes = _boxes(fqn, size, layout, left, partial=partial)
         left -= len(boxes) if isinstance(boxes, Grid) else 0
         raw_bytes += [count * item_bytes for count in boxes.counts()]

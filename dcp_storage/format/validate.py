@@ -4,7 +4,8 @@ import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
-from dcp_storage.format.blocks import CHECK_CHARS, plane_count
+from dcp_storage.format.blocks import CODECS
+from dcp_storage.format.codec import BlockCodec
 from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
 from dcp_storage.format.frames import Head
 from dcp_storage.format.names import is_safe
@@ -31,7 +32,7 @@ def require(holds: bool, says: str) -> None:
 def check_head(head: Head) -> None:
     """Check what a head says but for its totals."""
     codec = head.codec
-    require(codec.compression in CHECK_CHARS, f"unknown compression {codec.compression!r}")
+    require(codec.compression in CODECS, f"unknown compression {codec.compression!r}")
     require(0 < codec.block_bytes <= MAX_BLOCK_BYTES, f"blocks of {codec.block_bytes} bytes")
     require(codec.block_bytes % 16 == 0, f"blocks of {codec.block_bytes} bytes cut elements in two")
     require(head.world_size >= 1, f"a world size of {head.world_size}")
@@ -59,10 +60,10 @@ def check_names(names: Sequence[str], first: str, after: str | None) -> None:
     require(ascending and (after is None or names[-1] < after), f"names that do not ascend after {first!r}")
 
 
-def check_tensor(fqn: str, dtype: str, size: Shape, planes: int) -> int:
+def check_tensor(fqn: str, dtype: str, size: Shape, planes: int, codec: BlockCodec) -> int:
     """Check what is said of a tensor as a whole, and return the bytes of an element."""
     require(dtype in ITEM_BYTES, f"{fqn} has the unknown dtype {dtype!r}")
-    most_planes = plane_count(number_bytes(dtype), byte_planes=True)
+    most_planes = codec.planes(number_bytes(dtype))
     require(planes in {1, most_planes}, f"{fqn}, of {dtype}, has {planes} byte planes")
     item_bytes = ITEM_BYTES[dtype]
     right = all(0 <= extent <= MAX_INT for extent in size) and prod(size) * item_bytes <= MAX_INT

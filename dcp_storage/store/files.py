@@ -4,12 +4,12 @@ import errno
 import fcntl
 import logging
 import os
-import secrets
 import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+from dcp_storage.format.names import temporary_name
 from dcp_storage.store.base import PAGE_BYTES, Batch
 
 logger = logging.getLogger(__name__)
@@ -182,7 +182,7 @@ def _link(temporary: Path, path: Path) -> None:
 def _publish(path: Path, data: bytes, publish: Callable[[Path, Path], object], *, sync: bool) -> None:
     if sync:
         sync_path(path.parent)
-    temporary = path.with_name(f"{path.name}.tmp-{secrets.token_hex(8)}")
+    temporary = path.with_name(temporary_name(path.name))
     try:
         with temporary.open("xb") as file:
             file.write(data)

@@ -1,14 +1,15 @@
-"""Object names are flat; a store never leaves its prefix, whatever a manifest says."""
+"""A store never leaves its prefix, whatever a manifest says."""
 
 from dcp_storage.errors import ConfigError
+from dcp_storage.format.names import is_safe
 
 
 def check_name(name: str) -> str:
     """Return an object name that stays below its prefix.
 
     Raises:
-        ConfigError: The name is empty, is `.` or `..`, or contains a separator or NUL.
+        ConfigError: It does not: `is_safe` says what does.
     """
-    if name in {"", ".", ".."} or any(char in name for char in "/\\\0"):
+    if not is_safe(name):
         raise ConfigError(f"{name!r} is no object name; names are flat, without separators")
     return name

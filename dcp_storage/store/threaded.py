@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import secrets
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
@@ -11,6 +10,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from dcp_storage.errors import ObjectNotFound
+from dcp_storage.format.names import temporary_name
 from dcp_storage.store.remote import RemoteStore
 
 
@@ -31,7 +31,7 @@ class ThreadedStore(RemoteStore):
             return await super()._call(method, *args, **kwargs)
 
     async def _write(self, path: str, body: io.BytesIO) -> None:
-        temporary = f"{path}.tmp-{secrets.token_hex(8)}"
+        temporary = temporary_name(path)
         await self._call("_makedirs", self._prefix, exist_ok=True)
         try:
             await self._call("_pipe_file", temporary, body.getvalue())

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from dcp_storage.config import Transfer
 from dcp_storage.errors import BlockCorrupt, ObjectNotFound
-from dcp_storage.format.blocks import BlockDecoder
+from dcp_storage.format.blocks import CODECS
 from dcp_storage.format.digests import make_digest
 from dcp_storage.format.frames import StoredCodec
 from dcp_storage.observe import Advance
@@ -89,7 +89,7 @@ class _Checks:
     """Checks runs for one thread, in memory that it uses again; byte planes are undone for digests alone."""
 
     def __init__(self, codec: StoredCodec, algorithm: str | None) -> None:
-        self._decoder = BlockDecoder(codec.compression, codec.block_bytes)
+        self._decoder = CODECS[codec.compression].make_decoder(codec.block_bytes)
         self._raw = memoryview(bytearray(codec.block_bytes))
         self._algorithm = algorithm
 
@@ -100,7 +100,7 @@ class _Checks:
             at, raw = block.offset - run.start, self._raw[: block.stop - block.start]
             try:
                 planes = run.planes if digest else 1
-                self._decoder.decode_into(stored[at : at + block.length], block.check, planes, raw)
+                self._decoder.decode(stored[at : at + block.length], block.check, planes, raw)
             except BlockCorrupt:
                 faults.append(Fault(run, block))
                 continue

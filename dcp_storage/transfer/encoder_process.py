@@ -14,7 +14,7 @@ from mmap import mmap
 from multiprocessing.connection import Connection, Pipe
 
 from dcp_storage.config import Codec
-from dcp_storage.format.blocks import BlockEncoder, Encoded
+from dcp_storage.format.blocks import Encoded, ItemEncoder
 from dcp_storage.raw import Raw, copy_bytes
 
 _PATIENCE_S = 60
@@ -26,7 +26,7 @@ NICE = 10
 
 
 class EncoderProcess:
-    """What `BlockEncoder` does, elsewhere, for one thread. Close it to end the process.
+    """What `ItemEncoder` does, elsewhere, for one thread. Close it to end the process.
 
     Raises:
         OSError: No process, or no memory to share with it, can be had.
@@ -45,7 +45,7 @@ class EncoderProcess:
             undo.pop_all()
 
     def encode_items(self, items: Sequence[tuple[Raw, int]], out: memoryview) -> list[Encoded]:
-        """Encode as `BlockEncoder.encode_items` does; after an error this encoder is of no more use.
+        """Encode as `ItemEncoder.encode_items` does; after an error this encoder is of no more use.
 
         Raises:
             EOFError, OSError: The process died, or does not answer.
@@ -120,7 +120,7 @@ def _serve(connection: Connection, shared: _SharedMemory) -> None:
     """Encode what is asked for, until nobody is left to ask."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; ours ends this one
     os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
-    encoder = BlockEncoder(connection.recv())
+    encoder = ItemEncoder(connection.recv())
     while True:
         sizes, room = connection.recv()
         filled = sum(size for size, _ in sizes)

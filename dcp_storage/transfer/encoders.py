@@ -8,7 +8,7 @@ from functools import cache
 from typing import Protocol
 
 from dcp_storage.config import MIB, Codec
-from dcp_storage.format.blocks import BlockEncoder, Encoded
+from dcp_storage.format.blocks import Encoded, ItemEncoder
 from dcp_storage.raw import Raw
 from dcp_storage.transfer.encoder_process import EncoderProcess
 
@@ -36,7 +36,7 @@ def pays_apart(nbytes: int) -> bool:
 @contextmanager
 def encoder_here(codec: Codec) -> Iterator[Encoder]:
     """Lend an encoder that works in the calling thread."""
-    yield BlockEncoder(codec)
+    yield ItemEncoder(codec)
 
 
 @contextmanager
@@ -49,7 +49,7 @@ def encoder_apart(codec: Codec) -> Iterator[Encoder]:
         process = EncoderProcess(codec)
     except OSError as error:
         _warn(str(error))
-        yield BlockEncoder(codec)
+        yield ItemEncoder(codec)
         return
     with closing(process):
         yield _Apart(process, codec)
@@ -65,7 +65,7 @@ class _Apart:
             return self._encoder.encode_items(items, out)
         except (EOFError, OSError) as error:  # the process died
             _warn(str(error) or "it died")
-            self._encoder = BlockEncoder(self._codec)
+            self._encoder = ItemEncoder(self._codec)
             return self._encoder.encode_items(items, out)
 
 

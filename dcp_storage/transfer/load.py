@@ -7,7 +7,8 @@ from typing import Protocol
 
 from dcp_storage.config import MIB, Transfer
 from dcp_storage.errors import BlockCorrupt
-from dcp_storage.format.blocks import BlockDecoder
+from dcp_storage.format.blocks import CODECS
+from dcp_storage.format.codec import BlockDecoder
 from dcp_storage.format.frames import StoredCodec
 from dcp_storage.format.schema import Segment
 from dcp_storage.observe import Advance
@@ -93,10 +94,10 @@ async def load_items(
     most = target_bytes(total, min(transfer.object_bytes, store.read_bytes), transfer.concurrency, least)
     fetches = coalesce(blocks, transfer.max_gap_bytes, most)
     raw_bytes = sum(block.stop - block.start for block in blocks)
-    decoder = partial(BlockDecoder, codec.compression, codec.block_bytes)
+    blocks_codec = CODECS[codec.compression]
+    decoder = partial(blocks_codec.make_decoder, codec.block_bytes)
     with CodecThreads(useful_threads(transfer, len(items), raw_bytes), decoder) as threads:
-        raw = codec.compression == "none"
-        loader = _Loader(store, items, object_names, threads, advance, memories=Memories(), raw=raw)
+        loader = _Loader(store, items, object_names, threads, advance, memories=Memories(), raw=blocks_codec.verbatim)
         loader.finish_empty()
         await for_each(transfer.concurrency, fetches, loader.load)
 
@@ -169,10 +170,10 @@ class _Loader:
         item = self._items[block.item]
         out = item.target.direct(block.start, block.stop)
         if out is not None:
-            decoder.decode_into(stored, block.check, item.planes, out)
+            decoder.decode(stored, block.check, item.planes, out)
             return
         window = item.target.window(block.stop - block.start)
-        decoder.decode_into(stored, block.check, item.planes, window)
+        decoder.decode(stored, block.check, item.planes, window)
         item.target.scatter(block.start, window)
 
     async def _read_again(self, block: Block) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcp_storage.collector import uncollected
-from dcp_storage.format.blocks import CHECK_CHARS
+from dcp_storage.format.blocks import CODECS
 from dcp_storage.format.frames import StoredCodec
 from dcp_storage.format.schema import Segment
 from dcp_storage.geometry import Box, Shape, flat_offset
@@ -74,7 +74,7 @@ def locate(
     item: int, wanted: Iterable[int], segments: Sequence[Segment], raw_bytes: int, codec: StoredCodec
 ) -> Iterator[Block]:
     """Find an item's wanted blocks (ascending numbers) in its segments."""
-    chars = CHECK_CHARS[codec.compression]
+    chars = CODECS[codec.compression].check_chars
     numbers = iter(wanted)
     number = next(numbers, None)
     first = 0

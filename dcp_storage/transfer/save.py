@@ -10,7 +10,7 @@ import numpy as np
 
 from dcp_storage.collector import uncollected
 from dcp_storage.config import MIB, Codec, Transfer
-from dcp_storage.format.blocks import CHECK_CHARS, Encoded, encoded_limit
+from dcp_storage.format.blocks import CODECS, Encoded
 from dcp_storage.format.columns import NOTHING, Columns, numbers, texts
 from dcp_storage.format.digests import DIGEST_CHARS
 from dcp_storage.observe import Advance
@@ -82,7 +82,7 @@ class _Stored:
     """Gathers what was put, object by object."""
 
     def __init__(self, codec: Codec) -> None:
-        self._chars = CHECK_CHARS[codec.compression]
+        self._chars = CODECS[codec.compression].check_chars
         self._digest_chars = DIGEST_CHARS[codec.digest] if codec.digest else 0
         self._pieces: list[Piece] = []
         self._encoded: list[Encoded] = []
@@ -131,7 +131,7 @@ class _ObjectWriter:
         self.encoded: list[Encoded] = []
         self._sources = sources
         self._block_bytes = codec.block_bytes
-        self._compression = codec.compression
+        self._limit = CODECS[codec.compression].limit
         self._threads = threads
         self._memories = memories
         self._advance = advance
@@ -153,7 +153,7 @@ class _ObjectWriter:
         """Return the most bytes that a unit may be encoded in."""
         sizes = [piece.stop - piece.start for piece in unit]
         blocks = sum(-(-size // self._block_bytes) for size in sizes)
-        return encoded_limit(sum(sizes), self._compression, blocks)
+        return self._limit(sum(sizes), blocks)
 
     def _encode(self, unit: Sequence[Piece], out: memoryview, encoder: Encoder) -> list[Encoded]:
         items = []

@@ -178,7 +178,7 @@ class _Planned:
             if tiled and isinstance(layout, ListedBoxes):
                 _check_tiling(fqn, size, offsets, sizes)
             dtype = dtype_name(entry.properties.dtype, fqn)
-            planes = planes_of(dtype, byte_planes=codec.byte_planes and codec.compression == "zstd")
+            planes = planes_of(dtype, codec)
             tensors[fqn] = DraftTensor(dtype, size, planes, count, layout)
         return tensors
 

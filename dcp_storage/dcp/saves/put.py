@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.saves.save import Part, Save
+from dcp_storage.format.blocks import CODECS
 from dcp_storage.format.columns import Columns
 from dcp_storage.format.names import data_object
 from dcp_storage.observe import Observer, observed
@@ -28,7 +29,7 @@ async def put(
     """
 
     def name(number: int) -> str:
-        return data_object(save.token, part.rank, number, compression=codec.compression)
+        return data_object(save.token, part.rank, number, CODECS[codec.compression].suffix)
 
     def begin(number: int) -> str:
         save.objects.append(name(number))
