@@ -2,21 +2,19 @@
 
 import os
 import re
-from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 from dcp_storage.config import Transfer
 from dcp_storage.errors import CheckpointNotFound, ConfigError, ManifestCorrupt, StoreError
+from dcp_storage.format.contents import CheckedItem, Contents, HeldObject
 from dcp_storage.format.digests import MAX_DIGESTED_BYTES
-from dcp_storage.format.dtypes import ITEM_BYTES
-from dcp_storage.format.legacy import StockManifest
-from dcp_storage.format.manifest import Manifest
+from dcp_storage.format.frames import StoredCodec
 from dcp_storage.format.names import MANIFEST
 from dcp_storage.format.schema import Segment
-from dcp_storage.leftovers import object_names, split
+from dcp_storage.leftovers import split
 from dcp_storage.observe import Observer, observed, silent
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
@@ -113,35 +111,31 @@ def verify(
 
 async def _verify(closed: Store, transfer: Transfer, observer: Observer, expect: str | None) -> Verification:
     async with closed as store:
-        manifest = await read_manifest(store)
-        if isinstance(manifest, Manifest):
-            manifest.check_whole()
+        contents = await read_manifest(store)
+        contents.check_whole()
         sizes = await store.list()
-        expected = _expected(manifest)
-        damage = [fault for each in expected if (fault := _object_fault(each, sizes.get(each.name)))]
-        blocks: list[Block] = []
-        if isinstance(manifest, Manifest):
-            blocks, damaged = await _block_damage(store, manifest, sizes, transfer, observer)
-            damage += damaged
-        proof = manifest.sha256 if isinstance(manifest, Manifest) and manifest.head.digest == "sha256" else None
-        damage += _unexpected(store.url, proof, expect)
+        held = contents.objects_held()
+        damage = [fault for each in held if (fault := _object_fault(each, sizes.get(each.name)))]
+        blocks, damaged = await _block_damage(store, contents, sizes, transfer, observer)
+        damage += damaged
+        damage += _unexpected(store.url, contents.proof, expect)
         if damage:
-            await _require_unchanged(store, manifest)
-        orphans, foreign = split(sizes, manifest)
+            await _require_unchanged(store, contents)
+        orphans, foreign = split(sizes, contents)
         return Verification(
             url=store.url,
-            stock=isinstance(manifest, StockManifest),
-            part=_part(manifest),
-            tensors=len(manifest.tensors),
-            others=len(manifest.bytes),
-            objects=len(object_names(manifest)),
+            stock=contents.stock,
+            part=contents.part,
+            tensors=len(contents.tensors),
+            others=len(contents.bytes),
+            objects=len(held),
             blocks=len(blocks),
             raw_bytes=sum(block.stop - block.start for block in blocks),
-            stored_bytes=sum(sizes.get(name, 0) for name in object_names(manifest)),
+            stored_bytes=sum(sizes.get(each.name, 0) for each in held),
             damage=tuple(sorted(damage, key=lambda fault: (fault.object_name, fault.offset or 0))),
             orphans={name: sizes[name] for name in orphans},
             foreign=tuple(foreign),
-            sha256=proof,
+            sha256=contents.proof,
         )
 
 
@@ -155,40 +149,7 @@ def _unexpected(url: str, proof: str | None, expect: str | None) -> list[Damage]
     return [Damage(MANIFEST, None, (), f"its head's SHA-256 is {proof}, and not the one that is expected")]
 
 
-def _part(manifest: Manifest | StockManifest) -> tuple[int, int] | None:
-    if isinstance(manifest, StockManifest) or manifest.rank is None:
-        return None
-    return manifest.rank, manifest.world_size
-
-
-class _Expected(NamedTuple):
-    """An object as the manifest describes it; `exact` where it must be of just this size."""
-
-    name: str
-    size: int
-    exact: bool
-    fqns: tuple[str, ...]
-
-
-def _expected(manifest: Manifest | StockManifest) -> list[_Expected]:
-    fqns: defaultdict[str, dict[str, None]] = defaultdict(dict)
-    if isinstance(manifest, Manifest):
-        for item in _items(manifest):
-            for segment in item.segments:
-                fqns[manifest.objects[segment.object].name][item.fqn] = None
-        return [_Expected(name, size, exact=True, fqns=tuple(fqns[name])) for name, size in _table(manifest)]
-    stops: defaultdict[str, int] = defaultdict(int)
-    for (fqn, _), stored in manifest.storage.items():
-        stops[stored.object_name] = max(stops[stored.object_name], stored.offset + stored.length)
-        fqns[stored.object_name][fqn] = None
-    return [_Expected(name, stop, exact=False, fqns=tuple(fqns[name])) for name, stop in stops.items()]
-
-
-def _table(manifest: Manifest) -> Iterator[tuple[str, int]]:
-    return ((stored.name, stored.size) for stored in manifest.objects)
-
-
-def _object_fault(expected: _Expected, size: int | None) -> Damage | None:
+def _object_fault(expected: HeldObject, size: int | None) -> Damage | None:
     if size is None:
         return Damage(expected.name, None, expected.fqns, "the object is missing")
     if size < expected.size:
@@ -200,65 +161,44 @@ def _object_fault(expected: _Expected, size: int | None) -> Damage | None:
     return Damage(expected.name, None, expected.fqns, what)
 
 
-class _StoredItem(NamedTuple):
-    fqn: str
-    raw_bytes: int
-    planes: int
-    segments: Sequence[Segment]
-    digests: Sequence[str]
-
-
-def _items(manifest: Manifest) -> Iterator[_StoredItem]:
-    for fqn, tensor in manifest.tensors.items():
-        item_bytes = ITEM_BYTES[tensor.dtype]
-        for number, box in enumerate(tensor.boxes):
-            segments, digests = tensor.segments(number), tensor.digests(number)
-            yield _StoredItem(fqn, box.numel * item_bytes, tensor.planes, segments, digests)
-    for fqn, entry in manifest.bytes.items():
-        yield _StoredItem(fqn, entry.size, 1, entry.segments, entry.digests)
-
-
-def _runs(manifest: Manifest, items: Sequence[_StoredItem], sizes: Mapping[str, int]) -> Iterator[Run]:
-    """Yield the blocks that lie within their objects as these are; the others are told with the objects."""
-    there = [sizes.get(name, 0) for name, _ in _table(manifest)]
+def _runs(items: Sequence[CheckedItem], codec: StoredCodec, there: Sequence[int]) -> Iterator[Run]:
+    """Yield the blocks that lie within their objects, which are so long; the others are told with the objects."""
     for number, item in enumerate(items):
-        count = -(-item.raw_bytes // manifest.codec.block_bytes)
-        blocks = locate(number, range(count), item.segments, item.raw_bytes, manifest.codec)
+        count = -(-item.raw_bytes // codec.block_bytes)
+        blocks = locate(number, range(count), item.segments, item.raw_bytes, codec)
         for segment, digest in zip_longest(item.segments, item.digests, fillvalue=""):
             assert isinstance(segment, Segment), "there are as many digests as segments, or none"
             whole = list(islice(blocks, len(segment.lengths)))
             held = [block for block in whole if block.offset + block.length <= there[block.object]]
             if digest and held == whole:
-                yield Run(_checked_size(manifest, item, whole), item.planes, digest)
+                yield Run(_checked_size(item, whole), item.planes, digest)
             else:
                 yield from (Run([block], item.planes, "") for block in held)
 
 
-def _checked_size(manifest: Manifest, item: _StoredItem, blocks: Sequence[Block]) -> Sequence[Block]:
+def _checked_size(item: CheckedItem, blocks: Sequence[Block]) -> Sequence[Block]:
     """Return blocks that are hashed in one go, and held in memory for that."""
     if blocks[-1].stop - blocks[0].start > MAX_DIGESTED_BYTES:
-        raise ManifestCorrupt(
-            f"{item.fqn}: a digest of more than {MAX_DIGESTED_BYTES} bytes ({manifest!r})", fqn=item.fqn
-        )
+        raise ManifestCorrupt(f"{item.fqn} has a digest of more than {MAX_DIGESTED_BYTES} bytes", fqn=item.fqn)
     return blocks
 
 
 async def _block_damage(
-    store: Store, manifest: Manifest, sizes: Mapping[str, int], transfer: Transfer, observer: Observer
+    store: Store, contents: Contents, sizes: Mapping[str, int], transfer: Transfer, observer: Observer
 ) -> tuple[list[Block], list[Damage]]:
-    """Check what is there of a manifest's blocks; return it, and what of it is damaged."""
-    items = list(_items(manifest))
-    runs = list(_runs(manifest, items, sizes))
+    """Check what is there of a checkpoint's blocks; return it, and what of it is damaged."""
+    codec = contents.codec
+    if codec is None:
+        return [], []
+    items, names = list(contents.checked_items()), contents.object_names
+    runs = list(_runs(items, codec, [sizes.get(name, 0) for name in names]))
     blocks = [block for run in runs for block in run.blocks]
-    names = [name for name, _ in _table(manifest)]
     with observed(observer, "verify", store.url, sum(block.stop - block.start for block in blocks)) as advance:
-        faults = await check_runs(
-            store, runs, names, manifest.codec, manifest.head.digest, transfer=transfer, advance=advance
-        )
+        faults = await check_runs(store, runs, names, codec, contents.digest, transfer=transfer, advance=advance)
     return blocks, [_damage(fault, items, names) for fault in faults]
 
 
-def _damage(fault: Fault, items: Sequence[_StoredItem], names: Sequence[str]) -> Damage:
+def _damage(fault: Fault, items: Sequence[CheckedItem], names: Sequence[str]) -> Damage:
     run = fault.run
     block = fault.block or run.blocks[0]
     what = f"a damaged block of {block.length} bytes"
@@ -269,11 +209,11 @@ def _damage(fault: Fault, items: Sequence[_StoredItem], names: Sequence[str]) ->
     return Damage(names[run.object], block.offset, (items[block.item].fqn,), what)
 
 
-async def _require_unchanged(store: Store, manifest: Manifest | StockManifest) -> None:
+async def _require_unchanged(store: Store, contents: Contents) -> None:
     """Tell damage from a checkpoint that was replaced, its objects deleted, while it was read."""
     try:
         now = await read_manifest(store)
     except CheckpointNotFound:
         now = None
-    if now != manifest:
+    if now is None or now.identity != contents.identity:
         raise StoreError(f"{store.url} was replaced by another save while it was read: verify it again", url=store.url)

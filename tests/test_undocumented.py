@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 import dcp_storage
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedSavePlanner
 from dcp_storage.dcp import undocumented
+from dcp_storage.format.contents import METADATA_VERSION
 
 ROOT = Path(dcp_storage.__file__).parent
 MODULES = sorted(
@@ -142,7 +143,7 @@ def test_device_of_the_process_group(process_group):
 
 
 def test_version_is_dcp_s_own():
-    assert undocumented.METADATA_VERSION == CURRENT_DCP_VERSION
+    assert METADATA_VERSION == CURRENT_DCP_VERSION
 
 
 class Where(dcp.FileSystemWriter):

@@ -14,11 +14,9 @@ from dcp_storage.collector import uncollected
 from dcp_storage.dcp.kinds.boxes import chunk_box
 from dcp_storage.dcp.stored import StoredTensorMetadata
 from dcp_storage.dcp.tensors import dtype_from_name
-from dcp_storage.dcp.undocumented import METADATA_VERSION
 from dcp_storage.errors import CoverageError
 from dcp_storage.format.boxes import Boxes
-from dcp_storage.format.legacy import StockManifest
-from dcp_storage.format.manifest import Manifest
+from dcp_storage.format.contents import Contents
 from dcp_storage.geometry import tiling_fault
 
 
@@ -29,23 +27,21 @@ def is_whole(metadata: Metadata) -> bool:
 
 
 @uncollected
-def to_metadata(manifest: Manifest | StockManifest) -> Metadata:
+def to_metadata(manifest: Contents) -> Metadata:
     """Return what DCP's planners read; the manifest itself is its `storage_data`.
 
     Raises:
         ManifestCorrupt: Something in the manifest cannot be.
         UnsupportedFormat: This torch lacks a dtype that the checkpoint holds.
     """
-    if isinstance(manifest, Manifest):
-        manifest.check_whole()
+    manifest.check_whole()
     entries: dict[str, Any] = {fqn: BytesStorageMetadata() for fqn in manifest.bytes}
     properties: dict[str, TensorProperties] = {}
     for fqn, tensor in manifest.tensors.items():
         if tensor.dtype not in properties:
             properties[tensor.dtype] = TensorProperties(dtype=dtype_from_name(tensor.dtype))
         entries[fqn] = StoredTensorMetadata(properties[tensor.dtype], tensor.boxes)
-    version = manifest.version if isinstance(manifest, StockManifest) else METADATA_VERSION
-    return Metadata(entries, planner_data=manifest.planner_data, storage_data=manifest, version=version)
+    return Metadata(entries, planner_data=manifest.planner_data, storage_data=manifest, version=manifest.version)
 
 
 def find_chunk(index: MetadataIndex, boxes: Boxes) -> int:

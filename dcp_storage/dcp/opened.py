@@ -109,8 +109,7 @@ class Checkpoint:
         reader.set_up_storage_reader(self._metadata, False)
         self._allowed_types, self._trust = tuple(allowed_types), trust
         self.url = str(reader.checkpoint_id)
-        head = getattr(self._metadata.storage_data, "head", None)
-        self.info: dict[str, Any] = {} if head is None else head.info
+        self.info: dict[str, Any] = dict(self._metadata.storage_data.info)
 
     def __enter__(self) -> Self:
         return self

@@ -2,37 +2,28 @@
 
 import logging
 import time
-from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from math import prod
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
-from dcp_storage.collector import uncollected
 from dcp_storage.config import Transfer
 from dcp_storage.dcp.calls import Location, Path, choose_observer
 from dcp_storage.dcp.hooks import hook
-from dcp_storage.dcp.metadata import find_chunk, to_metadata
+from dcp_storage.dcp.loads import load_plan
+from dcp_storage.dcp.metadata import to_metadata
 from dcp_storage.dcp.planners.default_plans import check_default_plan
-from dcp_storage.dcp.stock import load_stock
-from dcp_storage.dcp.tensors import BytesTarget, ChunkTarget, dtype_from_name, read_box
-from dcp_storage.errors import CheckpointReplaced, ConfigError, CoverageError, DcpStorageError, ObjectNotFound
-from dcp_storage.format.dtypes import ITEM_BYTES
-from dcp_storage.format.legacy import StockManifest
-from dcp_storage.format.manifest import Manifest
+from dcp_storage.errors import CheckpointReplaced, ConfigError, DcpStorageError, ObjectNotFound
+from dcp_storage.format.contents import Contents
 from dcp_storage.format.names import new_token
-from dcp_storage.geometry import contains
-from dcp_storage.observe import Observer, observed
-from dcp_storage.store.base import Store
-from dcp_storage.transfer.load import LoadItem, load_items
+from dcp_storage.observe import Advance, Observer, Operation, observed
 from dcp_storage.transfer.manifests import read_manifest
-from dcp_storage.transfer.ranges import needed_blocks
 from dcp_storage.words import transfer_text
 
 logger = logging.getLogger(__name__)
@@ -78,7 +69,7 @@ class AsyncStorageReader(StorageReader):
         self._location = Location(path, storage_options)
         self._transfer = transfer
         self._observer = choose_observer(observer, progress=progress)
-        self._manifest: Manifest | StockManifest | DcpStorageError | None = None
+        self._manifest: Contents | DcpStorageError | None = None
         self._alone = self._logs = False
         self._begun = 0.0  # by time.monotonic
 
@@ -133,7 +124,7 @@ class AsyncStorageReader(StorageReader):
     @hook
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
         """Note in the plan which save this rank is about to read."""
-        return replace(plan, storage_data=getattr(self._manifest, "identity", None))
+        return replace(plan, storage_data=self._contents().identity)
 
     @hook
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
@@ -169,23 +160,17 @@ class AsyncStorageReader(StorageReader):
         return future
 
     def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
-        manifest = self._manifest
-        if isinstance(manifest, StockManifest):
-            self._location.run(
-                partial(
-                    load_stock,
-                    manifest=manifest,
-                    plan=plan,
-                    planner=planner,
-                    transfer=self._transfer,
-                    observer=self._observer,
-                )
-            )
-        elif isinstance(manifest, Manifest):
-            items = _load_items(manifest, plan, planner)
-            self._location.run(partial(self._load, manifest=manifest, items=items))
-        else:
+        contents, moved = self._contents(), _Moved(self._observer)
+        how = partial(load_plan, contents, plan, planner, transfer=self._transfer, observer=moved.observer)
+        self._location.run(how)
+        if self._logs:
+            url, seconds = self._location.store().url, time.monotonic() - self._begun
+            logger.info("loaded %s: %s", url, transfer_text(moved.raw_bytes, moved.stored_bytes, seconds))
+
+    def _contents(self) -> Contents:
+        if self._manifest is None or isinstance(self._manifest, DcpStorageError):
             raise ConfigError("the reader was not set up: pass it to dcp.load")
+        return self._manifest
 
     def _follow(self, error: ObjectNotFound, *, last: bool) -> None:
         """Turn to the save that replaced the one whose object is gone, if the plan is as good for it.
@@ -196,10 +181,9 @@ class AsyncStorageReader(StorageReader):
             ObjectNotFound: `error`: the manifest is the same, and names an object that is not there.
             CheckpointReplaced: There are other ranks, the new save is laid out otherwise, or this is enough.
         """
-        old, new = self._manifest, self._location.run(read_manifest)
-        if new == old:
+        old, new = self._contents(), self._location.run(read_manifest)
+        if new.identity == old.identity:
             raise error
-        assert isinstance(old, Manifest | StockManifest), "its objects were read"
         if last or not self._alone or _layout(new) != _layout(old):
             raise self._replaced("its objects were deleted while they were read") from error
         self._manifest = new
@@ -209,20 +193,6 @@ class AsyncStorageReader(StorageReader):
         return CheckpointReplaced(
             f"{where} was replaced by another save: {what}, and nothing of this load may be used. Load again", url=where
         )
-
-    async def _load(self, store: Store, manifest: Manifest, items: list[LoadItem]) -> None:
-        raw_bytes = sum(item.wanted_bytes(manifest.codec.block_bytes) for item in items)
-        names = [stored.name for stored in manifest.objects]
-        moved = [0, 0]
-
-        def count(raw_bytes: int, stored_bytes: int) -> None:
-            moved[:] = moved[0] + raw_bytes, moved[1] + stored_bytes
-            advance(raw_bytes, stored_bytes)
-
-        with observed(self._observer, "load", store.url, raw_bytes) as advance:
-            await load_items(store, items, names, manifest.codec, transfer=self._transfer, advance=count)
-        if self._logs:
-            logger.info("loaded %s: %s", store.url, transfer_text(moved[0], moved[1], time.monotonic() - self._begun))
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
@@ -234,48 +204,26 @@ class AsyncStorageReader(StorageReader):
         return True
 
 
-def _layout(manifest: Manifest | StockManifest) -> Metadata:
+def _layout(contents: Contents) -> Metadata:
     """Return all that plans are made of."""
-    return replace(to_metadata(manifest), storage_data=None)
+    return replace(to_metadata(contents), storage_data=None)
 
 
-@uncollected
-def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner) -> list[LoadItem]:
-    """Group the reads by the stored chunk that they read: resharding aims many at one."""
-    items = []
-    by_chunk: defaultdict[tuple[str, int], list[ReadItem]] = defaultdict(list)
-    for read in plan.items:
-        fqn = read.storage_index.fqn
-        if read.type == LoadItemType.BYTE_IO:
-            items.append(_bytes_item(manifest, fqn, read, planner))
-        elif tensor := manifest.tensors.get(fqn):
-            by_chunk[fqn, find_chunk(read.storage_index, tensor.boxes)].append(read)
-        else:
-            raise _not_stored(fqn)
-    items.extend(_chunk_item(manifest, fqn, number, reads, planner) for (fqn, number), reads in by_chunk.items())
-    return items
+class _Moved:
+    """Counts what a load moves, and tells an observer."""
 
+    def __init__(self, told: Observer) -> None:
+        self.raw_bytes = self.stored_bytes = 0
+        self._told = told
 
-def _bytes_item(manifest: Manifest, fqn: str, read: ReadItem, planner: LoadPlanner) -> LoadItem:
-    if fqn not in manifest.bytes:
-        raise _not_stored(fqn)
-    entry = manifest.bytes[fqn]
-    blocks = range(-(-entry.size // manifest.codec.block_bytes))
-    return LoadItem(fqn, entry.size, 1, entry.segments, blocks, BytesTarget(read, entry.size, planner))
+    @contextmanager
+    def observer(self, operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
+        """Be an `Observer`."""
+        with observed(self._told, operation, url, raw_bytes) as advance:
 
+            def count(raw_bytes: int, stored_bytes: int) -> None:
+                self.raw_bytes += raw_bytes
+                self.stored_bytes += stored_bytes
+                advance(raw_bytes, stored_bytes)
 
-def _chunk_item(manifest: Manifest, fqn: str, number: int, reads: list[ReadItem], planner: LoadPlanner) -> LoadItem:
-    tensor = manifest.tensors[fqn]
-    shape = tensor.boxes[number].sizes
-    boxes = [read_box(read) for read in reads]
-    for box in boxes:
-        if not contains(shape, box):
-            raise CoverageError(f"{fqn}: the plan reads {box} of a chunk of shape {list(shape)}", fqn=fqn)
-    item_bytes = ITEM_BYTES[tensor.dtype]
-    wanted = needed_blocks(shape, boxes, item_bytes, manifest.codec.block_bytes)
-    target = ChunkTarget(shape, dtype_from_name(tensor.dtype), reads, planner)
-    return LoadItem(fqn, prod(shape) * item_bytes, tensor.planes, tensor.segments(number), wanted, target)
-
-
-def _not_stored(fqn: str) -> CoverageError:
-    return CoverageError(f"the plan reads {fqn}, which the checkpoint does not hold", fqn=fqn)
+            yield count

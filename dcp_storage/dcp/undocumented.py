@@ -23,7 +23,6 @@ from torch.distributed.checkpoint.utils import _DistWrapper
 from torch.distributed.tensor import DTensor, Shard
 
 __all__ = [
-    "METADATA_VERSION",
     "LocalShardsWrapper",
     "ShardedTensor",
     "StridedShard",
@@ -77,9 +76,6 @@ THREAD_NAME = "AsyncCheckpointExecutor"
 
 PROCESS_MODULE = "torch.distributed.checkpoint._async_process_executor"
 """What the process runs in which `dcp.async_save` saves."""
-
-METADATA_VERSION = "1.0.0"
-"""What DCP's own writers call this version of `Metadata` (`CURRENT_DCP_VERSION`)."""
 
 
 def call_before_executors_end(call: Callable[[], None]) -> None:

@@ -33,9 +33,10 @@ from dcp_storage.dcp.sources import plan_sources
 from dcp_storage.dcp.staging.stage import stage
 from dcp_storage.dcp.staging.staged import StagedState, redeem
 from dcp_storage.dcp.tensors import check_text, dtype_name
-from dcp_storage.dcp.undocumented import METADATA_VERSION, rank_alone, world_size_of_save
+from dcp_storage.dcp.undocumented import rank_alone, world_size_of_save
 from dcp_storage.errors import ConfigError
 from dcp_storage.format.columns import NOTHING, Columns
+from dcp_storage.format.contents import METADATA_VERSION
 from dcp_storage.format.frames import check_info
 from dcp_storage.observe import Observer
 from dcp_storage.transfer.save import Source

@@ -1,15 +1,16 @@
 """Stock DCP checkpoints: their `.metadata` is a pickle, which is read without executing it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod
-from typing import Any
+from typing import Any, ClassVar
 
 from msgspec import Struct
 
 from dcp_storage.errors import ManifestCorrupt, UnsupportedFormat
 from dcp_storage.format.boxes import Boxes, Listed
+from dcp_storage.format.contents import CheckedItem, HeldObject
 from dcp_storage.format.dtypes import ITEM_BYTES
-from dcp_storage.format.names import is_safe
+from dcp_storage.format.names import is_safe, is_stock_object
 from dcp_storage.format.paths import list_slots
 from dcp_storage.format.stock_globals import KNOWN
 from dcp_storage.format.unpickle import Record, read_pickle
@@ -67,6 +68,39 @@ class StockManifest(Struct, frozen=True):
     version: str | None = None
     save_id: str | None = None
     identity: str = ""
+
+    stock: ClassVar[bool] = True
+    info: ClassVar[Mapping[str, Any]] = {}
+    part: ClassVar[None] = None
+    attempt: ClassVar[None] = None
+    codec: ClassVar[None] = None
+    digest: ClassVar[None] = None
+    proof: ClassVar[None] = None
+
+    @property
+    def object_names(self) -> list[str]:
+        """The names of the data objects."""
+        return list(dict.fromkeys(item.object_name for item in self.storage.values()))
+
+    def check_whole(self) -> None:
+        """Do nothing: it was checked when it was decoded."""
+
+    def objects_held(self) -> list[HeldObject]:
+        """Return the data objects and what lies in each; they are at least as long as their last item says."""
+        stops = dict.fromkeys(self.object_names, 0)
+        fqns: dict[str, dict[str, None]] = {name: {} for name in stops}
+        for (fqn, _), item in self.storage.items():
+            stops[item.object_name] = max(stops[item.object_name], item.offset + item.length)
+            fqns[item.object_name][fqn] = None
+        return [HeldObject(name, stop, False, tuple(fqns[name])) for name, stop in stops.items()]
+
+    def checked_items(self) -> Iterator[CheckedItem]:
+        """Yield nothing: no item carries a check."""
+        yield from ()
+
+    def deletable(self) -> list[str]:
+        """Return the objects that are of the form that DCP's writers name."""
+        return sorted(filter(is_stock_object, self.object_names))
 
 
 def decode_stock_metadata(data: bytes, *, where: str) -> StockManifest:

@@ -14,7 +14,9 @@ from msgspec import Struct
 from dcp_storage.collector import uncollected
 from dcp_storage.errors import ManifestCorrupt
 from dcp_storage.format.columns import Columns, join
+from dcp_storage.format.contents import METADATA_VERSION, CheckedItem, HeldObject
 from dcp_storage.format.digests import DIGEST_CHARS, digest_of
+from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.frames import (
     Head,
     StoredCodec,
@@ -23,6 +25,7 @@ from dcp_storage.format.frames import (
     unpack_head,
 )
 from dcp_storage.format.items import BytesEntry, Digests, TensorEntry, decode_entries, decode_tensors
+from dcp_storage.format.names import is_data_object
 from dcp_storage.format.schema import DigestFrame, EntryFrame, ObjectFrame, PathFrame, TensorFrame
 from dcp_storage.format.validate import Fault, check_head, check_names, check_objects, check_paths, require
 
@@ -132,9 +135,24 @@ class Manifest:
         return self.head.world_size
 
     @property
+    def version(self) -> str:
+        """What DCP calls the version of its names."""
+        return METADATA_VERSION
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """What the caller said of the save."""
+        return self.head.info
+
+    @property
     def rank(self) -> int | None:
         """The rank whose part this is, or `None`."""
         return self.head.rank
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """The rank whose part this is, and of how many, or `None`."""
+        return None if self.head.rank is None else (self.head.rank, self.head.world_size)
 
     @property
     def attempt(self) -> str | None:
@@ -145,6 +163,21 @@ class Manifest:
     def codec(self) -> StoredCodec:
         """How blocks are encoded."""
         return self.head.codec
+
+    @property
+    def digest(self) -> str | None:
+        """The algorithm of its digests, if it has any."""
+        return self.head.digest
+
+    @property
+    def proof(self) -> str | None:
+        """`sha256`, where that proves the whole checkpoint."""
+        return self.sha256 if self.head.digest == "sha256" else None
+
+    @property
+    def object_names(self) -> Sequence[str]:
+        """The names of the data objects, by their numbers."""
+        return [stored.name for stored in self.objects]
 
     @cached_property
     def objects(self) -> tuple[StoredObject, ...]:
@@ -175,6 +208,28 @@ class Manifest:
                 paths.update(zip(frame.names, frame.paths, strict=True))
             check_paths(paths)
         return paths
+
+    def objects_held(self) -> list[HeldObject]:
+        """Return the data objects and what lies in each."""
+        fqns: list[dict[str, None]] = [{} for _ in self.objects]
+        for item in self.checked_items():
+            for segment in item.segments:
+                fqns[segment.object][item.fqn] = None
+        return [HeldObject(*stored, True, tuple(names)) for stored, names in zip(self.objects, fqns, strict=True)]
+
+    def checked_items(self) -> Iterator[CheckedItem]:
+        """Yield all items: the boxes of tensors, and the other entries."""
+        for fqn, tensor in self.tensors.items():
+            item_bytes = ITEM_BYTES[tensor.dtype]
+            for number, box in enumerate(tensor.boxes):
+                segments, digests = tensor.segments(number), tensor.digests(number)
+                yield CheckedItem(fqn, box.numel * item_bytes, tensor.planes, segments, digests)
+        for fqn, entry in self.bytes.items():
+            yield CheckedItem(fqn, entry.size, 1, entry.segments, entry.digests)
+
+    def deletable(self) -> list[str]:
+        """Return the objects that are of this package's form."""
+        return list(filter(is_data_object, self.object_names))
 
     def stored(self) -> Columns:
         """Return where all of it lies: the boxes of the first tensor, and so on, and then the entries."""

@@ -4,13 +4,14 @@ from msgspec.structs import replace
 from xxhash import xxh3_128_hexdigest
 
 from dcp_storage.errors import ManifestCorrupt, UnsupportedFormat
+from dcp_storage.format.contents import Contents
 from dcp_storage.format.frames import HEAD_BYTES, MAX_HEAD_BYTES, Head, is_manifest, unpack_head
-from dcp_storage.format.legacy import StockManifest, decode_stock_metadata
-from dcp_storage.format.manifest import Manifest, decode
+from dcp_storage.format.legacy import decode_stock_metadata
+from dcp_storage.format.manifest import decode
 from dcp_storage.store.base import Store
 
 
-async def fetch_manifest(store: Store, name: str) -> Manifest | StockManifest:
+async def fetch_manifest(store: Store, name: str) -> Contents:
     """Read a manifest; one that is damaged is read once more, as a block is.
 
     Raises:
@@ -47,7 +48,7 @@ async def fetch_head(store: Store, name: str) -> Head:
     return unpack_head(bytes(await store.get_range(name, 0, MAX_HEAD_BYTES)), where)[0]
 
 
-def _decode(data: bytes, where: str) -> Manifest | StockManifest:
+def _decode(data: bytes, where: str) -> Contents:
     if is_manifest(data):
         return decode(data, where)
     return replace(decode_stock_metadata(data, where=where), identity=xxh3_128_hexdigest(data))

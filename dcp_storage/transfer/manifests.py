@@ -10,10 +10,9 @@ from dcp_storage.errors import (
     ObjectNotFound,
     UnsupportedFormat,
 )
+from dcp_storage.format.contents import Contents
 from dcp_storage.format.draft import Draft, encode
-from dcp_storage.format.legacy import StockManifest
-from dcp_storage.format.manifest import Manifest
-from dcp_storage.format.names import MANIFEST, Part, is_data_object, is_stock_object, parse_part_manifest, part_manifest
+from dcp_storage.format.names import MANIFEST, Part, parse_part_manifest, part_manifest
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.fetch_manifest import fetch_manifest
 from dcp_storage.transfer.parts import complete_attempts, group_parts, read_attempt, read_parts
@@ -24,7 +23,7 @@ _LISTINGS = 5
 """How often parts are listed anew because a newer save deleted what was listed."""
 
 
-async def read_manifest(store: Store) -> Manifest | StockManifest:
+async def read_manifest(store: Store) -> Contents:
     """Read, decode and validate the manifest of the checkpoint at a store's prefix.
 
     Where there is no `.metadata` but manifests of single ranks (a save without collectives), they are merged.
@@ -101,9 +100,7 @@ async def replaced_objects(store: Store) -> list[str]:
         logger.warning("the checkpoint that is being replaced cannot be read, so its objects are left: %s", error)
         return []
     parts = [name for name in await _names(store) if parse_part_manifest(name) is not None]
-    if isinstance(old, StockManifest):
-        return [*parts, *sorted(filter(is_stock_object, {item.object_name for item in old.storage.values()}))]
-    return [*parts, *_data_objects(old)]
+    return [*parts, *old.deletable()]
 
 
 async def superseded_objects(store: Store, part: Draft) -> list[str]:
@@ -116,9 +113,5 @@ async def superseded_objects(store: Store, part: Draft) -> list[str]:
     for older in complete[complete.index(part.attempt) + 1 :]:
         superfluous += attempts[older].values()
         for each in await read_attempt(store, older, attempts[older]):
-            superfluous += _data_objects(each)
+            superfluous += each.deletable()
     return superfluous
-
-
-def _data_objects(manifest: Manifest) -> list[str]:
-    return [stored.name for stored in manifest.objects if is_data_object(stored.name)]

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 
 from dcp_storage.errors import CheckpointNotFound, ManifestCorrupt, ObjectNotFound
+from dcp_storage.format.contents import Contents
 from dcp_storage.format.legacy import StockManifest
 from dcp_storage.format.manifest import Manifest
 from dcp_storage.format.merge import is_complete, merge, merge_stock
@@ -22,7 +23,7 @@ Attempts = dict[str | None, dict[int, str]]
 """The names of manifests, by attempt and by rank; those of DCP's own writers have `None` for an attempt."""
 
 
-async def read_parts(store: Store) -> Manifest | StockManifest:
+async def read_parts(store: Store) -> Contents:
     """Read and merge the parts of one attempt: of several, the newest that is complete.
 
     Raises:
@@ -107,7 +108,7 @@ async def _first_parts(store: Store, attempts: Attempts) -> list[Manifest]:
     return sorted((part for parts in firsts for part in parts), key=lambda part: part.created, reverse=True)
 
 
-async def _read_all(store: Store, attempt: str | None, names: Mapping[int, str]) -> dict[int, Manifest | StockManifest]:
+async def _read_all(store: Store, attempt: str | None, names: Mapping[int, str]) -> dict[int, Contents]:
     parts = dict(
         zip(names, await asyncio.gather(*(fetch_manifest(store, name) for name in names.values())), strict=True)
     )

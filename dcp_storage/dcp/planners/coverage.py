@@ -21,10 +21,10 @@ class Chunk(NamedTuple):
 
 def part_note(metadata: Metadata) -> str:
     """Return what an error should say of a checkpoint that is only one rank's part: nothing of any other."""
-    rank = getattr(metadata.storage_data, "rank", None)
-    if rank is None:
+    part = getattr(metadata.storage_data, "part", None)  # a stock reader's metadata is loaded, too
+    if part is None:
         return ""
-    ranks = metadata.storage_data.world_size
+    rank, ranks = part
     return (
         f". This checkpoint is the part of rank {rank} of {ranks}, which saved it alone (no_dist=True): load the same "
         "sharding, each rank from its own, or save with all ranks"

@@ -15,7 +15,6 @@ from dcp_storage.dcp.saves.ending import ending
 from dcp_storage.dcp.saves.pace import Pace
 from dcp_storage.dcp.saves.save import Save
 from dcp_storage.errors import CheckpointExists, CheckpointNotFound, DcpStorageError
-from dcp_storage.leftovers import object_names
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.manifests import read_manifest
 
@@ -95,6 +94,6 @@ def _discard(save: Save, *, named_perhaps: bool) -> None:
 
 async def _named(store: Store) -> set[str]:
     try:
-        return object_names(await read_manifest(store))
+        return set((await read_manifest(store)).object_names)
     except CheckpointNotFound:
         return set()
