@@ -146,6 +146,8 @@ def read_manifest(data: bytes) -> Manifest | None:
     try:
         manifest = decode(data, "here")
         metadata = to_metadata(manifest)
+        dict(metadata.state_dict_metadata)
+        manifest.check_whole()
     except DcpStorageError as error:
         assert "here" in str(error) or "torch" in str(error)
         return None

@@ -22,6 +22,7 @@ from dcp_storage.errors import (
     ObjectNotFound,
     UnsupportedFormat,
 )
+from dcp_storage.verify import verify
 from tests import documents
 from tests.states import blank_like
 
@@ -177,8 +178,6 @@ def boxes(*listed):
         (set_in("entries", "sizes", 0, value=1 << 40), "blocks for"),
         (set_in("entries", "names", 0, value="model.weight"), "both a tensor and not"),
         (set_in("tensors", value=[[]]), "schema"),
-        (set_in("paths", "paths", 0, value=[{}]), "schema"),
-        (set_in("paths", "names", value=["a"]), "uneven"),
         (set_in("head", "format", value="other"), "format is 'other'"),
     ],
 )
@@ -188,6 +187,22 @@ def test_a_manifest_that_cannot_be_is_refused_before_anything_is_read(saved, cha
     assert isinstance(error, ManifestCorrupt)
     assert says in str(error)
     assert str(saved) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (set_in("paths", "paths", 0, value=[{}]), "schema"),
+        (set_in("paths", "names", value=["a"]), "uneven"),
+    ],
+)
+def test_paths_that_cannot_be_are_refused_by_whoever_asks_for_them(saved, change, says):
+    rewrite(saved, change)
+    with pytest.raises(ManifestCorrupt, match=says):
+        verify(saved)
+    metadata = AsyncStorageReader(saved).read_metadata()
+    with pytest.raises(ManifestCorrupt, match=says):
+        dict(metadata.planner_data)
 
 
 def test_a_manifest_may_have_keys_of_later_minor_versions(saved):

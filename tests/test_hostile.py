@@ -192,6 +192,7 @@ def test_a_gap_among_many_chunks_is_found_in_time():
     count = 30_000
     boxes = [[n, 1] for n in range(count)]
     del boxes[count // 2]
+    document["head"]["tensors"] = 1
     document["tensors"] = {
         "names": ["w"],
         "dtypes": ["int8"],

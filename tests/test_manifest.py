@@ -6,9 +6,13 @@ from itertools import pairwise, product
 
 import msgspec
 import pytest
+import torch
+import torch.distributed.checkpoint as dcp
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner
 from dcp_storage.errors import ConfigError, ManifestCorrupt, ObjectNotFound, UnsupportedFormat
 from dcp_storage.format import draft as drafts
 from dcp_storage.format import frames
@@ -330,3 +334,15 @@ def test_a_head_of_a_damaged_or_a_stock_checkpoint(tmp_path):
     (tmp_path / ".metadata").write_bytes(b"\x80\x04a pickle")
     with pytest.raises(UnsupportedFormat, match="stock"):
         asyncio.run(read())
+
+
+def test_a_load_decodes_the_frames_of_what_it_asks_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(drafts, "_FRAME_WEIGHT", 1)
+    state = {f"layer{number:02}.weight": torch.full((3,), float(number)) for number in range(40)}
+    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path))
+    for planner in (ShardedLoadPlanner(), DefaultLoadPlanner()):
+        reader = AsyncStorageReader(tmp_path)
+        wanted = {"layer07.weight": torch.zeros(3), "layer31.weight": torch.zeros(3)}
+        dcp.load(wanted, storage_reader=reader, planner=planner)
+        assert wanted["layer31.weight"].tolist() == [31.0] * 3
+        assert [len(frame) for frame in reader._manifest.tensors._frames.values()] == [1, 1]

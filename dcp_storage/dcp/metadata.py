@@ -1,19 +1,14 @@
 """DCP's `Metadata` of a checkpoint."""
 
-from typing import Any
-
 from torch.distributed.checkpoint.metadata import (
-    BytesStorageMetadata,
     Metadata,
     MetadataIndex,
-    TensorProperties,
     TensorStorageMetadata,
 )
 
 from dcp_storage.collector import uncollected
 from dcp_storage.dcp.kinds.boxes import chunk_box
-from dcp_storage.dcp.stored import StoredTensorMetadata
-from dcp_storage.dcp.tensors import dtype_from_name
+from dcp_storage.dcp.stored import StoredEntries
 from dcp_storage.errors import CoverageError
 from dcp_storage.format.boxes import Boxes
 from dcp_storage.format.contents import Contents
@@ -31,17 +26,15 @@ def to_metadata(manifest: Contents) -> Metadata:
     """Return what DCP's planners read; the manifest itself is its `storage_data`.
 
     Raises:
-        ManifestCorrupt: Something in the manifest cannot be.
-        UnsupportedFormat: This torch lacks a dtype that the checkpoint holds.
+        ManifestCorrupt: The names of its entries cannot be.
     """
-    manifest.check_whole()
-    entries: dict[str, Any] = {fqn: BytesStorageMetadata() for fqn in manifest.bytes}
-    properties: dict[str, TensorProperties] = {}
-    for fqn, tensor in manifest.tensors.items():
-        if tensor.dtype not in properties:
-            properties[tensor.dtype] = TensorProperties(dtype=dtype_from_name(tensor.dtype))
-        entries[fqn] = StoredTensorMetadata(properties[tensor.dtype], tensor.boxes)
-    return Metadata(entries, planner_data=manifest.planner_data, storage_data=manifest, version=manifest.version)
+    manifest.check_names()
+    return Metadata(
+        StoredEntries(manifest),  # type: ignore[arg-type]
+        planner_data=manifest.planner_data,
+        storage_data=manifest,
+        version=manifest.version,
+    )
 
 
 def find_chunk(index: MetadataIndex, boxes: Boxes) -> int:

@@ -7,8 +7,9 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 
 from dcp_storage.collector import uncollected
 from dcp_storage.config import Transfer
+from dcp_storage.dcp.dtypes import dtype_from_name
 from dcp_storage.dcp.metadata import find_chunk
-from dcp_storage.dcp.tensors import BytesTarget, ChunkTarget, dtype_from_name, read_box
+from dcp_storage.dcp.tensors import BytesTarget, ChunkTarget, read_box
 from dcp_storage.errors import CoverageError
 from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.manifest import Manifest

@@ -140,6 +140,7 @@ class Checkpoint:
 
         Raises:
             MissingKeys: There is none of this name; similar ones are named.
+            ManifestCorrupt: What the manifest says of it cannot be.
             UnsupportedEntry: The entry holds a type that is not allowed.
         """
         entry = self._metadata.state_dict_metadata.get(name)
@@ -158,6 +159,7 @@ class Checkpoint:
 
         Raises:
             MissingKeys: A name or pattern fits nothing.
+            ManifestCorrupt: What the manifest says of one cannot be.
             ConfigError: Two names would become one.
             BlockCorrupt: A block failed its check twice.
             CoverageError: The checkpoint is one rank's part, and does not hold all of a tensor.

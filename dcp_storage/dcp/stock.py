@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from dcp_storage.config import KIB, MIB, Transfer
+from dcp_storage.dcp.dtypes import dtype_from_name
 from dcp_storage.dcp.hand_over import hand_over
 from dcp_storage.dcp.stock_items import (
     Item,
@@ -18,7 +19,7 @@ from dcp_storage.dcp.stock_items import (
     make_decompressor,
     undo_transforms,
 )
-from dcp_storage.dcp.tensors import dtype_from_name, read_box
+from dcp_storage.dcp.tensors import read_box
 from dcp_storage.errors import CoverageError
 from dcp_storage.format.legacy import StockItem, StockManifest, StorageKey
 from dcp_storage.geometry import contains

@@ -1,12 +1,24 @@
-"""Stored tensors as DCP's planners see them."""
+"""What a checkpoint holds as DCP's planners see it, made when it is asked for."""
 
-from functools import cached_property
+from collections.abc import Iterator, Mapping
+from functools import cache, cached_property
+from itertools import chain
+from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, TensorProperties, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    STORAGE_TYPES,
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from dcp_storage.dcp.dtypes import dtype_from_name
 from dcp_storage.dcp.kinds.boxes import chunk_box
 from dcp_storage.format.boxes import Boxes, Listed
+from dcp_storage.format.contents import Contents
 
 
 class StoredTensorMetadata(TensorStorageMetadata):
@@ -35,3 +47,55 @@ def boxes_of(entry: TensorStorageMetadata) -> Boxes:
     if isinstance(entry, StoredTensorMetadata):
         return entry.boxes
     return Listed(tuple(entry.size), [chunk_box(chunk) for chunk in entry.chunks])
+
+
+class StoredEntries(Mapping[str, STORAGE_TYPES]):
+    """`Metadata.state_dict_metadata` of a checkpoint: its names, and what is stored of one when it is asked for.
+
+    Raises (whenever an entry is asked for):
+        ManifestCorrupt: What the manifest says of it, or of those beside it, cannot be.
+        UnsupportedFormat: This torch lacks its dtype.
+    """
+
+    def __init__(self, contents: Contents) -> None:
+        self._contents = contents
+        self.others = dict.fromkeys(contents.bytes)
+        self._tensors = contents.tensors
+        self._made: dict[str, STORAGE_TYPES] = {}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._contents,)
+
+    def __getitem__(self, name: str) -> STORAGE_TYPES:
+        made = self._made.get(name)
+        if made is None:
+            made = self._made[name] = self._make(name)
+        return made
+
+    def _make(self, name: str) -> STORAGE_TYPES:
+        if name in self.others:
+            return BytesStorageMetadata()
+        tensor = self._tensors[name]
+        return StoredTensorMetadata(_properties(tensor.dtype), tensor.boxes)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._tensors or name in self.others
+
+    def __iter__(self) -> Iterator[str]:
+        return chain(self.others, self._tensors)
+
+    def __len__(self) -> int:
+        return len(self.others) + len(self._tensors)
+
+
+@cache
+def _properties(dtype: str) -> TensorProperties:
+    return TensorProperties(dtype=dtype_from_name(dtype))
+
+
+def entry_names(metadata: Metadata) -> list[str]:
+    """Return the names of what is stored and is not a tensor."""
+    entries = metadata.state_dict_metadata
+    if isinstance(entries, StoredEntries):
+        return list(entries.others)
+    return [fqn for fqn, entry in entries.items() if isinstance(entry, BytesStorageMetadata)]

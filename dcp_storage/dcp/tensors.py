@@ -10,61 +10,13 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from dcp_storage.config import Codec
 from dcp_storage.dcp.device import copying_from, host_memory
+from dcp_storage.dcp.dtypes import dtype_name, planes_of
 from dcp_storage.dcp.hand_over import hand_over
 from dcp_storage.dcp.kinds.base import check_plain, dispatches
 from dcp_storage.dcp.undocumented import is_zero_tensor
 from dcp_storage.errors import CoverageError, UnsupportedFormat, UnsupportedTensor
-from dcp_storage.format.blocks import CODECS
-from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
 from dcp_storage.geometry import Box, Shape, boxes_of_run, flat_extent, intersect
 from dcp_storage.raw import Raw
-
-_DTYPES = {name: dtype for name in ITEM_BYTES if isinstance(dtype := getattr(torch, name, None), torch.dtype)}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-
-
-def dtype_name(dtype: torch.dtype, fqn: str) -> str:
-    """Return the format's name of a dtype.
-
-    Raises:
-        UnsupportedTensor: The format has no such dtype (quantized, sub-byte, bits).
-    """
-    if dtype not in _NAMES:
-        raise UnsupportedTensor(
-            f"{fqn} is of {dtype}, which cannot be stored: save its integer representation, or a dequantized copy",
-            fqn=fqn,
-        )
-    return _NAMES[dtype]
-
-
-def check_text(fqn: str) -> None:
-    """Refuse a name that the manifest, which is UTF-8, cannot hold.
-
-    Raises:
-        UnsupportedTensor: It has half a surrogate pair in it.
-    """
-    try:
-        fqn.encode()
-    except UnicodeEncodeError as error:
-        raise UnsupportedTensor(f"the name {fqn!a} is no text that UTF-8 can hold: rename the entry") from error
-
-
-def dtype_from_name(name: str) -> torch.dtype:
-    """Return torch's dtype of this name.
-
-    Raises:
-        UnsupportedFormat: This torch has no such dtype.
-    """
-    if name not in _DTYPES:
-        raise UnsupportedFormat(
-            f"torch {torch.__version__} has no dtype {name!r}, which the checkpoint holds: update torch"
-        )
-    return _DTYPES[name]
-
-
-def planes_of(dtype: str, codec: Codec) -> int:
-    """Return how many byte planes elements of this dtype are stored in; 1 is none."""
-    return CODECS[codec.compression].planes(number_bytes(dtype)) if codec.byte_planes else 1
 
 
 class BytesSource:

@@ -15,6 +15,7 @@ from torch.futures import Future
 
 from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.calls import Location, Path, choose_observer
+from dcp_storage.dcp.dtypes import check_text, dtype_name
 from dcp_storage.dcp.groups import group_items
 from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.metadata import is_whole
@@ -32,7 +33,6 @@ from dcp_storage.dcp.saves.summary import log_saved
 from dcp_storage.dcp.sources import plan_sources
 from dcp_storage.dcp.staging.stage import stage
 from dcp_storage.dcp.staging.staged import StagedState, redeem
-from dcp_storage.dcp.tensors import check_text, dtype_name
 from dcp_storage.dcp.undocumented import rank_alone, world_size_of_save
 from dcp_storage.errors import ConfigError
 from dcp_storage.format.columns import NOTHING, Columns

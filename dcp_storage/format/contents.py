@@ -116,6 +116,13 @@ class Contents(Protocol):
             ManifestCorrupt: Something in it cannot be.
         """
 
+    def check_names(self) -> None:
+        """Decode and check the names of all tensors and entries.
+
+        Raises:
+            ManifestCorrupt: They cannot be.
+        """
+
     def objects_held(self) -> list[HeldObject]:
         """Return its data objects and what lies in each."""
 

@@ -85,6 +85,9 @@ class StockManifest(Struct, frozen=True):
     def check_whole(self) -> None:
         """Do nothing: it was checked when it was decoded."""
 
+    def check_names(self) -> None:
+        """Do nothing: they were checked when it was decoded."""
+
     def objects_held(self) -> list[HeldObject]:
         """Return the data objects and what lies in each; they are at least as long as their last item says."""
         stops = dict.fromkeys(self.object_names, 0)

@@ -26,7 +26,7 @@ from dcp_storage.format.frames import (
 )
 from dcp_storage.format.items import BytesEntry, Digests, TensorEntry, decode_entries, decode_tensors
 from dcp_storage.format.names import is_data_object
-from dcp_storage.format.schema import DigestFrame, EntryFrame, ObjectFrame, PathFrame, TensorFrame
+from dcp_storage.format.schema import DigestFrame, EntryFrame, NameColumn, ObjectFrame, PathFrame, TensorFrame
 from dcp_storage.format.validate import Fault, check_head, check_names, check_objects, check_paths, require
 
 T = TypeVar("T")
@@ -42,11 +42,17 @@ class StoredObject(NamedTuple):
 
 
 class Table(Mapping[str, T], Generic[T]):
-    """What frames of one kind hold, by name. A frame is decoded, and checked whole, when a name in it is asked for."""
+    """What frames of one kind hold, by name.
 
-    def __init__(self, firsts: Sequence[str], decode: Callable[[int], dict[str, T]]) -> None:
+    A frame is decoded, and checked whole, when the value of a name in it is asked for; else its names alone are.
+    """
+
+    def __init__(
+        self, firsts: Sequence[str], decode: Callable[[int], dict[str, T]], names: Callable[[int], list[str]]
+    ) -> None:
         self._firsts = firsts
         self._decode = decode
+        self._decode_names = names
         self._frames: dict[int, dict[str, T]] = {}
 
     def __getitem__(self, name: str) -> T:
@@ -56,11 +62,18 @@ class Table(Mapping[str, T], Generic[T]):
         return self._frame(number)[name]
 
     def __iter__(self) -> Iterator[str]:
-        for number in range(len(self._firsts)):
-            yield from self._frame(number)
+        return iter(self._names)
 
     def __len__(self) -> int:
-        return sum(len(self._frame(number)) for number in range(len(self._firsts)))
+        return len(self._names)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    @cached_property
+    def _names(self) -> dict[str, None]:
+        numbers = range(len(self._firsts))
+        return dict.fromkeys(chain.from_iterable(self._frames.get(n) or self._decode_names(n) for n in numbers))
 
     def _frame(self, number: int) -> dict[str, T]:
         if number not in self._frames:
@@ -193,14 +206,17 @@ class Manifest:
             require(len(names) == self.head.objects, f"{len(names)} objects in place of {self.head.objects}")
         return tuple(map(StoredObject, names, sizes))
 
-    @cached_property
-    def planner_data(self) -> dict[str, Path] | None:
+    @property
+    def planner_data(self) -> Mapping[str, Path] | None:
         """For each name its path in the nested state dict, or `None` where the planner did not flatten."""
-        if "paths" not in self._numbers:
-            return None
+        return Paths(self) if "paths" in self._numbers else None
+
+    @cached_property
+    def paths(self) -> dict[str, Path]:
+        """For each name its path, where the planner flattened."""
         paths: dict[str, Path] = {}
         with self._checked():
-            for number in self._numbers["paths"]:
+            for number in self._numbers.get("paths", ()):
                 frame = self._frame(number, PathFrame)
                 require(len(frame.names) == len(frame.paths), "columns of paths that are uneven")
                 if frame.names or self.head.frames[number].first:
@@ -244,7 +260,13 @@ class Manifest:
     def _table(self, kind: str, decode: Callable[[int], dict[str, T]]) -> Table[T]:
         numbers = self._numbers.get(kind, [])
         firsts = [self.head.frames[number].first for number in numbers]
-        return Table(firsts, lambda at: decode(numbers[at]))
+        return Table(firsts, lambda at: decode(numbers[at]), lambda at: self._names(numbers[at]))
+
+    def _names(self, number: int) -> list[str]:
+        names = self._frame(number, NameColumn).names
+        with self._checked():
+            self._check_names(number, names)
+        return names
 
     @uncollected
     def _tensors(self, number: int) -> dict[str, TensorEntry]:
@@ -304,14 +326,40 @@ class Manifest:
         Raises:
             ManifestCorrupt: Something in it cannot be.
         """
-        names = list(self.tensors)
-        others = list(self.bytes)
+        self.check_names()
+        for table in (self.tensors, self.bytes):
+            for name in table:
+                table[name]
+        self.paths  # noqa: B018 - checks them
+
+    def check_names(self) -> None:
+        """Decode and check the names of all tensors and entries.
+
+        Raises:
+            ManifestCorrupt: They cannot be.
+        """
+        tensors, others = len(self.tensors), len(self.bytes)
         with self._checked():
-            both = set(names).intersection(others)
+            both = self.bytes.keys() & self.tensors.keys()
             require(not both, f"{next(iter(both), '')} is both a tensor and not")
-            right = (len(names), len(others)) == (self.head.tensors, self.head.entries)
-            require(right, f"{len(names)} tensors and {len(others)} entries, other than its head says")
-        self.planner_data  # noqa: B018 - checks them
+            right = (tensors, others) == (self.head.tensors, self.head.entries)
+            require(right, f"{tensors} tensors and {others} entries, other than its head says")
+
+
+class Paths(Mapping[str, Path]):
+    """`planner_data`, decoded and checked when any of it is asked for."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+
+    def __getitem__(self, name: str) -> Path:
+        return self._manifest.paths[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._manifest.paths)
+
+    def __len__(self) -> int:
+        return len(self._manifest.paths)
 
 
 @dataclass(frozen=True)

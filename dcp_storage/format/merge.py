@@ -52,7 +52,7 @@ def merge(parts: Sequence[Manifest], where: str) -> Manifest:
         for number, (fqn, entry) in enumerate(part.bytes.items(), item):
             entries.setdefault(fqn, (entry.size, number))
         item += len(part.bytes)
-        planner_data = (part.planner_data or {}) | planner_data
+        planner_data = part.paths | planner_data
     drafts = {fqn: tensors[fqn].draft() for fqn in sorted(tensors)}
     order = [number for _, items in drafts.values() for number in items]
     objects = [stored for part in parts for stored in part.objects]

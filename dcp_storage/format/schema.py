@@ -84,6 +84,12 @@ class TensorFrame(Struct, frozen=True, gc=False):
     stored: Stored
 
 
+class NameColumn(Struct, frozen=True, gc=False):
+    """The names of a frame of tensors or entries, and nothing else of it."""
+
+    names: list[str]
+
+
 class EntryFrame(Struct, frozen=True, gc=False):
     """Entries that are not tensors: their names, ascending, and raw sizes in bytes. Each is an item."""
 

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable
 
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
+from torch.distributed.checkpoint.metadata import Metadata
 
 from dcp_storage.dcp.planners.flatten import Mappings, ObjectPath, State, empty_dicts, flatten
+from dcp_storage.dcp.stored import entry_names
 
 
 def names_of(state: State, metadata: Metadata, *, nested: bool) -> tuple[State, Mappings]:
@@ -15,20 +16,22 @@ def names_of(state: State, metadata: Metadata, *, nested: bool) -> tuple[State, 
     Raises:
         ConfigError: Two paths make the same name.
     """
-    flat, mappings = flatten(state, nested=nested)
-    unasked = [fqn for fqn in metadata.state_dict_metadata if fqn not in flat]
-    if not nested or not any(_is_entry(metadata, fqn) for fqn in unasked):
+    containers: set[str] = set()
+
+    def note(path: ObjectPath) -> bool:
+        containers.add(".".join(map(str, path)))
+        return False
+
+    flat, mappings = flatten(state, nested=nested, is_whole=note)
+    unasked = containers.intersection(entry_names(metadata)).difference(flat)
+    if not nested or not unasked:
         return flat, mappings
     paths = {fqn: _path(metadata, fqn) for fqn in metadata.state_dict_metadata}
     opened = {path[:length] for path in paths.values() for length in range(1, len(path))}
-    whole = {paths[fqn] for fqn in unasked if _is_entry(metadata, fqn)} - opened
+    whole = {paths[fqn] for fqn in unasked} - opened
     if metadata.planner_data is None:  # then a path is its name
         return flatten(state, nested=True, is_whole=lambda path: tuple(".".join(map(str, path)).split(".")) in whole)
     return flatten(state, nested=True, is_whole=whole.__contains__)
-
-
-def _is_entry(metadata: Metadata, fqn: str) -> bool:
-    return isinstance(metadata.state_dict_metadata[fqn], BytesStorageMetadata)
 
 
 def _path(metadata: Metadata, fqn: str) -> ObjectPath:

@@ -14,8 +14,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from dcp_storage.collector import uncollected
 from dcp_storage.config import Codec
+from dcp_storage.dcp.dtypes import dtype_name, planes_of
 from dcp_storage.dcp.saves.results import Items, Results
-from dcp_storage.dcp.tensors import dtype_name, planes_of
 from dcp_storage.errors import ConfigError, CoverageError, UnsupportedTensor
 from dcp_storage.format.columns import Columns, join, numbers
 from dcp_storage.format.draft import Draft, DraftTensor, layout_of
