@@ -18,7 +18,7 @@ FLOORS = [
     {"format", "store", "progress"},
     {"transfer", "leftovers"},
     {"dcp"},
-    {"verify", "prune"},
+    {"verify", "prune", "steps"},
     {"demo", "commands"},
     {"cli"},
     {"__main__"},
@@ -26,7 +26,7 @@ FLOORS = [
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 OUTSIDE = {
-    "torch": ("dcp/", "demo/"),
+    "torch": ("dcp/", "demo/", "steps/"),
     "fsspec": ("store/",),
     "s3fs": ("store/",),
     "aiofiles": ("store/",),
