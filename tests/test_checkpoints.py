@@ -110,6 +110,19 @@ def test_a_step_is_a_checkpoint_of_its_own(tmp_path):
     assert value_of(state) == 5
 
 
+def test_s3(moto_s3):
+    root = moto_s3.url.removesuffix("/step-1")
+    with Checkpoints(root, storage_options=moto_s3.storage_options, keep=KeepLatest(2), verify="full") as checkpoints:
+        assert checkpoints.load(state_of(-1)) is None
+        for step in range(9, 12):
+            checkpoints.save(step, state_of(step))
+        future = checkpoints.async_save(12, state_of(12))
+        assert future.result(LIMIT_S) == 12
+        state = state_of(-1)
+        assert (checkpoints.load(state), value_of(state), checkpoints.latest()) == (12, 12, 12)
+    assert [(step.step, step.url) for step in checkpoints.steps()] == [(n, f"{root}/step-{n}") for n in (11, 12)]
+
+
 @pytest.mark.parametrize("root", ["memory://run", "memory://run/"])
 def test_a_url_is_a_root(root):
     with Checkpoints(root) as checkpoints:
@@ -154,7 +167,7 @@ def test_one_save_at_a_time_goes_on_in_the_background(tmp_path, monkeypatch):
         first = checkpoints.async_save(1, state)
         state["weights"].fill_(-1)  # what training does next
         skipped = checkpoints.async_save(2, state_of(2), skip_if_busy=True)
-        assert (skipped.result(), first.done()) == (None, False)
+        assert (skipped.result(), first.done(), first.cancel()) == (None, False, False)
         threading.Timer(0.2, gate.open).start()
         second = checkpoints.async_save(3, state_of(3))
         assert first.done()

@@ -20,6 +20,7 @@ class SaveFuture(Future[int | None]):
         super().__init__()
         self.step = step
         self.told = False
+        self.set_running_or_notify_cancel()  # what was copied is saved: nobody may cancel it
 
     def result(self, timeout: float | None = None) -> int | None:
         """Return the step once it is committed, or raise what failed."""

@@ -187,7 +187,9 @@ class Checkpoints:
             StoreError: The store failed.
         """
         self._check_open()
-        template, _ = self._ranks.meet(lambda: (self._template(state, step), None))
+        template, asked = self._ranks.meet(lambda: (self._template(state, step), (step, strict)))
+        if len(set(asked)) > 1:
+            raise ConfigError(f"the ranks load different steps (step, strict): {asked[:8]}, by rank")
         resume = Resume(self._ranks, self._access, self._upkeep, template, self._load_planner)
         return resume.load_newest(strict=strict) if step is None else resume.load(step)
 

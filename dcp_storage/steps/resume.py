@@ -132,7 +132,8 @@ class Resume:
     def _load(self, found: Candidate) -> None:
         planner = self._planner or ShardedLoadPlanner()
         template, ranks = self._template, self._ranks
-        slots = to_load(template.places, ranks.rank, ranks.size, found.ranks)
+        # On one rank alone something may be wrong with a `PerRank`.
+        slots, _ = ranks.meet(lambda: (to_load(template.places, ranks.rank, ranks.size, found.ranks), None))
         reader = self._access.reader(found.step)
         with self._upkeep.using(found.step), standing_in(template.plain, template.places, slots):
             load_alike(template.plain, reader, planner=planner, process_group=ranks.asked)

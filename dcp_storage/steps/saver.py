@@ -69,8 +69,14 @@ class Saver:
             return False
         group, rank = self._ranks.background, self._ranks.rank
         self._upkeep.hold(asked.step)
-        with prepared.spread() as plain:
-            saving = dcp_async_save(plain, storage_writer=prepared.writer, planner=self._planner, process_group=group)
+        try:
+            with prepared.spread() as plain:
+                saving = dcp_async_save(
+                    plain, storage_writer=prepared.writer, planner=self._planner, process_group=group
+                )
+        except BaseException:
+            self._upkeep.release(asked.step)
+            raise
         assert isinstance(saving, Future), "the writer stages before it returns"
         self._flight = future
         saving.add_done_callback(lambda done: self._land(future, rank, done.exception()))
