@@ -426,6 +426,35 @@ def test_steps_that_are_in_use_stay(tmp_path, monkeypatch):
         assert future.result(LIMIT_S) == 1
 
 
+def test_what_is_not_a_step_s_stays(tmp_path):
+    dcp.save(state_of(1), checkpoint_id=tmp_path / "step-1", no_dist=True)  # stock's
+    strange = ["step-2.backup", "step-03", "step-x", "notes"]
+    for name in strange:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / ".metadata").write_bytes(b"mine")
+    (tmp_path / "step-1" / "mine.txt").write_text("mine")
+    with Checkpoints(tmp_path, keep=KeepLatest(1)) as checkpoints:
+        assert checkpoints.latest() == 1
+        assert checkpoints.load(state_of(-1)) == 1
+        checkpoints.save(4, state_of(4))
+        checkpoints.wait()
+        assert [step.step for step in checkpoints.steps()] == [4]
+    assert [path.name for path in (tmp_path / "step-1").iterdir()] == ["mine.txt"]
+    assert all((tmp_path / name / ".metadata").read_bytes() == b"mine" for name in strange)
+
+
+def test_a_follower_waits_for_a_step(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(TimeoutError):
+            checkpoints.wait_for(timeout=0.1)
+        checkpoints.save(1, state_of(1))
+        assert checkpoints.wait_for() == checkpoints.wait_for(1) == 1
+        saving = threading.Timer(0.2, checkpoints.save, (3, state_of(3)))
+        saving.start()
+        assert checkpoints.wait_for(2, timeout=LIMIT_S) == 3
+        saving.join()
+
+
 def test_prune_says_what_it_would_remove(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2, 3):

@@ -11,6 +11,7 @@ from dcp_storage.steps.names import directory_of
 from dcp_storage.steps.policies import Policy
 from dcp_storage.steps.step import Step
 from dcp_storage.store.base import Store
+from dcp_storage.transfer.manifests import replaced_objects
 
 
 @dataclass(frozen=True)
@@ -49,5 +50,6 @@ async def prune_steps(
 
 
 async def _remove(store: Store) -> None:
+    named = await replaced_objects(store)  # of a stock checkpoint too
     await store.delete([MANIFEST])
-    await store.delete([name for name in await store.list() if save_of(name)])
+    await store.delete([*named, *(name for name in await store.list() if save_of(name))])
