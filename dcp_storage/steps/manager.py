@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 from typing import Any, Literal, NoReturn, Self
@@ -22,6 +23,7 @@ from dcp_storage.steps.catalog import latest_step, list_steps
 from dcp_storage.steps.checking import How, Verdict
 from dcp_storage.steps.follow import wait_for
 from dcp_storage.steps.groups import Ranks
+from dcp_storage.steps.pinning import hold_pin
 from dcp_storage.steps.policies import Policy
 from dcp_storage.steps.preemption import Preemption
 from dcp_storage.steps.resume import Resume, Template
@@ -52,7 +54,7 @@ class Checkpoints:
 
     `save`, `async_save`, `load`, `prune`, `should_save` and `close` are **collective**: all ranks of the process group
     call them, in the same order, from one thread. What is wrong on one rank is raised on all. `steps`, `latest`,
-    `wait`, `wait_for` and `request_save` are **local**: any rank, and any other program, calls them by itself.
+    `wait`, `wait_for`, `pin` and `request_save` are **local**: any rank, and any other program, calls them by itself.
 
     Nothing is read, made or installed before the first call. The ranks meet in two gloo groups of their own, so that a
     save beside training never mixes with what training sends; `close` gives them up.
@@ -221,10 +223,25 @@ class Checkpoints:
         """
         return self._root.run(partial(wait_for, step=step, timeout_s=timeout))
 
+    def pin(self, step: int, name: str) -> AbstractContextManager[None]:
+        """Keep a step from every prune, of any program, for as long as the block lasts (local).
+
+        ```python
+        with checkpoints.pin(step, "eval"), open_checkpoint(f"{root}/step-{step}") as checkpoint: ...
+        ```
+
+        Raises (when the block begins):
+            CheckpointNotFound: The step is not there, or is being removed.
+            ConfigError: The name is impossible.
+            StoreError: The store failed, or does not tell when objects were written.
+        """
+        return hold_pin(self._root, step, name)
+
     def prune(self, *, dry_run: bool = False) -> list[Decision]:
         """Remove the steps that `keep` does not keep, and return what was decided (collective).
 
-        Never removed are the newest committed step, and those that this program saves, loads or checks.
+        Never removed are the newest committed step, those that this program saves, loads or checks,
+        and those that are pinned.
 
         Args:
             dry_run: Decide, and remove nothing.

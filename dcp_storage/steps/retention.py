@@ -6,8 +6,9 @@ from datetime import UTC, datetime
 
 from dcp_storage.format.names import MANIFEST
 from dcp_storage.leftovers import save_of
-from dcp_storage.steps.catalog import list_steps
+from dcp_storage.steps.catalog import list_steps, step_directories
 from dcp_storage.steps.names import directory_of
+from dcp_storage.steps.pins import bury, is_pin, is_tombstone
 from dcp_storage.steps.policies import Policy
 from dcp_storage.steps.step import Step
 from dcp_storage.store.base import Store
@@ -37,19 +38,37 @@ def decide(steps: Sequence[Step], keep: Policy | None, in_use: Container[int], n
 async def prune_steps(
     root: Store, keep: Policy | None, *, in_use: Container[int] = (), dry_run: bool = False
 ) -> list[Decision]:
-    """Remove what is not kept, and return what was decided.
+    """Remove what is not kept, and return what was decided; a dry run does not see pins.
 
     Raises:
         StoreError: The store failed.
     """
     decisions = decide(await list_steps(root), keep, in_use, datetime.now(UTC))
-    for decision in decisions:
-        if not (decision.kept or dry_run or decision.step in in_use):
-            await _remove(root.child(directory_of(decision.step)))
+    if dry_run:
+        return decisions
+    await _finish(root, {decision.step for decision in decisions}, in_use)
+    for number, decision in enumerate(decisions):
+        if decision.kept or decision.step in in_use:
+            continue
+        store = root.child(directory_of(decision.step))
+        if await bury(store):
+            await _remove(store)
+        else:
+            decisions[number] = Decision(decision.step, kept=True, reasons=("pinned",))
     return decisions
+
+
+async def _finish(root: Store, committed: Container[int], in_use: Container[int]) -> None:
+    """Remove what is left of steps whose removal was cut short."""
+    for step in await step_directories(root):
+        store = root.child(directory_of(step))
+        if step not in committed and step not in in_use and any(map(is_tombstone, await store.list())):
+            await _remove(store)
 
 
 async def _remove(store: Store) -> None:
     named = await replaced_objects(store)  # of a stock checkpoint too
     await store.delete([MANIFEST])
-    await store.delete([*named, *(name for name in await store.list() if save_of(name))])
+    there = await store.list()
+    await store.delete([*named, *(name for name in there if save_of(name) or is_pin(name))])
+    await store.delete([name for name in there if is_tombstone(name)])  # last: it tells that there is more to do
