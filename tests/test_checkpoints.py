@@ -528,6 +528,22 @@ def test_a_pin_is_refreshed_while_it_is_held(tmp_path, monkeypatch):
         assert not list((tmp_path / "step-1").glob(".pin*"))
 
 
+def test_what_killed_saves_left_goes_after_a_day(tmp_path):
+    names = ["0123456789abcdef-0-0.distcp.zst", ".metadata.tmp-0123456789abcdef", "mine.txt"]
+    for step, age_s in ((7, 25 * 3600), (8, 23 * 3600)):
+        (tmp_path / f"step-{step}").mkdir()
+        for name in names:
+            path = tmp_path / f"step-{step}" / name
+            path.write_bytes(b"torn")
+            os.utime(path, (time.time() - age_s,) * 2)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.prune(dry_run=True) == []
+        assert len(list((tmp_path / "step-7").iterdir())) == 3
+        assert checkpoints.prune() == []
+    assert [path.name for path in (tmp_path / "step-7").iterdir()] == ["mine.txt"]
+    assert sorted(path.name for path in (tmp_path / "step-8").iterdir()) == sorted(names)
+
+
 def test_prune_says_what_it_would_remove(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         for step in (1, 2, 3):

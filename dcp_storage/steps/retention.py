@@ -1,5 +1,6 @@
 """Old steps go: what stays is decided on what the store tells, then manifests are deleted, and then objects."""
 
+import time
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -12,7 +13,10 @@ from dcp_storage.steps.pins import bury, is_pin, is_tombstone
 from dcp_storage.steps.policies import Policy
 from dcp_storage.steps.step import Step
 from dcp_storage.store.base import Store
-from dcp_storage.transfer.manifests import replaced_objects
+from dcp_storage.transfer.manifests import is_committed, replaced_objects
+
+_DEAD_S = 24 * 3600
+"""A save that wrote nothing for so long is dead, by the times that the store tells and this machine's clock."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +63,15 @@ async def prune_steps(
 
 
 async def _finish(root: Store, committed: Container[int], in_use: Container[int]) -> None:
-    """Remove what is left of steps whose removal was cut short."""
+    """Remove what is left of steps whose removal was cut short, and of saves that died."""
     for step in await step_directories(root):
         store = root.child(directory_of(step))
-        if step not in committed and step not in in_use and any(map(is_tombstone, await store.list())):
+        if step in committed or step in in_use:
+            continue
+        times = await store.modified()
+        is_left = any(map(is_tombstone, times)) or max(times.values(), default=0) < time.time() - _DEAD_S
+        # Asked after the times: what another job has committed meanwhile stays.
+        if is_left and not await is_committed(store, parts=True):
             await _remove(store)
 
 
