@@ -16,11 +16,20 @@ if TYPE_CHECKING:
     from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
     from dcp_storage.dcp.reader import AsyncStorageReader
     from dcp_storage.dcp.writer import AsyncStorageWriter
+    from dcp_storage.steps.manager import Checkpoints
+    from dcp_storage.steps.per_rank import PerRank
+    from dcp_storage.steps.policies import KeepBest, KeepEvery, KeepLatest, KeepYounger
 
 __all__ = [
     "AsyncStorageReader",
     "AsyncStorageWriter",
+    "Checkpoints",
     "Codec",
+    "KeepBest",
+    "KeepEvery",
+    "KeepLatest",
+    "KeepYounger",
+    "PerRank",
     "ShardedLoadPlanner",
     "ShardedSavePlanner",
     "Transfer",
@@ -34,7 +43,13 @@ __all__ = [
 _HOMES = {
     "AsyncStorageReader": "dcp.reader",
     "AsyncStorageWriter": "dcp.writer",
+    "Checkpoints": "steps.manager",
     "Codec": "config",
+    "KeepBest": "steps.policies",
+    "KeepEvery": "steps.policies",
+    "KeepLatest": "steps.policies",
+    "KeepYounger": "steps.policies",
+    "PerRank": "steps.per_rank",
     "ShardedLoadPlanner": "dcp.planners.load_planner",
     "ShardedSavePlanner": "dcp.planners.save_planner",
     "Transfer": "config",

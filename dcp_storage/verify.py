@@ -2,25 +2,21 @@
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice, zip_longest
 from typing import Any
 
 from dcp_storage.config import Transfer
-from dcp_storage.errors import CheckpointNotFound, ConfigError, ManifestCorrupt, StoreError
+from dcp_storage.errors import CheckpointNotFound, ConfigError, StoreError
 from dcp_storage.format.contents import CheckedItem, Contents, HeldObject
-from dcp_storage.format.digests import MAX_DIGESTED_BYTES
-from dcp_storage.format.frames import StoredCodec
 from dcp_storage.format.names import MANIFEST
-from dcp_storage.format.schema import Segment
 from dcp_storage.leftovers import split
 from dcp_storage.observe import Observer, observed, silent
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
-from dcp_storage.transfer.check import Fault, Run, check_runs
+from dcp_storage.transfer.check import Fault, check_runs, runs_of
 from dcp_storage.transfer.manifests import read_manifest
-from dcp_storage.transfer.ranges import Block, locate
+from dcp_storage.transfer.ranges import Block
 from dcp_storage.transfer.workers import run_async
 
 
@@ -161,28 +157,6 @@ def _object_fault(expected: HeldObject, size: int | None) -> Damage | None:
     return Damage(expected.name, None, expected.fqns, what)
 
 
-def _runs(items: Sequence[CheckedItem], codec: StoredCodec, there: Sequence[int]) -> Iterator[Run]:
-    """Yield the blocks that lie within their objects, which are so long; the others are told with the objects."""
-    for number, item in enumerate(items):
-        count = -(-item.raw_bytes // codec.block_bytes)
-        blocks = locate(number, range(count), item.segments, item.raw_bytes, codec)
-        for segment, digest in zip_longest(item.segments, item.digests, fillvalue=""):
-            assert isinstance(segment, Segment), "there are as many digests as segments, or none"
-            whole = list(islice(blocks, len(segment.lengths)))
-            held = [block for block in whole if block.offset + block.length <= there[block.object]]
-            if digest and held == whole:
-                yield Run(_checked_size(item, whole), item.planes, digest)
-            else:
-                yield from (Run([block], item.planes, "") for block in held)
-
-
-def _checked_size(item: CheckedItem, blocks: Sequence[Block]) -> Sequence[Block]:
-    """Return blocks that are hashed in one go, and held in memory for that."""
-    if blocks[-1].stop - blocks[0].start > MAX_DIGESTED_BYTES:
-        raise ManifestCorrupt(f"{item.fqn} has a digest of more than {MAX_DIGESTED_BYTES} bytes", fqn=item.fqn)
-    return blocks
-
-
 async def _block_damage(
     store: Store, contents: Contents, sizes: Mapping[str, int], transfer: Transfer, observer: Observer
 ) -> tuple[list[Block], list[Damage]]:
@@ -191,7 +165,7 @@ async def _block_damage(
     if codec is None:
         return [], []
     items, names = list(contents.checked_items()), contents.object_names
-    runs = list(_runs(items, codec, [sizes.get(name, 0) for name in names]))
+    runs = list(runs_of(items, codec, [sizes.get(name, 0) for name in names]))
     blocks = [block for run in runs for block in run.blocks]
     with observed(observer, "verify", store.url, sum(block.stop - block.start for block in blocks)) as advance:
         faults = await check_runs(store, runs, names, codec, contents.digest, transfer=transfer, advance=advance)

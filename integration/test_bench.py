@@ -38,7 +38,7 @@ def _run(tmp_path, *arguments):
 
 
 def test_local_speed_resharding_and_repeats(tmp_path):
-    arguments = ["--states", "mixed", "small", "--stores", "local", "--parts", "speed", "reshard", "repeats"]
+    arguments = ["--states", "mixed", "small", "--stores", "local", "--parts", "speed", "reshard", "repeats", "steps"]
     output, found = _run(tmp_path, *arguments)
     cells = {(each["state"], each["store"], each["contestant"], each["operation"]) for each in found["timings"]}
     for state in ("mixed", "small"):
@@ -49,6 +49,9 @@ def test_local_speed_resharding_and_repeats(tmp_path):
     assert {each["contestant"] for each in found["reshards"]} >= {OURS, STOCK}
     assert all(check["passed"] for check in found["checks"] if check["number"] == 7)
     assert [len(each["seconds"]) for each in found["repeats"]] == [6, 6]
+    assert {(each["contestant"], each["how"]) for each in found["steps"]} == {
+        (name, how) for name in (OURS, STOCK) for how in ("save", "async_save")
+    }
     assert found["machine"]["cores"] == os.cpu_count()
     assert "stock zstd t2" in output
     assert "Targets" in output

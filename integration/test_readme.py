@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from dcp_storage import Checkpoints
 from dcp_storage.verify import verify
 
 README = Path(__file__).parent.parent / "README.md"
@@ -66,18 +67,38 @@ def descendants(pid):
     return [*children, *(below for child in children for below in descendants(child))]
 
 
-@pytest.mark.timeout(2 * LIMIT_S)
-def test_killed_on_two_ranks_and_resumed_on_three(torchrun, tmp_path):
-    manifest = tmp_path / "checkpoint" / ".metadata"
-    process = torchrun(2, 1_000_000)
+def wait_for_steps(process, root, count):
     deadline = time.monotonic() + LIMIT_S
-    while not manifest.exists():
+    while len(list(root.glob("step-*/.metadata"))) < count:
         assert process.poll() is None, process.stdout.read()
         assert time.monotonic() < deadline
         time.sleep(0.01)
+
+
+@pytest.mark.timeout(2 * LIMIT_S)
+def test_a_sigterm_to_one_rank_ends_all_with_a_save(torchrun, tmp_path):
+    root = tmp_path / "checkpoint"
+    process = torchrun(2, 1_000_000)
+    wait_for_steps(process, root, 3)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    out, _ = process.communicate(timeout=LIMIT_S)
+    assert process.returncode == 0, out
+    assert not descendants(process.pid)
+    steps = [step.step for step in Checkpoints(root).steps()]
+    assert 1 <= len(steps) <= 3
+    out, _ = torchrun(2, 0).communicate(timeout=LIMIT_S)
+    assert re.findall(r"rank \d of 2 begins at step (\d+)", out) == [str(steps[-1])] * 2
+
+
+@pytest.mark.timeout(2 * LIMIT_S)
+def test_killed_on_two_ranks_and_resumed_on_three(torchrun, tmp_path):
+    process = torchrun(2, 1_000_000)
+    wait_for_steps(process, tmp_path / "checkpoint", 1)
     time.sleep(random.uniform(0.2, 1))
     kill(process)
-    assert verify(tmp_path / "checkpoint").sound
+    newest = Checkpoints(tmp_path / "checkpoint").latest()
+    assert verify(tmp_path / "checkpoint" / f"step-{newest}").sound
     out, _ = torchrun(3, 10).communicate(timeout=LIMIT_S)
     steps = [int(step) for step in re.findall(r"rank \d of 3 begins at step (\d+)", out)]
     assert len(steps) == 3, out

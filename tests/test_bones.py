@@ -19,7 +19,7 @@ FLOORS = [
     {"store"},
     {"transfer", "leftovers"},
     {"dcp"},
-    {"verify", "prune"},
+    {"verify", "prune", "steps"},
     {"demo", "commands"},
     {"cli"},
     {"__main__"},
@@ -27,7 +27,7 @@ FLOORS = [
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 OUTSIDE = {
-    "torch": ("dcp/", "demo/"),
+    "torch": ("dcp/", "demo/", "steps/"),
     "fsspec": ("store/",),
     "s3fs": ("store/",),
     "aiofiles": ("store/",),

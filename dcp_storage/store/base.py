@@ -63,6 +63,10 @@ class Store(ABC):
     @abstractmethod
     async def __aexit__(self, *exc_info: object) -> None: ...
 
+    def child(self, name: str) -> "Store":
+        """Return the store of the prefix of a name directly below this one: open as long as this one is."""
+        raise NotImplementedError(f"{type(self).__name__} has no prefixes below its own ({name})")
+
     @abstractmethod
     async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
         """Write a new object from its batches, in order, and return its size in bytes.

@@ -47,6 +47,10 @@ class LocalStore(Store):
     async def __aexit__(self, *exc_info: object) -> None:
         """Nothing to close: no file is held open between calls."""
 
+    def child(self, name: str) -> "LocalStore":
+        """Return the store of the directory of a name."""
+        return LocalStore(self._path(name), sync_files=self._sync_files)
+
     async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
         """Stream the batches into a new file; remove it again if anything fails."""
         path = self._path(name)

@@ -5,6 +5,7 @@ import builtins
 import io
 from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
 from contextlib import suppress
+from copy import copy
 from datetime import UTC, datetime
 from typing import Any, Self
 
@@ -67,6 +68,15 @@ class RemoteStore(Store):
         if fs is not None:
             with self._failures.mapped("close"):
                 await self._disconnect(fs)
+
+    def child(self, name: str) -> Self:
+        """Return the store of the prefix of a name, with this one's client."""
+        below = copy(self)
+        below._prefix = self._path(name)  # noqa: SLF001 - its own
+        below._failures = Failures(f"{self.url.rstrip('/')}/{name}", secrets_in(self.url, self._options))  # noqa: SLF001
+        below.url = below._failures.url  # noqa: SLF001
+        below._bodies = Bodies()  # noqa: SLF001
+        return below
 
     async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
         """Gather the batches into one body and write it with one request."""

@@ -5,7 +5,7 @@ import inspect
 import io
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 from zlib import crc32
 
 from aiobotocore.session import AioSession
@@ -91,6 +91,12 @@ class S3Store(RemoteStore):
         self._bucket, key, _ = fs.split_path(self._prefix)
         self._keys = f"{key}/" if key else ""
         return fs
+
+    def child(self, name: str) -> Self:
+        """Return the store of the keys below a name, with this one's client."""
+        below = super().child(name)
+        below._keys = f"{self._keys}{name}/"  # noqa: SLF001 - its own
+        return below
 
     async def _connect(self) -> None:
         self._redirects = Redirects()

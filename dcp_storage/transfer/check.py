@@ -1,18 +1,21 @@
 """The check pipeline: segments are fetched, `concurrency` reads at once, and decoded in threads to check them alone."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
+from itertools import islice, zip_longest
 from typing import NamedTuple
 
 from dcp_storage.config import Transfer
-from dcp_storage.errors import BlockCorrupt, ObjectNotFound
+from dcp_storage.errors import BlockCorrupt, ManifestCorrupt, ObjectNotFound
 from dcp_storage.format.blocks import CODECS
-from dcp_storage.format.digests import make_digest
+from dcp_storage.format.contents import CheckedItem
+from dcp_storage.format.digests import MAX_DIGESTED_BYTES, make_digest
 from dcp_storage.format.frames import StoredCodec
+from dcp_storage.format.schema import Segment
 from dcp_storage.observe import Advance
 from dcp_storage.store.base import Room, Store, room_bytes
 from dcp_storage.transfer.memory import Memories
-from dcp_storage.transfer.ranges import Block
+from dcp_storage.transfer.ranges import Block, locate
 from dcp_storage.transfer.workers import CodecThreads, for_each
 
 
@@ -47,6 +50,32 @@ class Fault(NamedTuple):
 
     run: Run
     block: Block | None
+
+
+def runs_of(items: Sequence[CheckedItem], codec: StoredCodec, there: Sequence[int]) -> Iterator[Run]:
+    """Yield the blocks of items that lie within their objects, which are so long, segment by segment.
+
+    Raises:
+        ManifestCorrupt: A digest is of more than what may be held in memory at once.
+    """
+    for number, item in enumerate(items):
+        count = -(-item.raw_bytes // codec.block_bytes)
+        blocks = locate(number, range(count), item.segments, item.raw_bytes, codec)
+        for segment, digest in zip_longest(item.segments, item.digests, fillvalue=""):
+            assert isinstance(segment, Segment), "there are as many digests as segments, or none"
+            whole = list(islice(blocks, len(segment.lengths)))
+            held = [block for block in whole if block.offset + block.length <= there[block.object]]
+            if digest and held == whole:
+                yield Run(_checked_size(item, whole), item.planes, digest)
+            else:
+                yield from (Run([block], item.planes, "") for block in held)
+
+
+def _checked_size(item: CheckedItem, blocks: Sequence[Block]) -> Sequence[Block]:
+    """Return blocks that are hashed in one go, and held in memory for that."""
+    if blocks[-1].stop - blocks[0].start > MAX_DIGESTED_BYTES:
+        raise ManifestCorrupt(f"{item.fqn} has a digest of more than {MAX_DIGESTED_BYTES} bytes", fqn=item.fqn)
+    return blocks
 
 
 async def check_runs(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from integration.bench import memory, repeats, report, reshard, stall
+from integration.bench import memory, repeats, report, reshard, stall, steps
 from integration.bench.contestants import missing
 from integration.bench.machine import describe
 from integration.bench.options import Options, parse
@@ -74,7 +74,19 @@ def _repeats(options: Options, results: Results, directory: Path, console: Conso
     results.repeats = list(repeats.measure(LocalShelf(directory), options.sizes, options.saves))
 
 
-_PARTS = {"speed": _speed, "stall": _stall, "reshard": _reshard, "memory": _memory, "repeats": _repeats}
+def _steps(options: Options, results: Results, directory: Path, console: Console) -> None:
+    console.print("steps of a run")
+    results.steps = steps.measure(LocalShelf(directory), options.sizes, options.rounds)
+
+
+_PARTS = {
+    "speed": _speed,
+    "stall": _stall,
+    "reshard": _reshard,
+    "memory": _memory,
+    "repeats": _repeats,
+    "steps": _steps,
+}
 
 if __name__ == "__main__":
     main()

@@ -9,7 +9,7 @@ from dcp_storage.config import MIB
 from integration.bench.states import QUICK, STATES, Sizes
 from integration.bench.stores import STORES
 
-PARTS = ("speed", "stall", "reshard", "memory", "repeats")
+PARTS = ("speed", "stall", "reshard", "memory", "repeats", "steps")
 _CELLS = [*product(STATES, ["local"]), *product(["mixed", "minilm", "small", "zeros"], ["s3"]), ("mixed", "far")]
 _QUICK_CELLS = [*product(["mixed", "small", "huge"], ["local"]), ("mixed", "s3"), ("mixed", "far")]
 

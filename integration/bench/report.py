@@ -15,7 +15,8 @@ from integration.bench.targets import Check, growth_bytes
 def show(console: Console, results: Results, checks: list[Check]) -> None:
     """Print every table that has rows."""
     console.print(", ".join(f"{key}: {value}" for key, value in results.machine.items()))
-    for grid in (_speeds(results), _stalls(results), _reshards(results), _peaks(results), _repeats(results)):
+    tables = (_speeds, _stalls, _reshards, _peaks, _repeats, _steps)
+    for grid in [table(results) for table in tables]:
         if grid.row_count:
             console.print(grid)
     console.print(_targets(checks))
@@ -76,6 +77,13 @@ def _repeats(results: Results) -> Grid:
         seconds = [each.seconds[0], each.seconds[1], each.seconds[-1]]
         numbers = map(_number, [*seconds, growth_bytes(each) / MIB])
         grid.add_row(each.contestant, str(len(each.seconds)), *numbers)
+    return grid
+
+
+def _steps(results: Results) -> Grid:
+    grid = _grid("Steps of a run, each round; the first takes memory", ["contestant", "how", "blocked s", "beside s"])
+    for each in results.steps:
+        grid.add_row(each.contestant, each.how, _number(each.blocked_seconds), _number(each.background_seconds))
     return grid
 
 

@@ -87,6 +87,17 @@ class Repeats:
     rss_bytes: list[int]
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A step that was saved: how long that kept training waiting, and how long it went on beside it."""
+
+    contestant: str
+    how: str
+    round: int
+    blocked_seconds: float
+    background_seconds: float
+
+
 @dataclass
 class Results:
     """All of a run."""
@@ -98,6 +109,7 @@ class Results:
     stalls: list[Stall] = field(default_factory=list)
     reshards: list[Reshard] = field(default_factory=list)
     repeats: list[Repeats] = field(default_factory=list)
+    steps: list[Saved] = field(default_factory=list)
 
     def write(self, path: Path, checks: list[dict[str, Any]]) -> None:
         """Write everything as JSON, with the outcome of the checks."""

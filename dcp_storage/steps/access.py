@@ -1,0 +1,48 @@
+"""How the steps below a root are written and read: the writers and readers of DCP, one a step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+from dcp_storage.config import Codec, Transfer
+from dcp_storage.dcp.calls import Location, Path
+from dcp_storage.dcp.reader import AsyncStorageReader
+from dcp_storage.dcp.writer import AsyncStorageWriter
+from dcp_storage.observe import Observer
+from dcp_storage.steps.names import directory_of
+
+
+@dataclass(frozen=True)
+class Access:
+    """A root, and how bytes get there and back."""
+
+    root: Location
+    codec: Codec
+    transfer: Transfer
+    observer: Observer
+
+    def writer(self, step: int, info: Mapping[str, Any], *, overwrite: bool) -> AsyncStorageWriter:
+        """Return the writer of a step."""
+        return AsyncStorageWriter(
+            self._place(step),
+            storage_options=self.root.storage_options,
+            codec=self.codec,
+            transfer=self.transfer,
+            overwrite=overwrite,
+            info=info,
+            observer=self.observer,
+        )
+
+    def reader(self, step: int) -> AsyncStorageReader:
+        """Return the reader of a step."""
+        return AsyncStorageReader(
+            self._place(step),
+            storage_options=self.root.storage_options,
+            transfer=self.transfer,
+            observer=self.observer,
+        )
+
+    def _place(self, step: int) -> Path:
+        root, name = self.root.path, directory_of(step)
+        return root / name if isinstance(root, PurePath) else f"{str(root).rstrip('/')}/{name}"

@@ -1,0 +1,64 @@
+"""Which steps lie below a root, as the store tells it now."""
+
+from datetime import datetime
+
+from dcp_storage.errors import ManifestCorrupt, ObjectNotFound, UnsupportedFormat
+from dcp_storage.format.names import MANIFEST
+from dcp_storage.steps.names import directory_of, parse_step
+from dcp_storage.steps.step import Step, metrics_of
+from dcp_storage.store.base import Store
+from dcp_storage.transfer.fetch_manifest import fetch_head
+from dcp_storage.transfer.manifests import is_committed
+from dcp_storage.transfer.workers import for_each
+
+_HEADS_IN_FLIGHT = 64
+
+
+async def step_directories(root: Store) -> list[int]:
+    """Return the steps that have a directory, committed or not, ascending.
+
+    Raises:
+        StoreError: The store failed, which never means that there are none.
+    """
+    return sorted(step for name in await root.directories() if (step := parse_step(name)) is not None)
+
+
+async def list_steps(root: Store) -> list[Step]:
+    """Return the committed steps, ascending, of which only the heads are read.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    found: dict[int, Step] = {}
+
+    async def look(step: int) -> None:
+        store = root.child(directory_of(step))
+        try:
+            head = await fetch_head(store, MANIFEST)
+        except (ObjectNotFound, UnsupportedFormat, ManifestCorrupt):
+            if await is_committed(store, parts=True):
+                found[step] = Step(step, store.url)
+        else:
+            found[step] = Step(
+                step,
+                store.url,
+                datetime.fromisoformat(head.created),
+                head.raw_bytes,
+                head.stored_bytes,
+                metrics_of(head.info),
+            )
+
+    await for_each(_HEADS_IN_FLIGHT, await step_directories(root), look)
+    return [found[step] for step in sorted(found)]
+
+
+async def latest_step(root: Store) -> int | None:
+    """Return the newest committed step, or `None` where there is none.
+
+    Raises:
+        StoreError: The store failed.
+    """
+    for step in reversed(await step_directories(root)):
+        if await is_committed(root.child(directory_of(step)), parts=True):
+            return step
+    return None

@@ -1,0 +1,128 @@
+"""A step is checked after its commit: each rank looks at what it wrote, and tells the others when they next meet."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from enum import Enum
+from typing import Literal
+
+from dcp_storage.config import Transfer
+from dcp_storage.errors import CheckpointNotFound, ManifestCorrupt, ObjectNotFound, StoreError, UnsupportedFormat
+from dcp_storage.format.manifest import Manifest
+from dcp_storage.observe import Observer, observed
+from dcp_storage.store.base import Store
+from dcp_storage.transfer.check import check_runs, runs_of
+from dcp_storage.transfer.manifests import read_manifest
+from dcp_storage.transfer.workers import for_each
+
+logger = logging.getLogger(__name__)
+
+How = Literal["sizes", "full"]
+
+
+class Verdict(Enum):
+    """What a check says of a step."""
+
+    SOUND = "sound"
+    DAMAGED = "damaged"
+    UNCHECKED = "unchecked"
+
+
+class Verdicts:
+    """What the checks of this rank say, and what those of all ranks say together.
+
+    Attributes:
+        pending: Steps that were committed and of which not all ranks have told yet.
+        unchecked: Steps that a rank could not check, or did not, because the next one was there already.
+        damaged: Steps that a rank found damaged.
+    """
+
+    def __init__(self) -> None:
+        self.pending: set[int] = set()
+        self.unchecked: set[int] = set()
+        self.damaged: set[int] = set()
+        self._own: dict[int, Verdict] = {}
+
+    def expect(self, step: int) -> None:
+        """Note that a step was committed."""
+        self.unchecked.discard(step)
+        self.damaged.discard(step)
+        self._own.pop(step, None)
+        self.pending.add(step)
+
+    def note(self, step: int, verdict: Verdict) -> None:
+        """Note what this rank's check says."""
+        self._own[step] = verdict
+
+    def told(self) -> dict[int, Verdict]:
+        """Return what the other ranks are to be told."""
+        return dict(self._own)
+
+    def settle(self, told: Sequence[Mapping[int, Verdict]]) -> None:
+        """Take what all ranks tell, the same on each."""
+        for step in set(told[0]).intersection(*told):
+            verdicts = {each[step] for each in told}
+            self._own.pop(step, None)
+            self.pending.discard(step)
+            if Verdict.DAMAGED in verdicts:
+                self.damaged.add(step)
+            elif Verdict.UNCHECKED in verdicts:
+                self.unchecked.add(step)
+
+
+async def check_own(store: Store, rank: int, how: How, transfer: Transfer, observer: Observer) -> Verdict:
+    """Check the objects that a rank wrote of the checkpoint that stands in a store, and log what is wrong."""
+    try:
+        faults = await _faults(store, rank, how, transfer, observer)
+    except (CheckpointNotFound, ManifestCorrupt, UnsupportedFormat) as error:
+        faults = [str(error)]
+    except StoreError as error:
+        logger.warning("%s could not be checked after its save: %s", store.url, error)
+        return Verdict.UNCHECKED
+    if faults:
+        logger.error("%s is damaged, though its save was reported done: %s", store.url, "; ".join(faults[:5]))
+        return Verdict.DAMAGED
+    return Verdict.SOUND
+
+
+async def _faults(store: Store, rank: int, how: How, transfer: Transfer, observer: Observer) -> list[str]:
+    manifest = await read_manifest(store)
+    if not isinstance(manifest, Manifest):
+        return [f"{store.url} is a stock checkpoint: something else wrote there"]
+    own = {number: stored for number, stored in enumerate(manifest.objects) if _writer_of(stored.name) == rank}
+    faults: list[str] = []
+
+    async def compare(number: int) -> None:
+        stored = own[number]
+        try:
+            size = await store.size(stored.name)
+        except ObjectNotFound:
+            faults.append(f"{stored.name} is missing")
+            return
+        if size != stored.size:
+            faults.append(f"{stored.name} is of {size} bytes, and was written with {stored.size}")
+
+    await for_each(transfer.concurrency, own, compare)
+    if how == "full" and not faults:
+        faults += await _block_faults(store, manifest, set(own), transfer, observer)
+    return faults
+
+
+async def _block_faults(
+    store: Store, manifest: Manifest, own: set[int], transfer: Transfer, observer: Observer
+) -> list[str]:
+    sizes = [stored.size for stored in manifest.objects]
+    items, names = list(manifest.checked_items()), manifest.object_names
+    runs = [run for run in runs_of(items, manifest.codec, sizes) if run.object in own]
+    raw_bytes = sum(block.stop - block.start for run in runs for block in run.blocks)
+    beside_training = replace(transfer, threads=max(1, transfer.resolve_threads() - 1))
+    with observed(observer, "verify", store.url, raw_bytes) as advance:
+        faults = await check_runs(
+            store, runs, names, manifest.codec, manifest.digest, transfer=beside_training, advance=advance
+        )
+    return [f"{names[fault.run.object]} has a damaged block at {fault.run.start}" for fault in faults]
+
+
+def _writer_of(name: str) -> int:
+    """Return the rank in the name of a data object."""
+    return int(name.split("-")[1])

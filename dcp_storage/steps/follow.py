@@ -1,0 +1,23 @@
+"""Following a run from another program."""
+
+import asyncio
+
+from dcp_storage.steps.catalog import latest_step
+from dcp_storage.store.base import Store
+
+_FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
+
+
+async def wait_for(root: Store, step: int | None, timeout_s: float | None) -> int:
+    """Return the newest committed step, once it is at least `step`; between looks the pauses grow.
+
+    Raises:
+        TimeoutError: There was none in time.
+        StoreError: The store failed.
+    """
+    pause_s = _FIRST_PAUSE_S
+    async with asyncio.timeout(timeout_s):
+        while (newest := await latest_step(root)) is None or newest < (step or 0):
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    return newest

@@ -1,0 +1,111 @@
+"""Which steps to keep: small pure policies, combined with `|`."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Literal
+
+from dcp_storage.errors import ConfigError
+from dcp_storage.steps.step import Step
+
+
+class Policy(ABC):
+    """Says which steps to keep, and why. `one | other` keeps what either keeps."""
+
+    @abstractmethod
+    def kept(self, steps: Sequence[Step], now: datetime) -> dict[int, list[str]]:
+        """Return the steps to keep of those that there are, ascending, with the reasons."""
+
+    def __or__(self, other: "Policy") -> "Policy":
+        return _Either((self, other))
+
+
+@dataclass(frozen=True)
+class _Either(Policy):
+    policies: tuple[Policy, ...]
+
+    def kept(self, steps: Sequence[Step], now: datetime) -> dict[int, list[str]]:
+        found: dict[int, list[str]] = {}
+        for policy in self.policies:
+            for step, reasons in policy.kept(steps, now).items():
+                found.setdefault(step, []).extend(reasons)
+        return found
+
+
+@dataclass(frozen=True)
+class KeepLatest(Policy):
+    """Keeps the newest steps: `KeepLatest(3)`."""
+
+    count: int
+
+    def __post_init__(self) -> None:
+        _check_positive("KeepLatest", self.count)
+
+    def kept(self, steps: Sequence[Step], now: datetime) -> dict[int, list[str]]:  # noqa: ARG002
+        """Return the newest."""
+        return _because(f"one of the latest {self.count}", steps[-self.count :])
+
+
+@dataclass(frozen=True)
+class KeepEvery(Policy):
+    """Keeps the steps that a number divides: `KeepEvery(1000)`."""
+
+    interval: int
+
+    def __post_init__(self) -> None:
+        _check_positive("KeepEvery", self.interval)
+
+    def kept(self, steps: Sequence[Step], now: datetime) -> dict[int, list[str]]:  # noqa: ARG002
+        """Return those that it divides."""
+        return _because(f"every {self.interval}", [step for step in steps if step.step % self.interval == 0])
+
+
+@dataclass(frozen=True)
+class KeepBest(Policy):
+    """Keeps the steps of the best values of a metric: `KeepBest(2, "loss", mode="min")`.
+
+    Steps without it, or where it is NaN, are not best; of equal ones the newer is better.
+    """
+
+    count: int
+    metric: str
+    mode: Literal["min", "max"] = "min"
+
+    def __post_init__(self) -> None:
+        _check_positive("KeepBest", self.count)
+        if self.mode not in {"min", "max"}:
+            raise ConfigError(f'KeepBest: mode is {self.mode!r}; choose "min" or "max"')
+
+    def kept(self, steps: Sequence[Step], now: datetime) -> dict[int, list[str]]:  # noqa: ARG002
+        """Return the best."""
+        sign = 1 if self.mode == "min" else -1
+        told = [step for step in steps if not math.isnan(step.metrics.get(self.metric, math.nan))]
+        best = sorted(told, key=lambda step: (sign * step.metrics[self.metric], -step.step))
+        return _because(f"one of the best {self.count} by {self.metric}", best[: self.count])
+
+
+@dataclass(frozen=True)
+class KeepYounger(Policy):
+    """Keeps steps that were committed lately: `KeepYounger(timedelta(days=7))`. Where nothing tells, they are kept."""
+
+    age: timedelta
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.age, timedelta) or self.age <= timedelta():
+            raise ConfigError(f"KeepYounger: age is {self.age!r}; give a positive timedelta")
+
+    def kept(self, steps: Sequence[Step], now: datetime) -> dict[int, list[str]]:
+        """Return the young ones."""
+        young = [step for step in steps if step.created is None or now - step.created < self.age]
+        return _because(f"younger than {self.age}", young)
+
+
+def _check_positive(name: str, count: object) -> None:
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ConfigError(f"{name}({count!r}) keeps nothing that can be told; give a whole number from 1")
+
+
+def _because(reason: str, steps: Iterable[Step]) -> dict[int, list[str]]:
+    return {step.step: [reason] for step in steps}

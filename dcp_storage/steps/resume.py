@@ -1,0 +1,146 @@
+"""The newest sound step, into a state: all ranks take the same."""
+
+import logging
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import LoadPlanner
+from torch.distributed.checkpoint.stateful import Stateful
+
+from dcp_storage.dcp.loading import load as load_alike
+from dcp_storage.dcp.planners.load_planner import ShardedLoadPlanner
+from dcp_storage.errors import ManifestCorrupt, ObjectNotFound, UnsupportedFormat
+from dcp_storage.format.names import MANIFEST
+from dcp_storage.steps.access import Access
+from dcp_storage.steps.catalog import step_directories
+from dcp_storage.steps.failures import cause_of, is_damage, unwrapped
+from dcp_storage.steps.groups import Ranks
+from dcp_storage.steps.names import directory_of
+from dcp_storage.steps.per_rank import Place, places, standing_in, take, to_load
+from dcp_storage.steps.upkeep import Upkeep
+from dcp_storage.store.base import Store
+from dcp_storage.transfer.fetch_manifest import fetch_head
+from dcp_storage.transfer.manifests import is_committed
+
+logger = logging.getLogger(__name__)
+
+_MOST_PASSED_OVER = 3
+"""More damaged steps than that are no accident of one save: somebody should look."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A step that is there, and how many ranks saved it, if that is known."""
+
+    step: int
+    ranks: int | None
+
+
+async def newest_below(root: Store, below: int | None) -> Candidate | None:
+    """Return the newest committed step, of those below another if that is given; `None` where there is none.
+
+    Raises:
+        StoreError: The store failed, which never means that there is none.
+    """
+    for step in sorted(await step_directories(root), reverse=True):
+        store = root.child(directory_of(step))
+        if (below is None or step < below) and await is_committed(store, parts=True):
+            return Candidate(step, await _ranks_of(store))
+    return None
+
+
+async def given(root: Store, step: int) -> Candidate:
+    """Return a step, whether it is there or not: its load tells."""
+    return Candidate(step, await _ranks_of(root.child(directory_of(step))))
+
+
+async def _ranks_of(store: Store) -> int | None:
+    with suppress(ObjectNotFound, ManifestCorrupt, UnsupportedFormat):  # its load tells
+        return (await fetch_head(store, MANIFEST)).world_size
+    return None
+
+
+class Template:
+    """A state dict as DCP is to fill it: without `Stateful`s at its top, which may raise on a single rank."""
+
+    def __init__(self, state: dict[str, Any]) -> None:
+        self._state = state
+        self.plain = {
+            key: held.state_dict() if isinstance(held, Stateful) else held
+            for key, held in sorted(state.items())  # DCP sorts them, too
+        }
+        self.places: Sequence[Place] = places(self.plain)
+
+    def hand_over(self) -> None:
+        """Give what was loaded to the state dict and its `Stateful`s."""
+        for key, held in self._state.items():
+            if isinstance(held, Stateful):
+                held.load_state_dict(self.plain[key])
+            else:
+                self._state[key] = self.plain[key]
+
+
+class Resume:
+    """One call of `Checkpoints.load`: all ranks go the same way."""
+
+    def __init__(
+        self,
+        ranks: Ranks,
+        access: Access,
+        upkeep: Upkeep,
+        template: Template,
+        planner: LoadPlanner | None,
+    ) -> None:
+        self._ranks, self._access, self._upkeep = ranks, access, upkeep
+        self._template, self._planner = template, planner
+        self._damages: list[BaseException] = []
+
+    def load(self, step: int) -> int:
+        """Load a step, or raise why not."""
+        with unwrapped():
+            self._load(self._ranks.on_first(lambda: self._access.root.run(partial(given, step=step))))
+        return step
+
+    def load_newest(self, *, strict: bool) -> int | None:
+        """Load the newest step that is sound, or with `strict` the newest alone; `None` where there is none."""
+        below: int | None = None
+        while found := self._ranks.on_first(lambda: self._access.root.run(partial(newest_below, below=below))):  # noqa: B023
+            try:
+                self._load(found)
+            except CheckpointException as error:
+                cause = cause_of(error)
+                if strict or not is_damage(error) or len(self._damages) == _MOST_PASSED_OVER:
+                    raise cause from cause.__cause__
+                self._pass_over(found.step, cause)
+                below = found.step
+            else:
+                return found.step
+        if self._damages:
+            raise self._damages[0] from self._damages[0].__cause__
+        return None
+
+    def _pass_over(self, step: int, cause: BaseException) -> None:
+        self._damages.append(cause)
+        self._upkeep.verdicts.damaged.add(step)
+        if self._ranks.rank == 0:
+            logger.warning("step %d is damaged, and the one before it is loaded instead: %s", step, cause)
+
+    def _load(self, found: Candidate) -> None:
+        planner = self._planner or ShardedLoadPlanner()
+        template, ranks = self._template, self._ranks
+        # On one rank alone something may be wrong with a `PerRank`.
+        slots, _ = ranks.meet(lambda: (to_load(template.places, ranks.rank, ranks.size, found.ranks), None))
+        reader = self._access.reader(found.step)
+        with self._upkeep.using(found.step), standing_in(template.plain, template.places, slots):
+            load_alike(template.plain, reader, planner=planner, process_group=ranks.asked)
+        ranks.on_each(partial(self._take, slots, planner, regrouped=found.ranks not in {None, ranks.size}))
+
+    def _take(self, slots: Sequence[Any], planner: LoadPlanner, *, regrouped: bool) -> None:
+        if self._damages and getattr(planner, "skipped", None):
+            raise self._damages[0]  # what this step lacks may be filled from the damaged one
+        take(self._template.places, slots, regrouped=regrouped)
+        self._template.hand_over()

@@ -1,0 +1,58 @@
+"""`Step`: a committed checkpoint of a run, as its head tells."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from dcp_storage.errors import ConfigError
+
+_NOT_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
+
+
+@dataclass(frozen=True)
+class Step:
+    """A committed step.
+
+    Attributes:
+        step: Its number.
+        url: Where it is, without credentials.
+        created: When it was committed; `None` where nothing tells: stock checkpoints do not, nor do damaged heads.
+        raw_bytes: Size of what it holds in memory, likewise.
+        stored_bytes: Size of its objects, likewise.
+        metrics: What its save said.
+    """
+
+    step: int
+    url: str
+    created: datetime | None = None
+    raw_bytes: int | None = None
+    stored_bytes: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+
+def info_of(step: int, metrics: Mapping[str, float] | None) -> dict[str, Any]:
+    """Return what the head of a step says of it.
+
+    JSON has no number for NaN and the infinities: they are written as the text that `float` reads.
+
+    Raises:
+        ConfigError: A metric is no number, or its name no text.
+    """
+    for name, value in (metrics or {}).items():
+        if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, int | float):
+            raise ConfigError(f"metrics[{name!r}] is {value!r}; give numbers by name, such as {{'loss': loss.item()}}")
+    return {"step": step, "metrics": {name: _written(float(value)) for name, value in (metrics or {}).items()}}
+
+
+def metrics_of(info: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics that a head holds, whoever wrote it."""
+    found = info.get("metrics")
+    read = found.items() if isinstance(found, dict) else ()
+    numbers = {name: _NOT_JSON.get(value, value) if isinstance(value, str) else value for name, value in read}
+    return {name: float(value) for name, value in numbers.items() if type(value) in {int, float}}
+
+
+def _written(value: float) -> float | str:
+    return next((text for text, number in _NOT_JSON.items() if repr(number) == repr(value)), value)

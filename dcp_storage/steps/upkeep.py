@@ -1,0 +1,108 @@
+"""What follows a commit, beside training: the step is checked, and old ones go."""
+
+import logging
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
+from functools import partial
+from threading import Lock
+
+from dcp_storage.errors import DcpStorageError
+from dcp_storage.steps.access import Access
+from dcp_storage.steps.background import Chores
+from dcp_storage.steps.checking import How, Verdict, Verdicts, check_own
+from dcp_storage.steps.names import directory_of
+from dcp_storage.steps.policies import Policy
+from dcp_storage.steps.proven import ProvenOnly
+from dcp_storage.steps.retention import Decision, prune_steps
+
+logger = logging.getLogger(__name__)
+
+
+class Upkeep:
+    """Checks what this rank wrote, and on the first rank removes what `keep` does not keep.
+
+    Attributes:
+        verdicts: What checks say of the steps that were saved.
+    """
+
+    def __init__(self, access: Access, keep: Policy | None, verify: How | None) -> None:
+        self.verdicts = Verdicts()
+        self._access, self._keep, self._verify = access, keep, verify
+        self._chores = Chores(self._follow, self._skip)
+        self._in_use: set[int] = set()
+        self._rank = 0
+        self._pruning = Lock()
+
+    def hold(self, step: int) -> None:
+        """Keep a step, which this process is about to write or read, from being removed."""
+        self._in_use.add(step)
+
+    def release(self, step: int) -> None:
+        """Let a step go again."""
+        self._in_use.discard(step)
+
+    @contextmanager
+    def using(self, step: int) -> Iterator[None]:
+        """Hold a step for a while."""
+        self.hold(step)
+        try:
+            yield
+        finally:
+            self.release(step)
+
+    def committed(self, step: int, rank: int) -> None:
+        """Begin what follows the commit of a step on this rank."""
+        self._rank = rank
+        self.verdicts.damaged.discard(step)
+        if self._verify:
+            self.verdicts.expect(step)
+        if self._verify or (self._keep and rank == 0):
+            self._chores.add(step)
+
+    def wait(self) -> None:
+        """Wait until nothing is left to do."""
+        self._chores.wait()
+
+    def end(self) -> None:
+        """Remove what the last verdicts allow to."""
+        if self._verify and self._keep and self._rank == 0:
+            self._prune_quietly()
+
+    def prune(self, *, dry_run: bool) -> list[Decision]:
+        """Remove what is not to be kept, and return what was decided."""
+        keep = self._keep and ProvenOnly(self._keep, self.verdicts)
+        with self._pruning:
+            return self._access.root.run(partial(prune_steps, keep=keep, in_use=_Held(self), dry_run=dry_run))
+
+    def holds(self, step: int) -> bool:
+        """Return whether a step is being written, read or checked."""
+        return step in self._in_use or step in self.verdicts.pending
+
+    def _follow(self, step: int) -> None:
+        if self._verify:
+            access = self._access
+            check = partial(
+                check_own, rank=self._rank, how=self._verify, transfer=access.transfer, observer=access.observer
+            )
+            self.verdicts.note(step, access.root.run(lambda root: check(root.child(directory_of(step)))))
+        if self._keep and self._rank == 0:
+            self._prune_quietly()
+
+    def _skip(self, step: int) -> None:
+        self.verdicts.note(step, Verdict.UNCHECKED)
+
+    def _prune_quietly(self) -> None:
+        try:
+            self.prune(dry_run=False)
+        except DcpStorageError as error:
+            logger.warning("old steps were not all removed, and the next prune goes on: %s", error)
+
+
+class _Held(Container[int]):
+    """The steps that an `Upkeep` holds now, while a prune goes on."""
+
+    def __init__(self, upkeep: Upkeep) -> None:
+        self._upkeep = upkeep
+
+    def __contains__(self, step: object) -> bool:
+        return isinstance(step, int) and self._upkeep.holds(step)
