@@ -5,7 +5,6 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from dcp_storage import demo
 from dcp_storage.commands import prune, verify
 from dcp_storage.commands.common import print_json
 from dcp_storage.errors import CheckpointNotFound, ConfigError, DcpStorageError, StoreError
@@ -40,7 +39,6 @@ def _parser() -> argparse.ArgumentParser:
     for name, module, says in (
         ("verify", verify, "read and check every block of a checkpoint"),
         ("prune", prune, "remove what dead saves left beside a checkpoint"),
-        ("demo", demo, "watch a real model train, checkpoint, die, resume and be verified"),
     ):
         command = commands.add_parser(name, help=says)
         module.add_arguments(command)

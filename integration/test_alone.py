@@ -16,9 +16,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.cli import main
 from dcp_storage.dcp.undocumented import LocalShardsWrapper
-from dcp_storage.demo.ranks import Ranks
 from dcp_storage.errors import CoverageError
 from dcp_storage.verify import verify
+from integration.demo.ranks import Ranks
 
 LIMIT_S = 100
 ROWS = 7

@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
-from dcp_storage.demo.ranks import Ranks
 from dcp_storage.errors import StoreError
 from dcp_storage.store.local import LocalStore
+from integration.demo.ranks import Ranks
 from tests.test_async_save import loaded_value
 
 LIMIT_S = 100

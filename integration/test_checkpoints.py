@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dcp_storage import Checkpoints, KeepLatest, PerRank
-from dcp_storage.demo.ranks import Ranks
 from dcp_storage.errors import (
     BlockCorrupt,
     CheckpointExists,
@@ -27,6 +26,7 @@ from dcp_storage.errors import (
     StoreError,
 )
 from dcp_storage.store.local import LocalStore
+from integration.demo.ranks import Ranks
 
 LIMIT_S = 100
 ROWS = 1003

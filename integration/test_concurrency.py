@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner, load
-from dcp_storage.demo.ranks import Ranks
 from dcp_storage.errors import CheckpointReplaced
 from dcp_storage.store.local import LocalStore
+from integration.demo.ranks import Ranks
 
 LIMIT_S = 100
 SAVES = 12

@@ -7,8 +7,8 @@ from collections import Counter
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from dcp_storage.demo.ranks import RankError, Ranks
 from dcp_storage.store.local import LocalStore
+from integration.demo.ranks import RankError, Ranks
 from integration.faults import full, strace
 from integration.faults.faults import Injector
 from integration.faults.http import try_requests

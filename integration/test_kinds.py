@@ -17,8 +17,8 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.testing._internal.two_tensor import TwoTensor
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
-from dcp_storage.demo.ranks import Ranks
 from dcp_storage.errors import UnsupportedTensor
+from integration.demo.ranks import Ranks
 
 LIMIT_S = 100
 WHOLE = torch.arange(12, dtype=torch.float32).view(6, 2)

@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner
-from dcp_storage.demo.ranks import Ranks
 from dcp_storage.errors import DcpStorageError, ManifestCorrupt, StoreError
 from dcp_storage.store.local import LocalStore
+from integration.demo.ranks import Ranks
 from tests.states import assert_same, blank_like
 
 LIMIT_S = 100

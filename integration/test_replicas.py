@@ -14,8 +14,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
-from dcp_storage.demo.ranks import Ranks
 from dcp_storage.errors import ReplicaMismatch
+from integration.demo.ranks import Ranks
 
 LIMIT_S = 100
 

@@ -20,22 +20,21 @@ FLOORS = [
     {"transfer", "leftovers"},
     {"dcp"},
     {"verify", "prune", "steps"},
-    {"demo", "commands"},
+    {"commands"},
     {"cli"},
     {"__main__"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 
 OUTSIDE = {
-    "torch": ("dcp/", "demo/", "steps/"),
+    "torch": ("dcp/", "steps/"),
     "fsspec": ("store/",),
     "s3fs": ("store/",),
     "aiofiles": ("store/",),
     "aiobotocore": ("store/",),
     "botocore": ("store/",),
     "zstandard": ("format/", "dcp/stock"),
-    "rich": ("progress.py", "demo/", "commands/"),
-    "safetensors": ("demo/",),
+    "rich": ("progress.py", "commands/"),
 }
 
 

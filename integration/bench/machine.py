@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dcp_storage.config import GIB, MIB
-from dcp_storage.demo.machine import describe_machine
+from integration.demo.machine import describe_machine
 
 
 def describe(directory: Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dcp_storage.config import GIB, KIB, MIB
-from dcp_storage.demo.machine import find_model
+from integration.demo.machine import find_model
 
 State = dict[str, Tensor]
 _POISON = 0xA5

@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._shards_wrapper import LocalShardsWrapper
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner
-from dcp_storage.demo.ranks import Rank, Ranks
+from integration.demo.ranks import Rank, Ranks
 from integration.resharding.layouts import Layout, layouts, mesh, parts, upstream
 from tests.states import bits, random_bits
 

@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner
-from dcp_storage.demo.ranks import Rank, Ranks
+from integration.demo.ranks import Rank, Ranks
 from integration.resharding.layouts import layouts, parts
 from integration.resharding.matrix import RIGHT, blank, compare
 from tests.states import random_bits

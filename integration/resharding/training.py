@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
-from dcp_storage.demo.ranks import Rank, Ranks
+from integration.demo.ranks import Rank, Ranks
 from tests.states import bits
 
 STEPS = 3

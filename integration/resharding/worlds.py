@@ -12,8 +12,8 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
-from dcp_storage.demo.ranks import Rank, Ranks
 from dcp_storage.geometry import Box
+from integration.demo.ranks import Rank, Ranks
 from integration.resharding.layouts import layouts, parts
 from integration.resharding.matrix import RIGHT, blank, compare, whole_tensor
 from tests.fake_ranks import Shards

@@ -4,12 +4,12 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
-from dcp_storage.demo import report
-from dcp_storage.demo.figures import CONTESTANTS, OURS, Config, Results, Resume
-from dcp_storage.demo.ranks import Event, Ranks
-from dcp_storage.demo.report import ranks_text
-from dcp_storage.demo.screen import Screen
-from dcp_storage.demo.tasks import orders, resume_and_verify, train_and_save
+from integration.demo import report
+from integration.demo.figures import CONTESTANTS, OURS, Config, Results, Resume
+from integration.demo.ranks import Event, Ranks
+from integration.demo.report import ranks_text
+from integration.demo.screen import Screen
+from integration.demo.tasks import orders, resume_and_verify, train_and_save
 
 KILL_AT = 0.3
 """When the ranks are killed, as a share of the time that our save took before; it takes longer beside training."""

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from dcp_storage.demo.figures import OURS, STOCK, STOCK_ZSTD, Part, Results, Resume, merge, rate
+from integration.demo.figures import OURS, STOCK, STOCK_ZSTD, Part, Results, Resume, merge, rate
 
 LABELS = {OURS: "dcp-storage", STOCK: "stock DCP", STOCK_ZSTD: "stock DCP + ZStandard"}
 _KEYS = {"model": "weights", "model_bf16": "weights to ship", "optim": "AdamW moments"}

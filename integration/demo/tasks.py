@@ -5,18 +5,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from dcp_storage.demo.figures import CONTESTANTS, Check, Config
-from dcp_storage.demo.ranks import Rank
+from integration.demo.figures import CONTESTANTS, Check, Config
+from integration.demo.ranks import Rank
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from dcp_storage.demo.train import Trainer
+    from integration.demo.train import Trainer
 
 
 def train_and_save(rank: Rank, config: Config) -> NoReturn:
     """Train from the published weights, save with every contestant, and go on until the kill."""
-    from dcp_storage.demo import storage, train
+    from integration.demo import storage, train
 
     weights = train.read_weights(Path(config.model_dir, "model.safetensors"))
     _tell(rank, "weights", train.describe(weights))
@@ -35,7 +35,7 @@ def train_and_save(rank: Rank, config: Config) -> NoReturn:
 
 def resume_and_verify(rank: Rank, config: Config) -> None:
     """Load every contestant's checkpoint on this number of ranks, compare it, and go on from ours."""
-    from dcp_storage.demo import bits, storage
+    from integration.demo import bits, storage
 
     trainer = _trainer(rank, config, None)
     state = trainer.state()
@@ -60,7 +60,7 @@ def _save_until_killed(rank: Rank, config: Config, trainer: "Trainer") -> NoRetu
     """Replace our checkpoint in the background and train on; the parent kills the ranks meanwhile."""
     from torch import distributed
 
-    from dcp_storage.demo import storage
+    from integration.demo import storage
 
     state = _keep_reference(rank, config, trainer)
     group = distributed.new_group(backend="gloo")  # the save's collectives must not mix with those of the training
@@ -76,8 +76,8 @@ def _save_until_killed(rank: Rank, config: Config, trainer: "Trainer") -> NoRetu
 
 
 def _trainer(rank: Rank, config: Config, weights: "dict[str, Tensor] | None") -> "Trainer":
-    from dcp_storage.demo.train import Trainer
-    from dcp_storage.demo.wordpiece import Tokenizer
+    from integration.demo.train import Trainer
+    from integration.demo.wordpiece import Tokenizer
 
     tokenizer = Tokenizer.from_file(Path(config.model_dir, "vocab.txt"))
     return Trainer(tokenizer, rank.rank, rank.world_size, weights)
@@ -85,7 +85,7 @@ def _trainer(rank: Rank, config: Config, weights: "dict[str, Tensor] | None") ->
 
 def _keep_reference(rank: Rank, config: Config, trainer: "Trainer") -> dict[str, Any]:
     """Return the state; keep a whole copy of it, and the loss that it evaluates to, under its step."""
-    from dcp_storage.demo import bits
+    from integration.demo import bits
 
     state = trainer.state()
     whole = bits.gather(state)
@@ -100,7 +100,7 @@ def _check(rank: Rank, config: Config, state: dict[str, Any]) -> Check:
     import torch
     from torch import distributed
 
-    from dcp_storage.demo import bits
+    from integration.demo import bits
 
     path = _reference(config, state["step"])
     reference = bits.read_reference(path) if path.exists() else {}

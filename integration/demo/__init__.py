@@ -1,4 +1,4 @@
-"""`dcp-storage demo`: a model trains, checkpoints, dies, resumes on other numbers of ranks and is verified."""
+"""A model trains, checkpoints, dies, resumes on other numbers of ranks and is verified."""
 
 import argparse
 import contextlib
@@ -6,12 +6,26 @@ import json
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+from dcp_storage.errors import DcpStorageError
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the options of the sub-command."""
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the demo and return the exit code: 0 where every check holds; 130 interrupted."""
+    try:
+        return run(_parser().parse_args(argv))
+    except DcpStorageError as error:
+        print(f"demo: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("demo: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m integration.demo", description=__doc__)
     parser.add_argument("--url", help="where to save, kept afterwards (default: a temporary directory, about 1 GB)")
     parser.add_argument("--endpoint-url", help="endpoint of an S3-compatible server, for an s3:// URL")
     parser.add_argument("--steps", type=_positive, default=6, help="training steps (default: %(default)s)")
@@ -20,15 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume-ranks", type=_positive_list, default=[1, 3, 4], metavar="N,N", help="ranks to resume on (1,3,4)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON document with all figures, nothing else")
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Run the demo and return the exit code: 0 when every check holds."""
-    from dcp_storage.demo import report
-    from dcp_storage.demo.figures import Config, Place, Results, document
-    from dcp_storage.demo.machine import describe_machine, find_model
-    from dcp_storage.demo.screen import Screen
-    from dcp_storage.demo.story import Story
+    from integration.demo import report
+    from integration.demo.figures import Config, Place, Results, document
+    from integration.demo.machine import describe_machine, find_model
+    from integration.demo.screen import Screen
+    from integration.demo.story import Story
 
     model_dir = str(find_model())
     with _ended_politely(), tempfile.TemporaryDirectory(prefix="dcp-storage-demo-") as scratch:

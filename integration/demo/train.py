@@ -10,9 +10,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional
 
-from dcp_storage.demo.model import MiniLM, Shape
-from dcp_storage.demo.sentences import SENTENCES
-from dcp_storage.demo.wordpiece import Tokenizer
+from integration.demo.model import MiniLM, Shape
+from integration.demo.sentences import SENTENCES
+from integration.demo.wordpiece import Tokenizer
 
 BATCH = 8
 MASKED_SHARE = 0.15

