@@ -38,7 +38,7 @@ def whole(shape: Shape) -> Box:
 
 
 def intersect(a: Box, b: Box) -> Box | None:
-    """Return what two boxes of as many dimensions share, or `None` where that is no element."""
+    """Return the intersection of two boxes of as many dimensions, or `None` where it is empty."""
     offsets = tuple(map(max, a.offsets, b.offsets))
     stops = tuple(min(ao + az, bo + bz) for ao, az, bo, bz in zip(*a, *b, strict=True))
     if any(stop <= start for start, stop in zip(offsets, stops, strict=True)):

@@ -46,7 +46,7 @@ class Verification:
         stock: Whether stock DCP wrote it. Its blocks carry no checks: only presence and size of its objects are known.
         part: The rank whose part it is, and of how many, where one rank saved it alone.
         tensors: Tensors in it.
-        others: Entries in it that are no tensors.
+        others: Entries in it that are not tensors.
         objects: Data objects in it.
         blocks: Blocks that were read and checked.
         raw_bytes: Size of these blocks in memory.
@@ -98,10 +98,10 @@ def verify(
         ManifestCorrupt: Its manifest is damaged, so that nothing tells what it should hold.
         UnsupportedFormat: It is of a later format, or a pickle that names what no stock checkpoint does.
         StoreError: It could not be read, or another save replaced it meanwhile.
-        ConfigError: The path or the options are impossible; `expect` is no SHA-256, or the checkpoint has none.
+        ConfigError: The path or the options are impossible; `expect` is not a SHA-256, or the checkpoint has none.
     """
     if expect is not None and not re.fullmatch("[0-9a-fA-F]{64}", expect):
-        raise ConfigError(f"expect is {expect!r:.80}, which is no SHA-256: 64 hexadecimal digits")
+        raise ConfigError(f"expect is {expect!r:.80}, which is not a SHA-256: 64 hexadecimal digits")
     return run_async(_verify(open_store(path, storage_options), transfer, observer or silent, expect))
 
 

@@ -113,8 +113,8 @@ def refused(document, says):
         (set_in("objects", "sizes", 1, value=1 << 63), "schema"),
         (set_in("tensors", "sizes", 0, value=[0, 1 << 63]), "schema"),
         (set_in("tensors", "sizes", 0, value=[1 << 62, 1 << 62]), "empty has shape"),
-        (set_in("paths", "paths", 3, value=[]), "w has a path that is none"),
-        (set_in("paths", "paths", 3, value=["x", -1]), "w has a path that is none"),
+        (set_in("paths", "paths", 3, value=[]), "w has an invalid path"),
+        (set_in("paths", "paths", 3, value=["x", -1]), "w has an invalid path"),
         (set_in("paths", "paths", 3, value=["x", 1 << 40]), "lists longer than"),
         (
             set_in("paths", value={"names": list("abcde"), "paths": [["x", n, 1 << 18] for n in "abcde"]}),

@@ -224,7 +224,7 @@ def test_hooks_that_answer_nonsense_at_a_save(tmp_path, answers, kind, says):
     [
         ({"chunks": RuntimeError("boom")}, UnsupportedTensor, "__create_chunk_list__ failed: RuntimeError('boom')"),
         ({"chunks": None}, CoverageError, "__create_chunk_list__ returned None"),
-        ({"chunks": [3]}, CoverageError, "which are no chunks"),
+        ({"chunks": [3]}, CoverageError, "which are not chunks"),
         (
             {"chunks": [ChunkStorageMetadata(torch.Size([4, 0]), torch.Size([5, 2]))]},
             CoverageError,

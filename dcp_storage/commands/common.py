@@ -34,7 +34,7 @@ def print_json(document: dict[str, Any]) -> None:
 
 
 def show(*parts: str | Table) -> None:
-    """Print lines and tables on standard output; names in them are no markup."""
+    """Print lines and tables on standard output; names in them are not markup."""
     console = Console(width=None if sys.stdout.isatty() else _PIPED_WIDTH, highlight=False, markup=False)
     for part in parts:
         console.print(part, soft_wrap=isinstance(part, str))
@@ -44,7 +44,7 @@ def _options(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"that is no JSON: {error}") from None  # the text itself may hold a secret
+        raise argparse.ArgumentTypeError(f"that is not JSON: {error}") from None  # the text itself may hold a secret
     if not isinstance(options, dict):
         raise argparse.ArgumentTypeError("the options must be a JSON object")
     return options

@@ -43,5 +43,5 @@ def _report(done: Pruning, *, dry_run: bool) -> list[str]:
 def _age(text: str) -> timedelta:
     match = _AGE.fullmatch(text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is no age; give a number and s, m, h or d, such as 2h")
+        raise argparse.ArgumentTypeError(f"{text!r} is not an age; give a number and s, m, h or d, such as 2h")
     return timedelta(**{_UNITS[match[2]]: int(match[1])})

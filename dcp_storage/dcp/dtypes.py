@@ -34,7 +34,7 @@ def check_text(fqn: str) -> None:
     try:
         fqn.encode()
     except UnicodeEncodeError as error:
-        raise UnsupportedTensor(f"the name {fqn!a} is no text that UTF-8 can hold: rename the entry") from error
+        raise UnsupportedTensor(f"the name {fqn!a} is not valid UTF-8: rename the entry") from error
 
 
 def dtype_from_name(name: str) -> torch.dtype:

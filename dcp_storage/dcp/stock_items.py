@@ -30,7 +30,7 @@ class Kind(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A stored item and how to speak of it; `kind` is `None` for an object that is no tensor."""
+    """A stored item and how to speak of it; `kind` is `None` for an object that is not a tensor."""
 
     fqn: str
     url: str
@@ -44,7 +44,7 @@ class Item(NamedTuple):
 
     @property
     def raw_bytes(self) -> int:
-        """The size of the tensor in bytes; of an object that is no tensor, what is stored of it."""
+        """The size of the tensor in bytes; of an object that is not a tensor, what is stored of it."""
         if self.kind is None:
             return self.stored.length
         return self.kind.dtype.itemsize * max(map(prod, self.kind.shapes))
@@ -139,9 +139,9 @@ def _check_container(item: Item, data: bytes) -> int:
         with zipfile.ZipFile(io.BytesIO(data)) as container:
             records = container.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError) as error:
-        raise item.damaged(f"it is no container of torch.save: {error}") from error
+        raise item.damaged(f"it is not a container of torch.save: {error}") from error
     if len(records) > _MAX_RECORDS or not all(_is_plain(record, len(data)) for record in records):
-        raise item.damaged("it is no container that torch.save made")
+        raise item.damaged("it is not a container that torch.save made")
     return _storage_bytes(item, records, data)
 
 

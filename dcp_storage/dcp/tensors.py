@@ -20,7 +20,7 @@ from dcp_storage.raw import Raw
 
 
 class BytesSource:
-    """The bytes of an entry that is no tensor."""
+    """The bytes of an entry that is not a tensor."""
 
     planes = 1
 
@@ -39,7 +39,7 @@ class TensorSource:
     Contiguous CPU tensors are read where they lie; of any other only the slice in hand is copied.
 
     Raises:
-        UnsupportedTensor: It is sparse, on the meta device, or a subclass that is no plain memory.
+        UnsupportedTensor: It is sparse, on the meta device, or a subclass that is not plain memory.
     """
 
     def __init__(self, tensor: Tensor, fqn: str, codec: Codec) -> None:
@@ -98,7 +98,7 @@ def byte_view(elements: Tensor) -> memoryview:
 
 
 class BytesTarget:
-    """Collects a whole entry that is no tensor, and gives it to the planner."""
+    """Collects a whole entry that is not a tensor, and gives it to the planner."""
 
     def __init__(self, read: ReadItem, nbytes: int, planner: LoadPlanner) -> None:
         self._read = read

@@ -148,7 +148,7 @@ class AsyncStorageWriter(StorageWriter):
         """Refuse early what cannot be saved, before a byte is written.
 
         Raises:
-            UnsupportedTensor: A dtype that the format does not hold, or a name that is no text.
+            UnsupportedTensor: A dtype that the format does not hold, or a name that is not text.
             CheckpointExists: A checkpoint stands here and may not be replaced.
             AccessDenied: ... or may not be read by whoever saves.
         """

@@ -52,18 +52,18 @@ def _typed(read: Callable[[], T]) -> T:
         KeyError,
         struct.error,
     ) as error:
-        raise ValueError(f"it is no container of torch.save: {error}") from error
+        raise ValueError(f"it is not a container of torch.save: {error}") from error
 
 
 def _read(data: bytes, most_records: int) -> Container:
     archive = zipfile.ZipFile(io.BytesIO(data))
     records = archive.infolist()
     if len(records) > most_records or not all(_is_stored(record, len(data)) for record in records):
-        raise ValueError("it is no container that torch.save made")
+        raise ValueError("it is not a container that torch.save made")
     # By the name below the archive's own, which is the file's.
     named = {record.filename.partition("/")[2]: record for record in records}
     if "data.pkl" not in named or _SCRIPT in named or len(named) != len(records):
-        raise ValueError("it is no container that torch.save made")
+        raise ValueError("it is not a container that torch.save made")
     storages = {name.removeprefix("data/"): record.file_size for name, record in named.items() if name[:5] == "data/"}
 
     def read(name: str) -> bytes:

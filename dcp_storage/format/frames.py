@@ -108,7 +108,7 @@ def check_info(info: Mapping[str, Any]) -> dict[str, Any]:
     """Return the caller's part of a head as it will be read.
 
     Raises:
-        ConfigError: It is no JSON object, or larger than 4 KiB.
+        ConfigError: It is not a JSON object, or larger than 4 KiB.
     """
     try:
         text = json.dumps(dict(info), allow_nan=False).encode()
@@ -194,7 +194,7 @@ def _first_frame(data: bytes, where: str) -> tuple[bytes, int]:
 def _check_versions(head: _Versions, where: str) -> None:
     wrote = head.libraries.get("dcp_storage", "an unknown version")
     if head.format != FORMAT:
-        raise ManifestCorrupt(f"{where} is no manifest of dcp_storage: its format is {head.format!r}", url=where)
+        raise ManifestCorrupt(f"{where} is not a manifest of dcp_storage: its format is {head.format!r}", url=where)
     if head.version != VERSION:
         raise UnsupportedFormat(
             f"{where} is of format version {head.version} and this dcp_storage reads version {VERSION}: "

@@ -17,7 +17,7 @@ from dcp_storage.format.unpickle import Record, read_pickle
 from dcp_storage.geometry import Box, Shape, contains
 
 StorageKey = tuple[str, Shape | None]
-"""A stored item: the fqn, and the offsets of a tensor's chunk or `None` for an object that is no tensor."""
+"""A stored item: the fqn, and the offsets of a tensor's chunk or `None` for an object that is not a tensor."""
 
 _MAX_INT = (1 << 63) - 1
 _MAX_DIMS = 64
@@ -146,7 +146,7 @@ def _fields(value: object, name: str) -> dict[str, Any]:
 
 def _dict(value: object, what: str) -> dict[Any, Any]:
     if not isinstance(value, dict):
-        raise _Fault(f"{what} is no dict")
+        raise _Fault(f"{what} is not a dict")
     return value
 
 
@@ -179,7 +179,7 @@ def _manifest(fields: dict[str, Any], pickle_bytes: int) -> StockManifest:
 
 def _text(value: object, what: str) -> str | None:
     if value is not None and not isinstance(value, str):
-        raise _Fault(f"its {what} is no text")
+        raise _Fault(f"its {what} is not text")
     return value
 
 
@@ -193,7 +193,7 @@ def _columns(items: dict[Any, Any]) -> tuple[Iterable[Any], Iterable[Any]]:
 
 def _list(value: object, what: str) -> list[Any]:
     if not isinstance(value, list):
-        raise _Fault(f"{what} are no list")
+        raise _Fault(f"{what} are not a list")
     return value
 
 
@@ -225,7 +225,7 @@ def _chunk(fqn: str, size: Shape, chunk: object) -> Box:
 
 def _shape(value: object, fqn: str) -> Shape:
     if not isinstance(value, (tuple, list)) or len(value) > _MAX_DIMS or not all(map(_is_count, value)):
-        raise _Fault(f"{fqn} has a shape or an offset that is none")
+        raise _Fault(f"{fqn} has an invalid shape or offset")
     return tuple(value)
 
 
@@ -260,12 +260,10 @@ def _paths(value: object, pickle_bytes: int) -> dict[str, tuple[str | int, ...]]
     paths = _dict(value, "planner_data")
     steps_left = pickle_bytes
     for fqn, path in paths.items():
-        _require(
-            isinstance(fqn, str) and isinstance(path, tuple) and bool(path), "planner_data has a path that is none"
-        )
+        _require(isinstance(fqn, str) and isinstance(path, tuple) and bool(path), "planner_data has an invalid path")
         steps_left -= len(path)
         _require(steps_left >= 0, "planner_data has more steps than the manifest has room for")
-        _require(all(map(_is_step, path)), "planner_data has a path that is none")
+        _require(all(map(_is_step, path)), "planner_data has an invalid path")
     _require(list_slots(paths.values()) <= pickle_bytes, "planner_data has lists longer than the checkpoint can hold")
     return paths
 

@@ -30,7 +30,7 @@ def is_complete(part: Manifest, ranks: Collection[int]) -> bool:
 def merge(parts: Sequence[Manifest], where: str) -> Manifest:
     """Return the whole checkpoint of which each part is one rank's.
 
-    What several ranks stored alike (a replicated chunk, an entry that is no tensor) is read from the lowest of them.
+    What several ranks stored alike (a replicated chunk, an entry that is not a tensor) is read from the lowest of them.
 
     Raises:
         ManifestCorrupt: A rank's part is missing, or two disagree on a tensor or on the codec.

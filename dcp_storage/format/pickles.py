@@ -92,7 +92,7 @@ class Machine:
 
     def extend(self, target: object, values: list[object]) -> None:  # noqa: ARG002  # what subclasses need
         """Append to what is not exactly a list."""
-        raise Damaged("an element for what is no list")
+        raise Damaged("an element for something that is not a list")
 
     def set_items(self, target: object, items: list[tuple[object, object]]) -> None:
         """Set items of a dict, and check that the keys may be hashed."""

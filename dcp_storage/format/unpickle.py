@@ -85,24 +85,26 @@ class _DataMachine(Machine):
 
     def call(self, function: object, arguments: tuple[object, ...]) -> object:
         if not isinstance(function, Function):
-            raise Refused(f"calls {function.name if isinstance(function, Class) else 'what is no function'}")
+            raise Refused(
+                f"calls {function.name if isinstance(function, Class) else 'something that is not a function'}"
+            )
         return function.call(arguments)
 
     def make(self, cls: object, arguments: tuple[object, ...], keywords: dict[str, object]) -> object:
         if not isinstance(cls, Class):
-            raise Refused("makes an instance of what is no class")
+            raise Refused("makes an instance of something that is not a class")
         if arguments or keywords:
             raise Refused(f"makes a {cls.name} with arguments, which no stock manifest needs")
         return Record(cls.name)
 
     def set_state(self, instance: object, state: object) -> None:
         if type(instance) is not Record or instance.state is not None:
-            raise Refused("changes the state of what is no new instance")
+            raise Refused("changes the state of something that is not a new instance")
         instance.state = state
 
     def set_items(self, target: object, items: list[tuple[object, object]]) -> None:
         if type(target) is not dict:
-            raise Damaged("a key for what is no dict")
+            raise Damaged("a key for something that is not a dict")
         if any(type(key) is not str and type(key) is not Record for key, _ in items):
-            raise Damaged("a key that is no name")
+            raise Damaged("a key that is not a name")
         target.update(items)

@@ -75,7 +75,7 @@ def check_paths(paths: Mapping[str, tuple[str | int, ...]]) -> None:
     """Check `planner_data`."""
     for fqn, path in paths.items():
         right = path and all(isinstance(step, str) or 0 <= step <= MAX_INT for step in path)
-        require(bool(right), f"{fqn} has a path that is none")
+        require(bool(right), f"{fqn} has an invalid path")
     _check_slots(paths.values())
 
 

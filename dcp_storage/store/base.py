@@ -136,4 +136,4 @@ class Store(ABC):
 
     @abstractmethod
     async def delete(self, names: Sequence[str]) -> None:
-        """Delete objects; one that is absent already is no error."""
+        """Delete objects; one that is absent already is not an error."""

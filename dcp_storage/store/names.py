@@ -11,5 +11,5 @@ def check_name(name: str) -> str:
         ConfigError: It does not: `is_safe` says what does.
     """
     if not is_safe(name):
-        raise ConfigError(f"{name!r} is no object name; names are flat, without separators")
+        raise ConfigError(f"{name!r} is not an object name; names are flat, without separators")
     return name

@@ -21,7 +21,7 @@ from dcp_storage.store.failures import error_code, http_status
 _ATTEMPTS = 10
 """Requests for one operation, where neither the storage options nor the environment or profile say."""
 MOST_TIMEOUTS = 2
-"""... of which so many may end in silence. So an endpoint that refuses or drops connections fails in half a minute."""
+"""The most timeouts of one operation: an endpoint that refuses or drops connections fails in half a minute."""
 _PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 4
 

@@ -18,7 +18,7 @@ _SMALL_BYTES = 32 * KIB
 
 
 def useful_threads(transfer: Transfer, items: int, nbytes: int) -> int:
-    """Return how many threads gain something for items of so many bytes together.
+    """Return the useful number of threads for this many items and bytes.
 
     Where items are small on average, more than one thread would only hand the GIL to and fro.
     """

@@ -49,7 +49,7 @@ def run_in_rank(rank: Rank, jobs: list[Job]) -> None:
 
 
 def state_of(rank: Rank) -> dict[str, Any]:
-    """Every layout of every tensor, by name, and an entry that is no tensor."""
+    """Every layout of every tensor, by name, and an entry that is not a tensor."""
     full = {dims: whole_tensor(dims) for dims in DIMS}
     state = {
         f"{dims}-D {layout.name}": layout.build(rank.rank, full[dims])

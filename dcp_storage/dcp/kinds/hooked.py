@@ -71,7 +71,7 @@ class Hooked(Kind):
             return [chunk_box(chunk) for chunk in chunks]
         except (AttributeError, TypeError, ValueError) as error:
             raise CoverageError(
-                f"{self.fqn}: {type(self.value).__name__}.{hook} returned {chunks!r}, which are no chunks: {error}",
+                f"{self.fqn}: {type(self.value).__name__}.{hook} returned {chunks!r}, which are not chunks: {error}",
                 fqn=self.fqn,
             ) from error
 

@@ -149,7 +149,7 @@ class Unpickler(Machine):
         elif type(target) in known.DICTS or self._is_ours(target):
             listed.run(type(target), listed.set_items, (target, items))
         else:
-            raise Damaged("a key for what is no dict")
+            raise Damaged("a key for something that is not a dict")
 
     def add(self, values: list[object]) -> None:
         """Add to the set on the stack."""
@@ -160,7 +160,7 @@ class Unpickler(Machine):
         elif self._is_ours(target):
             listed.run(type(target), listed.add, (target, values))
         else:
-            raise Damaged("an element for what is no set")
+            raise Damaged("an element for something that is not a set")
 
     def frozen(self, values: list[object]) -> None:
         """Push a frozenset."""

@@ -23,7 +23,7 @@ class Offer:
     item: WriteItem
     box: Box | None = None
     owners: list[int] = field(default_factory=list)
-    nbytes: int = 0  # raw, of the chunk itself; 0 for an entry that is no tensor, whose size nobody knows yet
+    nbytes: int = 0  # raw, of the chunk itself; 0 for an entry that is not a tensor, whose size nobody knows yet
 
 
 @uncollected

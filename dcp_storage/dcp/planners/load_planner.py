@@ -214,7 +214,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         return part
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put an object that is no tensor in its place, without running code that the checkpoint names.
+        """Put an object that is not a tensor in its place, without running code that the checkpoint names.
 
         Raises:
             UnsupportedEntry: It holds a type that is not in `allowed_types` and may run code, or cannot be rebuilt.

@@ -34,7 +34,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
     """Plans a save of any sharding that PyTorch can express, `LocalShardsWrapper` included, or says why it cannot.
 
     Chunks that several ranks hold alike (replicas) are written by one of them, chosen so that all ranks write about as
-    many bytes; entries that are no tensors by the lowest rank that has them.
+    many bytes; entries that are not tensors by the lowest rank that has them.
 
     Args:
         flatten_state_dict: Flatten nested dicts and lists into names; `False` stores each top-level value as it is.
@@ -153,7 +153,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
         return found
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """Return what an item is of: the memory of a shard, or an object that is no tensor."""
+        """Return what an item is of: the memory of a shard, or an object that is not a tensor."""
         kind = self._kinds.get(index.fqn)
         return kind.shard(index) if kind else self.state_dict[index.fqn]
 

@@ -1,4 +1,4 @@
-"""Saves follow one another in the order of the calls, and none in the background fails unheard."""
+"""Saves follow one another in the order of the calls, and what fails in the background is reported."""
 
 import logging
 import os
