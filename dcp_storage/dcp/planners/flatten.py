@@ -76,7 +76,8 @@ def _steps(container: Any) -> Iterable[tuple[str | int, Any]]:
 def put(state: State, path: ObjectPath, value: Any) -> None:
     """Set the value that stands at a path in a state dict.
 
-    Paths spell every key of a dict as text: one that is not text (an optimizer's parameter numbers) is found by its text.
+    Paths spell every key of a dict as text: one that is not text (an optimizer's parameter numbers) is found by its
+    text.
     """
     container: Any = state
     for step in path[:-1]:
