@@ -181,6 +181,6 @@ def _tensor_frame(names: list[str], held: Sequence[DraftTensor], stored: Columns
 
 def layout_of(size: Shape, offsets: Any, sizes: Any) -> Layout:
     """Return how a frame says what the boxes of a tensor are: arrays with a row for each box, ascending."""
-    if len(offsets) == 1 and tuple(sizes[0].tolist()) == size:
+    if len(offsets) == 1 and tuple(sizes[0].tolist()) == size and not offsets.any():
         return None
     return grid_of(size, offsets, sizes) or ListedBoxes(np.concatenate((offsets, sizes), axis=1).tolist())

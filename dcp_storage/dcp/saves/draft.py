@@ -169,18 +169,24 @@ class _Planned:
         for fqn, entry in self._tensors.items():
             size, count = tuple(entry.size), len(entry.chunks)
             stop = start + count * len(size)
-            offsets, sizes = (
-                column[start:stop].reshape(count, len(size))[order[item : item + count] - item]
-                for column in (self._items.offsets, self._sizes)
-            )
+            layout = None
+            if count > 1 or not _is_all(entry.chunks, size):
+                rows = order[item : item + count] - item
+                offsets, sizes = (
+                    column[start:stop].reshape(count, len(size))[rows] for column in (self._items.offsets, self._sizes)
+                )
+                layout = layout_of(size, offsets, sizes)
+                if tiled and isinstance(layout, ListedBoxes):
+                    _check_tiling(fqn, size, offsets, sizes)
             item, start = item + count, stop
-            layout = layout_of(size, offsets, sizes)
-            if tiled and isinstance(layout, ListedBoxes):
-                _check_tiling(fqn, size, offsets, sizes)
             dtype = dtype_name(entry.properties.dtype, fqn)
-            planes = planes_of(dtype, codec)
-            tensors[fqn] = DraftTensor(dtype, size, planes, count, layout)
+            tensors[fqn] = DraftTensor(dtype, size, planes_of(dtype, codec), count, layout)
         return tensors
+
+
+def _is_all(chunks: Sequence[Any], size: tuple[int, ...]) -> bool:
+    """Tell whether the one chunk that there is, if any, is all of its tensor."""
+    return len(chunks) == 1 and tuple(chunks[0].sizes) == size and not any(chunks[0].offsets)
 
 
 def _check_tiling(fqn: str, size: tuple[int, ...], offsets: Any, sizes: Any) -> None:
