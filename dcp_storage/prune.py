@@ -57,21 +57,26 @@ def prune(
     """
     if older_than < timedelta(0):
         raise ConfigError(f"older_than is {older_than}; it must not be negative")
-    return run_async(_prune(open_store(path, storage_options), older_than, dry_run=dry_run))
+
+    async def opened() -> Pruning:
+        async with open_store(path, storage_options) as store:
+            return await prune_store(store, older_than, dry_run=dry_run)
+
+    return run_async(opened())
 
 
-async def _prune(closed: Store, older_than: timedelta, *, dry_run: bool) -> Pruning:
-    async with closed as store:
-        now = time.time()
-        times = await store.modified()
-        sizes = await store.list()
-        # Read after the lists: what was committed since then is named, and what was put since then is not in them.
-        orphans = await _orphans(store, times.keys() & sizes.keys())
-        old = _old_enough(orphans, times, now - older_than.total_seconds())
-        if not dry_run:
-            await store.delete(sorted(old))
-        removed = {name: sizes[name] for name in orphans if name in old}
-        return Pruning(store.url, removed, {name: sizes[name] for name in orphans if name not in old})
+async def prune_store(store: Store, older_than: timedelta, *, dry_run: bool = False) -> Pruning:
+    """Do what `prune` does, in a store that is open."""
+    now = time.time()
+    times = await store.modified()
+    sizes = await store.list()
+    # Read after the lists: what was committed since then is named, and what was put since then is not in them.
+    orphans = await _orphans(store, times.keys() & sizes.keys())
+    old = _old_enough(orphans, times, now - older_than.total_seconds())
+    if not dry_run:
+        await store.delete(sorted(old))
+    removed = {name: sizes[name] for name in orphans if name in old}
+    return Pruning(store.url, removed, {name: sizes[name] for name in orphans if name not in old})
 
 
 async def _orphans(store: Store, names: Iterable[str]) -> list[str]:

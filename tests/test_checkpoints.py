@@ -474,8 +474,7 @@ def test_a_pinned_step_stays_until_it_is_let_go(tmp_path):
         for name in ("", "a/b", "x" * 65, None):
             with pytest.raises(ConfigError), checkpoints.pin(2, name):
                 pass
-    assert not (tmp_path / "step-3").exists()
-    assert not list((tmp_path / "step-1").iterdir())
+    assert [path.name for path in tmp_path.iterdir()] == ["step-2"]
 
 
 def test_a_dead_pin_counts_no_more(tmp_path):
@@ -487,7 +486,7 @@ def test_a_dead_pin_counts_no_more(tmp_path):
         checkpoints.save(2, state_of(2))
         checkpoints.wait()
         assert [step.step for step in checkpoints.steps()] == [2]
-    assert not list((tmp_path / "step-1").iterdir())
+    assert not (tmp_path / "step-1").exists()
 
 
 def test_a_pin_is_refused_while_a_step_is_being_removed_and_the_next_prune_ends_it(tmp_path, monkeypatch):
@@ -511,7 +510,7 @@ def test_a_pin_is_refused_while_a_step_is_being_removed_and_the_next_prune_ends_
         assert list((tmp_path / "step-1").glob("*.zst"))
         assert [step.step for step in checkpoints.steps()] == [2]
         checkpoints.prune()
-        assert not list((tmp_path / "step-1").iterdir())
+        assert not (tmp_path / "step-1").exists()
 
 
 def test_a_pin_is_refreshed_while_it_is_held(tmp_path, monkeypatch):

@@ -81,7 +81,7 @@ def test_the_newest_and_those_in_use_stay_whatever_the_policy():
     assert [(each.step, each.kept, each.reasons) for each in decisions] == [
         (1, False, ()),
         (2, True, ("in use",)),
-        (3, True, ("the newest",)),
+        (3, True, ("the newest", "the last saved")),
     ]
     assert all(each.kept for each in decide(steps(1, 2, 3), None, (), NOW))
 

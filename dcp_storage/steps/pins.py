@@ -1,15 +1,18 @@
 """Pins: small objects beside a step that keep it from every prune, and the tombstones that keep pins from crossing one.
 
-A prune puts a tombstone, looks for pins, and deletes; a pin puts its object, and looks for a tombstone. Whichever comes
-first, one of them sees the other.
+A prune puts a tombstone, looks for pins, and deletes; a pin puts its object, and looks for a tombstone. Whichever is
+first, one of them sees the other. A tombstone names what is to be deleted, so that the next prune finishes one that was
+cut short, whoever saves to that step meanwhile.
 """
 
+import json
 import re
+from collections.abc import Mapping
 
-from dcp_storage.errors import CheckpointNotFound, ConfigError
-from dcp_storage.format.names import new_token
+from dcp_storage.errors import CheckpointNotFound, ConfigError, ObjectNotFound
+from dcp_storage.format.names import MANIFEST, is_data_object, is_stock_object, new_token, parse_part_manifest
 from dcp_storage.store.base import Store
-from dcp_storage.transfer.manifests import is_committed
+from dcp_storage.transfer.manifests import is_committed, replaced_objects
 
 ALIVE_S = 3600
 """A pin that was not refreshed for so long is dead, by the store's clock; so is a tombstone."""
@@ -67,15 +70,45 @@ async def remove_pin(step: Store, pin: str) -> None:
     await step.delete([pin])
 
 
+def held_pins(times: Mapping[str, float], now: float) -> list[str]:
+    """Return the pins of a step that are alive, by when they were written."""
+    return [name for name, at in times.items() if is_pin(name) and now - at < ALIVE_S]
+
+
 async def bury(step: Store) -> bool:
-    """Put a tombstone, which no other prune takes away, unless somebody holds the step; return whether it stands."""
+    """Delete a step's manifest, unless somebody holds the step; return whether that was done.
+
+    The tombstone that is left names its objects, for `unearth`.
+    """
+    named = await replaced_objects(step)
     tombstone = f".removing-{new_token()}"
-    await step.commit(tombstone, b"{}")
+    await step.commit(tombstone, json.dumps(named).encode())
     times = await step.modified()
-    if any(is_pin(name) and times[tombstone] - at < ALIVE_S for name, at in times.items()):
+    if held_pins(times, times[tombstone]):
         await step.delete([tombstone])
         return False
+    await step.delete([MANIFEST, *filter(parse_part_manifest, named)])
     return True
+
+
+async def unearth(step: Store) -> None:
+    """Delete what the tombstones of a step name: its manifest was deleted before."""
+    there = await step.list()
+    tombstones = sorted(filter(is_tombstone, there))
+    named = [name for tombstone in tombstones for name in await _named(step, tombstone)]
+    if tombstones:
+        await step.delete([*dict.fromkeys(named), *filter(is_pin, there)])
+    await step.delete(tombstones)  # last: they tell that there is more to do
+
+
+async def _named(step: Store, tombstone: str) -> list[str]:
+    """Return what a tombstone names, of the forms that saves name."""
+    try:
+        named = json.loads(await step.get(tombstone))
+    except (ObjectNotFound, ValueError):  # another prune is done with it; or it was written half, and deletes nothing
+        return []
+    texts = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    return [name for name in texts if is_data_object(name) or is_stock_object(name) or parse_part_manifest(name)]
 
 
 def _gone(step: Store) -> CheckpointNotFound:

@@ -1,21 +1,23 @@
 """Old steps go: what stays is decided on what the store tells, then manifests are deleted, and then objects."""
 
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Collection, Container, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
-from dcp_storage.format.names import MANIFEST, save_of
+from dcp_storage.errors import CheckpointNotFound
+from dcp_storage.prune import A_DAY, prune_store
 from dcp_storage.steps.catalog import list_steps, step_directories
 from dcp_storage.steps.names import directory_of
-from dcp_storage.steps.pins import bury, is_pin, is_tombstone
+from dcp_storage.steps.pins import bury, held_pins, unearth
 from dcp_storage.steps.policies import Policy
 from dcp_storage.steps.step import Step
 from dcp_storage.store.base import Store
-from dcp_storage.transfer.manifests import is_committed, replaced_objects
+from dcp_storage.transfer.manifests import is_committed
 
-_DEAD_S = 24 * 3600
-"""A save that wrote nothing for so long is dead, by the times that the store tells and this machine's clock."""
+Claim = Callable[[int], AbstractContextManager[bool]]
+"""Claims a step for removal while the block lasts, and says whether that may be: nobody here writes or reads it."""
 
 
 @dataclass(frozen=True)
@@ -28,55 +30,77 @@ class Decision:
 
 
 def decide(steps: Sequence[Step], keep: Policy | None, in_use: Container[int], now: datetime) -> list[Decision]:
-    """Return which of the committed steps, ascending, are kept: the newest and those in use always."""
+    """Return which of the committed steps, ascending, are kept; always the newest, the last saved and those in use."""
     reasons = {step.step: ["there is no policy"] for step in steps} if keep is None else keep.kept(steps, now)
     for step in steps[-1:]:
         reasons.setdefault(step.step, []).append("the newest")
+    # After a return to an earlier step, what is saved now has a lower number than what was left behind.
+    if dated := [(step.created, step.step) for step in steps if step.created is not None]:
+        reasons.setdefault(max(dated)[1], []).append("the last saved")
     for step in steps:
         if step.step in in_use:
             reasons.setdefault(step.step, []).append("in use")
     return [Decision(step.step, step.step in reasons, tuple(reasons.get(step.step, ()))) for step in steps]
 
 
+@contextmanager
+def unclaimed(step: int) -> Iterator[bool]:  # noqa: ARG001 - a `Claim`
+    """Claim a step where nobody in this process writes or reads any."""
+    yield True
+
+
 async def prune_steps(
-    root: Store, keep: Policy | None, *, in_use: Container[int] = (), dry_run: bool = False
+    root: Store,
+    keep: Policy | None,
+    *,
+    in_use: Container[int] = (),
+    claim: Claim = unclaimed,
+    dry_run: bool = False,
+    dead_after: timedelta = A_DAY,
 ) -> list[Decision]:
-    """Remove what is not kept, and return what was decided; a dry run does not see pins.
+    """Remove what is not kept, and what saves left that wrote nothing for `dead_after`; return what was decided.
 
     Raises:
         StoreError: The store failed.
     """
     decisions = decide(await list_steps(root), keep, in_use, datetime.now(UTC))
-    if dry_run:
-        return decisions
-    await _finish(root, {decision.step for decision in decisions}, in_use)
+    if not dry_run:
+        await _finish(root, {decision.step for decision in decisions}, claim, dead_after)
     for number, decision in enumerate(decisions):
-        if decision.kept or decision.step in in_use:
+        if decision.kept:
             continue
         store = root.child(directory_of(decision.step))
-        if await bury(store):
-            await _remove(store)
+        if dry_run:
+            why_not = "pinned" if held_pins(await store.modified(), time.time()) else None
         else:
-            decisions[number] = Decision(decision.step, kept=True, reasons=("pinned",))
+            why_not = await _remove(store, decision.step, claim)
+        if why_not:
+            decisions[number] = Decision(decision.step, kept=True, reasons=(why_not,))
     return decisions
 
 
-async def _finish(root: Store, committed: Container[int], in_use: Container[int]) -> None:
+async def _remove(store: Store, step: int, claim: Claim) -> str | None:
+    """Remove a committed step; return why not, if so."""
+    with claim(step) as is_free:
+        if not is_free:
+            return "in use"
+        if not await bury(store):
+            return "pinned"
+        await unearth(store)
+        await store.remove_directory()
+    return None
+
+
+async def _finish(root: Store, committed: Collection[int], claim: Claim, dead_after: timedelta) -> None:
     """Remove what is left of steps whose removal was cut short, and of saves that died."""
     for step in await step_directories(root):
-        store = root.child(directory_of(step))
-        if step in committed or step in in_use:
+        if step in committed:
             continue
-        times = await store.modified()
-        is_left = any(map(is_tombstone, times)) or max(times.values(), default=0) < time.time() - _DEAD_S
-        # Asked after the times: what another job has committed meanwhile stays.
-        if is_left and not await is_committed(store, parts=True):
-            await _remove(store)
-
-
-async def _remove(store: Store) -> None:
-    named = await replaced_objects(store)  # of a stock checkpoint too
-    await store.delete([MANIFEST])
-    there = await store.list()
-    await store.delete([*named, *(name for name in there if save_of(name) or is_pin(name))])
-    await store.delete([name for name in there if is_tombstone(name)])  # last: it tells that there is more to do
+        store = root.child(directory_of(step))
+        with claim(step) as is_free:
+            if not is_free or await is_committed(store, parts=True):
+                continue
+            await unearth(store)
+            with suppress(CheckpointNotFound):  # nothing of this package's saves is there
+                await prune_store(store, dead_after)
+            await store.remove_directory()

@@ -1,10 +1,11 @@
 """What follows a commit, beside training: the step is checked, and old ones go."""
 
 import logging
+from collections import Counter
 from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from functools import partial
-from threading import Lock
+from threading import Condition, Lock
 
 from dcp_storage.errors import DcpStorageError
 from dcp_storage.steps.access import Access
@@ -29,17 +30,22 @@ class Upkeep:
         self.verdicts = Verdicts()
         self._access, self._keep, self._verify = access, keep, verify
         self._chores = Chores(self._follow, self._skip)
-        self._in_use: set[int] = set()
+        self._in_use: Counter[int] = Counter()
+        self._removing: int | None = None
+        self._turn = Condition()
         self._rank = 0
         self._pruning = Lock()
 
     def hold(self, step: int) -> None:
-        """Keep a step, which this process is about to write or read, from being removed."""
-        self._in_use.add(step)
+        """Keep a step, which this process is about to write or read, from being removed; wait if it is just now."""
+        with self._turn:
+            self._turn.wait_for(lambda: self._removing != step)
+            self._in_use[step] += 1
 
     def release(self, step: int) -> None:
         """Let a step go again."""
-        self._in_use.discard(step)
+        with self._turn:
+            self._in_use[step] -= 1
 
     @contextmanager
     def using(self, step: int) -> Iterator[None]:
@@ -72,11 +78,26 @@ class Upkeep:
         """Remove what is not to be kept, and return what was decided."""
         keep = self._keep and ProvenOnly(self._keep, self.verdicts)
         with self._pruning:
-            return self._access.root.run(partial(prune_steps, keep=keep, in_use=_Held(self), dry_run=dry_run))
+            how = partial(prune_steps, keep=keep, in_use=_Held(self), claim=self._claim, dry_run=dry_run)
+            return self._access.root.run(how)
+
+    @contextmanager
+    def _claim(self, step: int) -> Iterator[bool]:
+        """Be a `Claim`."""
+        with self._turn:
+            is_free = not self.holds(step)
+            if is_free:
+                self._removing = step
+        try:
+            yield is_free
+        finally:
+            with self._turn:
+                self._removing = None
+                self._turn.notify_all()
 
     def holds(self, step: int) -> bool:
         """Return whether a step is being written, read or checked."""
-        return step in self._in_use or step in self.verdicts.pending
+        return self._in_use[step] > 0 or step in self.verdicts.pending
 
     def _follow(self, step: int) -> None:
         if self._verify:

@@ -67,6 +67,9 @@ class Store(ABC):
         """Return the store of the prefix of a name directly below this one: open as long as this one is."""
         raise NotImplementedError(f"{type(self).__name__} has no prefixes below its own ({name})")
 
+    async def remove_directory(self) -> None:  # noqa: B027 - where there are directories
+        """Take away the directory of this prefix, if nothing is in it; nothing where prefixes are names alone."""
+
     @abstractmethod
     async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
         """Write a new object from its batches, in order, and return its size in bytes.

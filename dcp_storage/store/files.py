@@ -222,3 +222,14 @@ def stat_files(directory: Path) -> dict[str, os.stat_result]:
                 if entry.is_file():
                     files[entry.name] = entry.stat()
     return files
+
+
+def remove_directory(directory: Path) -> None:
+    """Remove a directory, unless something is in it, or it is not there."""
+    try:
+        directory.rmdir()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+            raise

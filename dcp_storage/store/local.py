@@ -110,6 +110,11 @@ class LocalStore(Store):
         with self._failures.mapped("list"):
             return await wrap(reads.reopening(files.list_directories))(self._directory)
 
+    async def remove_directory(self) -> None:
+        """Remove the directory, unless something is in it, or it is not there."""
+        with self._failures.mapped("remove"):
+            await wrap(files.remove_directory)(self._directory)
+
     async def modified(self) -> dict[str, float]:
         """Return when each regular file in the directory was written."""
         return {name: status.st_mtime for name, status in (await self._statuses()).items()}
