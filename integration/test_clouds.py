@@ -62,6 +62,8 @@ class TestGoogle(StoreSuite):
 
 
 class TestObstore(StoreSuite):
+    remembers_directories = True  # as SeaweedFS does
+
     @pytest.fixture
     def place(self, seaweedfs_server: S3Server, obstore_for_s3: None) -> Place:
         options = seaweedfs_server.storage_options

@@ -17,6 +17,8 @@ def place(s3_server: S3Server) -> Place:
 
 
 class TestStores(StoreSuite):
+    remembers_directories = True  # as SeaweedFS does
+
     @pytest.fixture
     def place(self, s3_server: S3Server) -> Place:
         return Place(f"{s3_server.new_prefix()}/runs/step-1", s3_server.storage_options)

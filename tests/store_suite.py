@@ -66,6 +66,9 @@ class StoreSuite:
 
     server_in_process = False
 
+    remembers_directories = False
+    """Whether the server goes on to list prefixes below which nothing is left."""
+
     @pytest.fixture
     def place(self) -> Place:
         raise NotImplementedError
@@ -384,6 +387,33 @@ class StoreSuite:
                 assert await store.get(NAME) == b"x"
 
         asyncio.run(main())
+
+    def test_a_prefix_below_it(self, place: Place):
+        async def use(store: Store):
+            below = store.child("step-7")
+            assert below.url == f"{store.url.rstrip('/')}/step-7"
+            assert await store.directories() == []
+            assert await below.list() == {}
+            await put(below, NAME, b"seven")
+            await below.commit(".metadata", b"{}", ABSENT)
+            await put(store, NAME, b"root")
+            assert (await below.get(NAME), await store.get(NAME)) == (b"seven", b"root")
+            assert await store.child("step-7").list() == {NAME: 5, ".metadata": 2}
+            assert await store.list() == {NAME: 4}
+            assert await store.directories() == ["step-7"]
+            with pytest.raises(ObjectNotFound, match="step-7/absent"):
+                await below.get("absent")
+            await below.remove_directory()
+            assert await below.get(NAME) == b"seven"
+            await below.delete([NAME, ".metadata"])
+            for _ in range(2):
+                await below.remove_directory()
+            assert await store.directories() == [] or self.remembers_directories
+            for name in ("a/b", "..", ""):
+                with pytest.raises(ConfigError):
+                    store.child(name)
+
+        run(place, use)
 
     @pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
     def test_nothing_stays_open(self, place: Place, fails: bool):

@@ -54,8 +54,9 @@ async def put_pin(step: Store, pin: str) -> None:
         raise _gone(step)
     await refresh_pin(step, pin)
     times = await step.modified()
-    buried = [name for name, at in times.items() if is_tombstone(name) and times[pin] - at < ALIVE_S]
-    if buried or not await is_committed(step, parts=True):
+    # A prune that has removed the step takes the pin along.
+    buried = [name for name, at in times.items() if is_tombstone(name) and pin in times and times[pin] - at < ALIVE_S]
+    if buried or pin not in times or not await is_committed(step, parts=True):
         await remove_pin(step, pin)
         raise _gone(step)
 
@@ -84,6 +85,8 @@ async def bury(step: Store) -> bool:
     tombstone = f".removing-{new_token()}"
     await step.commit(tombstone, json.dumps(named).encode())
     times = await step.modified()
+    if tombstone not in times:  # another prune has removed the step, and it with that
+        return True
     if held_pins(times, times[tombstone]):
         await step.delete([tombstone])
         return False

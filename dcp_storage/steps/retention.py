@@ -73,21 +73,20 @@ async def prune_steps(
         if dry_run:
             why_not = "pinned" if held_pins(await store.modified(), time.time()) else None
         else:
-            why_not = await _remove(store, decision.step, claim)
+            why_not = await _remove(store, decision.step, claim, dead_after)
         if why_not:
             decisions[number] = Decision(decision.step, kept=True, reasons=(why_not,))
     return decisions
 
 
-async def _remove(store: Store, step: int, claim: Claim) -> str | None:
+async def _remove(store: Store, step: int, claim: Claim, dead_after: timedelta) -> str | None:
     """Remove a committed step; return why not, if so."""
     with claim(step) as is_free:
         if not is_free:
             return "in use"
         if not await bury(store):
             return "pinned"
-        await unearth(store)
-        await store.remove_directory()
+        await _clear(store, dead_after)
     return None
 
 
@@ -100,7 +99,12 @@ async def _finish(root: Store, committed: Collection[int], claim: Claim, dead_af
         with claim(step) as is_free:
             if not is_free or await is_committed(store, parts=True):
                 continue
-            await unearth(store)
-            with suppress(CheckpointNotFound):  # nothing of this package's saves is there
-                await prune_store(store, dead_after)
-            await store.remove_directory()
+            await _clear(store, dead_after)
+
+
+async def _clear(store: Store, dead_after: timedelta) -> None:
+    """Remove from a step without a manifest what was buried, and what dead saves left."""
+    await unearth(store)
+    with suppress(CheckpointNotFound):  # nothing of this package's saves is there
+        await prune_store(store, dead_after)
+    await store.remove_directory()

@@ -42,6 +42,17 @@ class ThreadedStore(RemoteStore):
                 await self._call("_rm_file", temporary)
             raise
 
+    async def remove_directory(self) -> None:
+        """Remove the directory, unless something is in it, or it is not there."""
+        with self._failures.mapped("remove"):
+            try:
+                await self._call("_rmdir", self._prefix)
+            except FileNotFoundError:
+                return
+            except OSError:  # each system has an error of its own for what is not empty
+                if not list(await self._list_entries()):
+                    raise
+
     async def _rename(self, temporary: str, path: str) -> None:
         if type(self._blocking_fs).mv is not AbstractFileSystem.mv:
             await self._call("_mv", temporary, path)
