@@ -48,7 +48,8 @@ async def list_steps(root: Store) -> list[Step]:
                 metrics_of(head.info),
             )
 
-    await for_each(_HEADS_IN_FLIGHT, await step_directories(root), look)
+    steps = await step_directories(root)
+    await for_each(min(_HEADS_IN_FLIGHT, len(steps)), steps, look)
     return [found[step] for step in sorted(found)]
 
 
