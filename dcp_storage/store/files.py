@@ -224,12 +224,14 @@ def stat_files(directory: Path) -> dict[str, os.stat_result]:
     return files
 
 
+_DIRECTORY_STAYS = {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.EACCES, errno.EPERM}
+"""Something is in it, it is in use, or whoever may write in it may not remove it: an empty directory does no harm."""
+
+
 def remove_directory(directory: Path) -> None:
-    """Remove a directory, unless something is in it, or it is not there."""
+    """Remove a directory if it is empty, and may be removed."""
     try:
         directory.rmdir()
-    except FileNotFoundError:
-        return
     except OSError as error:
-        if error.errno not in {errno.ENOTEMPTY, errno.EEXIST}:
+        if error.errno not in _DIRECTORY_STAYS:
             raise
