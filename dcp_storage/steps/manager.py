@@ -240,8 +240,8 @@ class Checkpoints:
     def prune(self, *, dry_run: bool = False) -> list[Decision]:
         """Remove the steps that `keep` does not keep, and return what was decided (collective).
 
-        Never removed are the newest committed step, those that this program saves, loads or checks,
-        and those that are pinned.
+        Never removed are the newest committed step, the one that was saved last, those that this program saves, loads
+        or checks, and those that are pinned.
 
         Args:
             dry_run: Decide, and remove nothing.
