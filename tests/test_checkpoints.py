@@ -606,3 +606,56 @@ def test_a_check_that_cannot_be_made_says_nothing_of_the_step(tmp_path, monkeypa
         assert "could not be checked" in caplog.text
         monkeypatch.undo()
     assert [step.step for step in checkpoints.steps()] == [1, 2], "2 did not pass, and did not fail"
+
+
+def test_nothing_is_deleted_on_the_word_of_a_damaged_manifest(tmp_path):
+    with Checkpoints(tmp_path, keep=KeepLatest(1)) as checkpoints:
+        checkpoints.save(1, state_of(1))
+        manifest = tmp_path / "step-1" / ".metadata"
+        manifest.write_bytes(manifest.read_bytes()[:-9])
+        checkpoints.save(2, state_of(2))
+        checkpoints.wait()
+        assert [step.step for step in checkpoints.steps()] == [2]
+        left = list((tmp_path / "step-1").iterdir())
+        assert left
+        assert all(path.name.endswith(".distcp.zst") for path in left)
+        for path in left:
+            os.utime(path, (0, 0))
+        checkpoints.prune()
+    assert not (tmp_path / "step-1").exists()
+
+
+def test_after_a_return_to_an_earlier_step_what_is_saved_stays(tmp_path):
+    with Checkpoints(tmp_path, keep=KeepLatest(2)) as checkpoints:
+        for step in (100, 200, 300):
+            checkpoints.save(step, state_of(step))
+            checkpoints.wait()
+        assert checkpoints.load(state_of(-1), 200) == 200
+        checkpoints.save(210, state_of(210))
+        checkpoints.wait()
+        assert 210 in [step.step for step in checkpoints.steps()]
+        assert checkpoints.load(state_of(-1), 210) == 210
+
+
+def test_a_save_waits_for_the_removal_of_its_step(tmp_path, monkeypatch):
+    real, begun, may_end = LocalStore.delete, threading.Event(), threading.Event()
+
+    async def slowly(store, names):
+        await real(store, names)
+        if names == [".metadata"]:
+            begun.set()
+            await asyncio.to_thread(may_end.wait, LIMIT_S)
+
+    with Checkpoints(tmp_path, keep=KeepLatest(1)) as checkpoints:
+        checkpoints.save(1, state_of(1))
+        monkeypatch.setattr(LocalStore, "delete", slowly)
+        checkpoints.save(2, state_of(2))
+        assert begun.wait(LIMIT_S)
+        threading.Timer(0.2, may_end.set).start()
+        checkpoints.save(1, state_of(7))
+        assert may_end.is_set()
+        checkpoints.wait()
+        state = state_of(-1)
+        assert checkpoints.load(state, 1) == 1
+        assert state["step"] == 7
+    assert verify(tmp_path / "step-1").sound
