@@ -179,7 +179,7 @@ def _pack_with_sha256(document):
 @pytest.mark.parametrize("expect", ["", "abc", "g" * 64, "0" * 63])
 def test_numbers_that_are_none(tmp_path: Path, expect):
     save(tmp_path, Codec(digest="sha256"))
-    with pytest.raises(ConfigError, match="no SHA-256"):
+    with pytest.raises(ConfigError, match="not a SHA-256"):
         verify(tmp_path, expect=expect)
 
 

@@ -6,7 +6,6 @@ from math import prod
 from typing import NamedTuple
 
 import numpy as np
-from msgspec import Struct
 from numpy.typing import NDArray
 
 from dcp_storage.collector import uncollected
@@ -19,7 +18,7 @@ WASTE = 0.1
 """Bytes fetched but not needed, over bytes needed, at most."""
 
 
-class Block(Struct, frozen=True, gc=False):
+class Block(NamedTuple):
     """One stored block that a read needs: the bytes `start` to `stop` of item `item`, and where they are stored."""
 
     item: int
