@@ -17,6 +17,7 @@ from typing import Any
 
 import atheris
 import torch
+import zstandard
 
 _MEMORY_MB = 2000
 _SECONDS_AN_INPUT = 10
@@ -37,7 +38,7 @@ def _pick(provider: Any) -> hostile.Pick:
 
 def manifest(data: bytes) -> None:
     """Bytes as a manifest's JSON, or as its frame."""
-    hostile.read_manifest(hostile.zstandard.ZstdCompressor().compress(data))
+    hostile.read_manifest(zstandard.ZstdCompressor().compress(data))
     hostile.read_manifest(data)
 
 
