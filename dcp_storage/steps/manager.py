@@ -259,7 +259,7 @@ class Checkpoints:
         main thread installs the handlers. They call those that were there before, and let a second signal pass.
 
         Raises:
-            ConfigError: The ranks are not at the same step, or it is no step.
+            ConfigError: The ranks are not at the same step, or it is not a valid one.
         """
         self._check_open()
         self._preemption.listen()

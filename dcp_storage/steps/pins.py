@@ -26,7 +26,7 @@ def new_pin(name: str) -> str:
     """Return the name of an object that no other pin has.
 
     Raises:
-        ConfigError: The name is none that every store takes.
+        ConfigError: Not every store takes the name.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(f"the pin's name is {name!r}; give up to 64 letters, digits, dots, dashes and underscores")
@@ -115,4 +115,4 @@ async def _named(step: Store, tombstone: str) -> list[str]:
 
 
 def _gone(step: Store) -> CheckpointNotFound:
-    return CheckpointNotFound(f"{step.url} is no committed step, or is being removed", url=step.url)
+    return CheckpointNotFound(f"{step.url} is not a committed step, or is being removed", url=step.url)

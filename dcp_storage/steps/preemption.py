@@ -39,7 +39,7 @@ class Preemption:
         """Return on all ranks whether any of them was asked since the last time.
 
         Raises:
-            ConfigError: The ranks are not at the same step, or it is no step.
+            ConfigError: The ranks are not at the same step, or it is not a valid one.
         """
         requests, signals = self._requests, sum(handler.count for handler in self._handlers)
         asked = _ASKED if requests > self._answered else _NOTHING

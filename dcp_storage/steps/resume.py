@@ -29,7 +29,7 @@ from dcp_storage.transfer.manifests import is_committed
 logger = logging.getLogger(__name__)
 
 _MOST_PASSED_OVER = 3
-"""More damaged steps than that are no accident of one save: somebody should look."""
+"""More damaged steps than this are not one accident: somebody should look."""
 
 
 @dataclass(frozen=True)

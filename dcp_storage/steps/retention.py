@@ -31,7 +31,7 @@ class Decision:
 
 def decide(steps: Sequence[Step], keep: Policy | None, in_use: Container[int], now: datetime) -> list[Decision]:
     """Return which of the committed steps, ascending, are kept; always the newest, the last saved and those in use."""
-    reasons = {step.step: ["there is no policy"] for step in steps} if keep is None else keep.kept(steps, now)
+    reasons = {step.step: ["no policy"] for step in steps} if keep is None else keep.kept(steps, now)
     for step in steps[-1:]:
         reasons.setdefault(step.step, []).append("the newest")
     # After a return to an earlier step, what is saved now has a lower number than what was left behind.

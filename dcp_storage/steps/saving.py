@@ -73,7 +73,7 @@ def check_step(step: object) -> int:
     """Return the number of a step.
 
     Raises:
-        ConfigError: It is none.
+        ConfigError: It is not a step.
     """
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
         raise ConfigError(f"the step is {step!r}; give a whole number from 0")

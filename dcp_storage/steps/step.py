@@ -38,7 +38,7 @@ def info_of(step: int, metrics: Mapping[str, float] | None) -> dict[str, Any]:
     JSON has no number for NaN and the infinities: they are written as the text that `float` reads.
 
     Raises:
-        ConfigError: A metric is no number, or its name no text.
+        ConfigError: A metric is not a number, or its name is not text.
     """
     for name, value in (metrics or {}).items():
         if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, int | float):

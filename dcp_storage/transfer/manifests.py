@@ -94,13 +94,14 @@ async def replaced_objects(store: Store) -> list[str]:
     """
     try:
         old = await read_manifest(store)
+        named = old.deletable()
     except (CheckpointNotFound, AccessDenied):  # what may not be read was refused before the data moved
         return []
     except (ManifestCorrupt, UnsupportedFormat) as error:
         logger.warning("the checkpoint that is being replaced cannot be read, so its objects are left: %s", error)
         return []
     parts = [name for name in await _names(store) if parse_part_manifest(name) is not None]
-    return [*parts, *old.deletable()]
+    return [*parts, *named]
 
 
 async def superseded_objects(store: Store, part: Draft) -> list[str]:
