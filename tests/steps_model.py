@@ -1,4 +1,7 @@
-"""Programs that save, prune, pin and read the steps of one run, in any order of their store operations, with kills."""
+"""Programs that save, prune, pin and read the steps of one run, in any order of their store operations, with kills.
+
+Some runs go on from a stock step, from one of parts, or from one whose manifest is damaged.
+"""
 
 import asyncio
 import random
@@ -10,11 +13,21 @@ from functools import cache
 from xxhash import xxh3_64_hexdigest
 
 from dcp_storage.dcp.saves.commit import commit
-from dcp_storage.errors import CheckpointExists, CheckpointNotFound, CheckpointReplaced, ObjectExists, ObjectNotFound
+from dcp_storage.errors import (
+    CheckpointExists,
+    CheckpointNotFound,
+    CheckpointReplaced,
+    ManifestCorrupt,
+    ObjectExists,
+    ObjectNotFound,
+)
+from dcp_storage.format.contents import Contents
 from dcp_storage.format.draft import Draft
-from dcp_storage.format.frames import StoredCodec
-from dcp_storage.format.manifest import Manifest, StoredObject, decode
-from dcp_storage.format.names import MANIFEST, data_object
+from dcp_storage.format.frames import StoredCodec, is_manifest
+from dcp_storage.format.legacy import decode_stock_metadata
+from dcp_storage.format.manifest import StoredObject, decode
+from dcp_storage.format.merge import merge
+from dcp_storage.format.names import MANIFEST, data_object, is_stock_object, parse_part_manifest
 from dcp_storage.format.schema import Segment
 from dcp_storage.steps import pins, retention
 from dcp_storage.steps.catalog import latest_step
@@ -23,12 +36,17 @@ from dcp_storage.steps.policies import KeepLatest
 from dcp_storage.store.base import ABSENT, Store
 from dcp_storage.transfer.manifests import read_manifest
 from tests.drafts import columns_of
+from tests.first_steps import KINDS, damaged
 
 KEEP = 1
 FOREIGN = {"step-1": "notes.txt", "step-1.backup": "0123456789abcdef-0-0.distcp", "": "step-2", "step-01": ".metadata"}
+FIRST = 1
+PARTS = 2
 _BEGUN = 1_000_000_000.0
 _SETTLE = 3
-"""Rounds of the loop in which whoever had a turn comes to the next operation."""
+"""Rounds of the loop in which whoever had a turn mostly comes to the next operation."""
+_LONGEST = 12
+"""... and in which anybody does."""
 
 
 class Broken(AssertionError):
@@ -48,6 +66,10 @@ class World:
         self.changed = True
         for directory, name in FOREIGN.items():
             self.objects.setdefault(directory, {})[name] = (b"foreign", self.clock)
+        self.first = KINDS[seed % len(KINDS)]
+        for name, data in self.first().items():
+            self.objects[directory_of(FIRST)][name] = (data, self.clock)
+            self.committed.add(FIRST)
 
     async def turn(self, who: str) -> None:
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -55,12 +77,14 @@ class World:
         await future
         self.clock += 1
 
-    def standing(self) -> dict[int, Manifest]:
+    def standing(self) -> dict[int, Contents | None]:
+        """Return what stands as which step; `None` for what cannot be read."""
         found = {}
         for directory, objects in self.objects.items():
             step = parse_step(directory)
-            if step is not None and MANIFEST in objects:
-                found[step] = _decoded(objects[MANIFEST][0])
+            names = [MANIFEST] if MANIFEST in objects else sorted(filter(parse_part_manifest, objects))
+            if step is not None and (names == [MANIFEST] or len(names) == PARTS):
+                found[step] = _decoded(*(objects[name][0] for name in names))
         return found
 
     def check(self) -> None:
@@ -70,7 +94,7 @@ class World:
         self.changed = False
         standing = self.standing()
         for step, manifest in standing.items():
-            if missing := set(manifest.object_names) - self.objects[directory_of(step)].keys():
+            if manifest and (missing := set(manifest.object_names) - self.objects[directory_of(step)].keys()):
                 raise Broken(f"step {step} stands without {missing}")
         if lost := set(sorted(self.committed)[-KEEP:]) - standing.keys():
             raise Broken(f"steps {lost} are kept, and lost")
@@ -159,8 +183,14 @@ class ModelStore(Store):
 
 
 @cache
-def _decoded(data: bytes) -> Manifest:
-    return decode(data, "model")
+def _decoded(*manifests: bytes) -> Contents | None:
+    if len(manifests) > 1:
+        return merge([decode(data, "model") for data in manifests], "model")
+    with suppress(ManifestCorrupt):
+        if is_manifest(manifests[0]):
+            return decode(manifests[0], "model")
+        return decode_stock_metadata(manifests[0], where="model")
+    return None
 
 
 @cache
@@ -214,16 +244,20 @@ class Claims:
 
 
 async def save(world: World, who: str, program: int, steps: int, claims: Claims) -> None:
-    """Go on from the newest step, as a training job does; now and then save a step anew."""
+    """Go on from the newest step, as a training job does; now and then save an earlier step anew, which may be gone."""
     root = ModelStore(world, who)
     first = (await latest_step(root) or 0) + 1
     for step in range(first, first + steps):
-        again = step - 1 if step - 1 in world.committed and world.chance.random() < 0.2 else None
+        earlier = step - world.chance.choice((1, 1, 2))
+        again = earlier if earlier in world.committed and world.chance.random() < 0.2 else None
         for number, overwrite in ((again, True), (step, False)):
             if number is None:
                 continue
             await claims.hold(number)
-            store, draft = root.child(directory_of(number)), draft_of(program + 50 * overwrite, number)
+            store, draft = (
+                root.child(directory_of(number)),
+                draft_of(program + 50 * (step - number) * overwrite, number),
+            )
             for stored in draft.objects:
                 await store.put(stored.name)
             with suppress(CheckpointExists, CheckpointReplaced):
@@ -256,6 +290,9 @@ async def read(world: World, who: str) -> None:
         standing = world.standing().get(parse_step(store.directory) or 0)
         if standing is None or standing.identity == manifest.identity:  # else it was saved anew meanwhile
             raise Broken(f"{store.url} was pinned, and removed: {error}") from error
+    except ManifestCorrupt:
+        if world.first is not damaged or step > FIRST + 1:
+            raise
     await pins.remove_pin(store, pin)
 
 
@@ -301,8 +338,12 @@ async def _next(world: World, tasks: dict[str, asyncio.Future[None]]) -> bool:
     for who, task in tasks.items():
         if task.done() and who not in world.killed:
             task.result()
-    ready = [at for at, (who, future) in enumerate(world.waiting) if who not in world.killed and not future.done()]
-    if not ready:
+    for _ in range(_LONGEST):
+        ready = [at for at, (who, future) in enumerate(world.waiting) if who not in world.killed and not future.done()]
+        if ready:
+            break
+        await asyncio.sleep(0)
+    else:
         return False
     world.waiting.pop(world.chance.choice(ready))[1].set_result(None)
     return True
@@ -321,6 +362,8 @@ async def _end(world: World, tasks: dict[str, asyncio.Future[None]]) -> None:
     for directory, objects in world.objects.items():
         step, foreign = parse_step(directory), {FOREIGN.get(directory)}
         left = objects.keys() - foreign
+        if world.killed:  # a save that replaced a stock step, and was killed before it deleted that
+            left -= set(filter(is_stock_object, left))
         if step is None or step in kept:
             continue
         if step not in standing and left:

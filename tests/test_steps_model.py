@@ -15,6 +15,7 @@ from dcp_storage import prune as prune_module
 from dcp_storage.errors import CheckpointNotFound
 from dcp_storage.steps import catalog, pins, retention
 from dcp_storage.transfer import fetch_manifest, manifests
+from tests.first_steps import KINDS
 from tests.steps_model import Broken, play
 
 RUNS = 5000
@@ -53,6 +54,7 @@ def test_no_order_and_no_kill_loses_anything():
     assert len(worlds) == RUNS
     assert sum(bool(world.killed & {"job"}) for world in worlds) > RUNS / 10
     assert {max(world.committed) for world in worlds} >= {3, 4, 5}
+    assert {world.first for world in worlds} == set(KINDS)
 
 
 def broken(most=RUNS):

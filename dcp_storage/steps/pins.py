@@ -81,7 +81,8 @@ async def bury(step: Store) -> bool:
 
     The tombstone that is left names its objects, for `unearth`.
     """
-    named = await replaced_objects(step)
+    parts = filter(parse_part_manifest, await step.list())  # also those that nobody can read
+    named = list(dict.fromkeys([*await replaced_objects(step), *parts]))
     tombstone = f".removing-{new_token()}"
     await step.commit(tombstone, json.dumps(named).encode())
     times = await step.modified()
@@ -95,13 +96,19 @@ async def bury(step: Store) -> bool:
 
 
 async def unearth(step: Store) -> None:
-    """Delete what the tombstones of a step name: its manifest was deleted before."""
+    """Delete what the tombstones of a step name, but for what a manifest names that stands there now.
+
+    That is a step which was saved anew: another prune may have put a tombstone for it, and withdraw because of a pin.
+    """
     there = await step.list()
-    tombstones = sorted(filter(is_tombstone, there))
-    named = [name for tombstone in tombstones for name in await _named(step, tombstone)]
-    if tombstones:
-        await step.delete([*dict.fromkeys(named), *filter(is_pin, there)])
-    await step.delete(tombstones)  # last: they tell that there is more to do
+    buried = {tombstone: await _named(step, tombstone) for tombstone in sorted(filter(is_tombstone, there))}
+    if not buried:
+        return
+    standing = set(await replaced_objects(step))  # after the tombstones: what they name was not saved since
+    done = [tombstone for tombstone, named in buried.items() if standing.isdisjoint(named)]
+    pins = [] if standing else filter(is_pin, there)
+    await step.delete([*dict.fromkeys(name for tombstone in done for name in buried[tombstone]), *pins])
+    await step.delete(done)  # last: they tell that there is more to do
 
 
 async def _named(step: Store, tombstone: str) -> list[str]:

@@ -1,12 +1,13 @@
 """Old steps go: what stays is decided on what the store tells, then manifests are deleted, and then objects."""
 
+import logging
 import time
 from collections.abc import Callable, Collection, Container, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
-from dcp_storage.errors import CheckpointNotFound
+from dcp_storage.errors import CheckpointNotFound, ManifestCorrupt
 from dcp_storage.prune import A_DAY, prune_store
 from dcp_storage.steps.catalog import list_steps, step_directories
 from dcp_storage.steps.names import directory_of
@@ -15,6 +16,8 @@ from dcp_storage.steps.policies import Policy
 from dcp_storage.steps.step import Step
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.manifests import is_committed
+
+logger = logging.getLogger(__name__)
 
 Claim = Callable[[int], AbstractContextManager[bool]]
 """Claims a step for removal while the block lasts, and says whether that may be: nobody here writes or reads it."""
@@ -105,6 +108,10 @@ async def _finish(root: Store, committed: Collection[int], claim: Claim, dead_af
 async def _clear(store: Store, dead_after: timedelta) -> None:
     """Remove from a step without a manifest what was buried, and what dead saves left."""
     await unearth(store)
-    with suppress(CheckpointNotFound):  # nothing of this package's saves is there
+    try:
         await prune_store(store, dead_after)
+    except CheckpointNotFound:  # nothing of this package's saves is there
+        pass
+    except ManifestCorrupt as error:  # parts of some ranks: the others' may lie elsewhere
+        logger.warning("%s is left as it is: %s", store.url, error)
     await store.remove_directory()

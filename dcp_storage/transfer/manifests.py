@@ -70,12 +70,20 @@ async def write_manifest(store: Store, draft: Draft, *, over: str | None) -> Non
 async def is_committed(store: Store, *, parts: bool) -> bool:
     """Return whether a `.metadata` stands here, or parts that no part of this package's may be put beside.
 
-    With `parts`, so does a complete set of this package's own.
+    With `parts`, so does a complete set of this package's own, and one that cannot be read.
     """
     if await store.probe(MANIFEST):
         return True
-    attempts = group_parts(await _names(store))
-    return None in attempts or (parts and bool(await complete_attempts(store, attempts)))
+    for listings_left in reversed(range(_LISTINGS)):
+        attempts = group_parts(await _names(store))
+        try:
+            return None in attempts or (parts and bool(await complete_attempts(store, attempts)))
+        except (ManifestCorrupt, UnsupportedFormat):
+            return True
+        except ObjectNotFound:  # a newer save or a prune deleted what was listed
+            if not listings_left:
+                raise
+    raise AssertionError("the last listing returns or raises")
 
 
 async def _names(store: Store) -> dict[str, int]:
@@ -98,7 +106,7 @@ async def replaced_objects(store: Store) -> list[str]:
     except (CheckpointNotFound, AccessDenied):  # what may not be read was refused before the data moved
         return []
     except (ManifestCorrupt, UnsupportedFormat) as error:
-        logger.warning("the checkpoint that is being replaced cannot be read, so its objects are left: %s", error)
+        logger.warning("what is replaced or removed cannot be read, so its objects are left for now: %s", error)
         return []
     parts = [name for name in await _names(store) if parse_part_manifest(name) is not None]
     return [*parts, *named]

@@ -1,0 +1,116 @@
+"""Steps that are removed while others save, list and pin: what a prune may delete, and what stops it."""
+
+import json
+import os
+
+import pytest
+import torch
+
+from dcp_storage import AsyncStorageWriter, Checkpoints, KeepLatest
+from dcp_storage.steps.pins import unearth
+from dcp_storage.store.local import LocalStore
+from dcp_storage.transfer.workers import run_async
+from dcp_storage.verify import verify
+from tests.fake_ranks import Alone
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Two ranks that save without collectives."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job-7")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    return Alone(2)
+
+
+def state_of(value):
+    return {"weights": torch.full((64,), float(value)), "step": value}
+
+
+def bury(path, tombstone, named):
+    """Leave a tombstone that names objects."""
+    (path / f".removing-{tombstone * 16}").write_text(json.dumps(named))
+
+
+def unearth_in(path):
+    async def opened():
+        async with LocalStore(str(path)) as store:
+            await unearth(store)
+
+    run_async(opened())
+
+
+def test_a_tombstone_of_a_step_that_stands_deletes_nothing(tmp_path):
+    """Another prune put it for a step that was saved anew, and may withdraw because of a pin."""
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_of(1))
+    path = tmp_path / "step-1"
+    standing = sorted(os.listdir(path))
+    bury(path, "a", ["0123456789abcdef-0-0.distcp.zst"])
+    bury(path, "b", [name for name in standing if name != ".metadata"])
+    (path / ".pin-eval-0123456789abcdef").write_text("{}")
+    (path / "0123456789abcdef-0-0.distcp.zst").write_bytes(b"of the step that was removed")
+    unearth_in(path)
+    assert sorted(os.listdir(path)) == sorted([*standing, ".pin-eval-0123456789abcdef", f".removing-{'b' * 16}"])
+    assert verify(path).sound
+
+
+def test_a_step_of_parts_is_removed_like_any_other(tmp_path, ranks):
+    with Checkpoints(tmp_path, keep=KeepLatest(1)) as checkpoints:
+        for rank in range(2):
+            ranks.save(rank, state_of(1), AsyncStorageWriter(tmp_path / "step-1"))
+        assert checkpoints.latest() == 1
+        checkpoints.save(2, state_of(2))
+        checkpoints.wait()
+        assert os.listdir(tmp_path) == ["step-2"]
+
+
+def test_a_step_whose_parts_nobody_can_read_is_listed_and_removed(tmp_path, ranks):
+    with Checkpoints(tmp_path, keep=KeepLatest(1)) as checkpoints:
+        for rank in range(2):
+            ranks.save(rank, state_of(1), AsyncStorageWriter(tmp_path / "step-1"))
+        for part in (tmp_path / "step-1").glob("__0-*.metadata"):
+            part.write_bytes(b"damaged")
+        assert [step.step for step in checkpoints.steps()] == [1]
+        checkpoints.save(2, state_of(2))
+        checkpoints.wait()
+        assert [step.step for step in checkpoints.steps()] == [2]
+        for left in (tmp_path / "step-1").iterdir():
+            assert left.name.endswith(".distcp.zst"), "what nobody can read names no objects: they go after a day"
+            os.utime(left, (0, 0))
+        checkpoints.prune()
+        assert os.listdir(tmp_path) == ["step-2"]
+
+
+def test_parts_of_some_ranks_are_left_alone_and_stop_no_prune(tmp_path, ranks, caplog):
+    """The others' may lie on other machines."""
+    ranks.save(1, state_of(1), AsyncStorageWriter(tmp_path / "step-1"))
+    (tmp_path / "step-2").mkdir()
+    (tmp_path / "step-2" / "0123456789abcdef-0-0.distcp.zst").write_bytes(b"of a save that died")
+    for path in tmp_path.glob("step-*/*"):
+        os.utime(path, (0, 0))
+    with Checkpoints(tmp_path, keep=KeepLatest(1)) as checkpoints:
+        for step in (3, 4):
+            checkpoints.save(step, state_of(step))
+        checkpoints.wait()
+        assert sorted(os.listdir(tmp_path)) == ["step-1", "step-4"]
+        assert "step-1 is left as it is" in caplog.text
+        assert len(os.listdir(tmp_path / "step-1")) == 2
+
+
+def test_a_listing_goes_on_where_a_prune_removes_parts_at_that_moment(tmp_path, ranks, monkeypatch):
+    for rank in range(2):
+        ranks.save(rank, state_of(1), AsyncStorageWriter(tmp_path / "step-1"))
+    real, removed = LocalStore.list, []
+
+    async def listed(store):
+        found = await real(store)
+        if not removed:
+            removed.extend((tmp_path / "step-1").glob("__*.metadata"))
+            for part in removed:
+                part.unlink()
+        return found
+
+    monkeypatch.setattr(LocalStore, "list", listed)
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == []
+    assert len(removed) == 2
