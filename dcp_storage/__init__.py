@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dcp_storage import errors, prune, verify
     from dcp_storage.config import Codec, Transfer
-    from dcp_storage.dcp.loading import load
+    from dcp_storage.dcp.load import load
     from dcp_storage.dcp.opened import open_checkpoint
     from dcp_storage.dcp.planners.load_planner import ShardedLoadPlanner
     from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
@@ -53,7 +53,7 @@ _HOMES = {
     "ShardedLoadPlanner": "dcp.planners.load_planner",
     "ShardedSavePlanner": "dcp.planners.save_planner",
     "Transfer": "config",
-    "load": "dcp.loading",
+    "load": "dcp.load",
     "open_checkpoint": "dcp.opened",
 }
 

@@ -10,8 +10,23 @@ from functools import partial
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
+from dcp_storage.errors import ConfigError
 from dcp_storage.observe import Advance, Observer, Operation, silent
 from dcp_storage.words import transfer_text
+
+
+def choose_observer(observer: Observer | None, *, progress: bool) -> Observer:
+    """Return the observer that a writer or reader is to tell.
+
+    Raises:
+        ConfigError: It cannot be called.
+    """
+    if observer is not None and not callable(observer):
+        raise ConfigError(
+            f"the observer {observer!r} cannot be called: give a function of operation, URL and bytes that returns a "
+            "context manager"
+        )
+    return progress_bar(observer or silent) if progress else observer or silent
 
 
 def progress_bar(then: Observer = silent) -> Observer:

@@ -1,42 +1,20 @@
-"""Removes what dead saves left in a checkpoint's directory."""
+"""`prune`: what dead saves left in a checkpoint's directory, removed. No torch."""
 
-import os
-import time
-from collections import defaultdict
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
-from dcp_storage.errors import CheckpointNotFound, ConfigError
-from dcp_storage.format.names import save_of
-from dcp_storage.leftovers import split
-from dcp_storage.store.base import Store
-from dcp_storage.store.open import open_store
-from dcp_storage.transfer.manifests import read_manifest
-from dcp_storage.transfer.workers import run_async
+from dcp_storage.checkpoint.place import Location
+from dcp_storage.checkpoint.pruning import A_DAY, Pruning, prune_store
+from dcp_storage.errors import ConfigError
+from dcp_storage.store.urls import Address
 
-A_DAY = timedelta(days=1)
-"""Longer than any one save takes, and than clocks of machines differ."""
-
-
-@dataclass(frozen=True)
-class Pruning:
-    """What `prune` did, or would do.
-
-    Attributes:
-        url: The checkpoint's directory.
-        removed: Orphans that were removed (with `dry_run`: that would be), with their sizes in bytes.
-        kept: Orphans that are too young: their save may be under way.
-    """
-
-    url: str
-    removed: dict[str, int]
-    kept: dict[str, int]
+__all__ = ["A_DAY", "Pruning", "prune"]
 
 
 def prune(
-    path: str | os.PathLike[str],
+    path: Address | Location,
     *,
     older_than: timedelta = A_DAY,
     storage_options: Mapping[str, Any] | None = None,
@@ -58,41 +36,5 @@ def prune(
     if older_than < timedelta(0):
         raise ConfigError(f"older_than is {older_than}; it must not be negative")
 
-    async def opened() -> Pruning:
-        async with open_store(path, storage_options) as store:
-            return await prune_store(store, older_than, dry_run=dry_run)
-
-    return run_async(opened())
-
-
-async def prune_store(store: Store, older_than: timedelta, *, dry_run: bool = False) -> Pruning:
-    """Do what `prune` does, in a store that is open."""
-    now = time.time()
-    times = await store.modified()
-    sizes = await store.list()
-    # Read after the lists: what was committed since then is named, and what was put since then is not in them.
-    orphans = await _orphans(store, times.keys() & sizes.keys())
-    old = _old_enough(orphans, times, now - older_than.total_seconds())
-    if not dry_run:
-        await store.delete(sorted(old))
-    removed = {name: sizes[name] for name in orphans if name in old}
-    return Pruning(store.url, removed, {name: sizes[name] for name in orphans if name not in old})
-
-
-async def _orphans(store: Store, names: Iterable[str]) -> list[str]:
-    try:
-        return split(names, await read_manifest(store))[0]
-    except CheckpointNotFound:
-        left_by_the_first_save = split(names, None)[0]
-        if not left_by_the_first_save:
-            raise
-        return left_by_the_first_save
-
-
-def _old_enough(orphans: Iterable[str], times: Mapping[str, float], before: float) -> set[str]:
-    """Return the orphans of those saves that wrote nothing since."""
-    by_save: defaultdict[str | None, list[str]] = defaultdict(list)
-    for name in orphans:
-        by_save[save_of(name)].append(name)
-    dead = (names for names in by_save.values() if max(times[name] for name in names) <= before)
-    return {name for names in dead for name in names}
+    how = partial(prune_store, older_than=older_than, dry_run=dry_run)
+    return Location.of(path, storage_options).run(how)

@@ -1,85 +1,22 @@
-"""Every block of a checkpoint, read and checked without loading it. No torch."""
+"""`verify`: every block of a checkpoint, read and checked without loading it. No torch."""
 
-import os
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from dcp_storage.checkpoint.place import Location
+from dcp_storage.checkpoint.verification import Damage, Verification, verify_store
 from dcp_storage.config import Transfer
-from dcp_storage.errors import CheckpointNotFound, ConfigError, StoreError
-from dcp_storage.format.contents import CheckedItem, Contents, HeldObject
-from dcp_storage.format.names import MANIFEST
-from dcp_storage.leftovers import split
-from dcp_storage.observe import Observer, observed, silent
-from dcp_storage.store.base import Store
-from dcp_storage.store.open import open_store
-from dcp_storage.transfer.check import Fault, check_runs, runs_of
-from dcp_storage.transfer.manifests import read_manifest
-from dcp_storage.transfer.ranges import Block
-from dcp_storage.transfer.workers import run_async
+from dcp_storage.errors import ConfigError
+from dcp_storage.observe import Observer, silent
+from dcp_storage.store.urls import Address
 
-
-@dataclass(frozen=True)
-class Damage:
-    """Something in a checkpoint that is not as it was written.
-
-    Attributes:
-        object_name: The object that it is in.
-        offset: Where in the object the damaged block begins, or `None` where it is the object as a whole.
-        fqns: The entries that it is part of.
-        what: What is wrong, in words.
-    """
-
-    object_name: str
-    offset: int | None
-    fqns: tuple[str, ...]
-    what: str
-
-
-@dataclass(frozen=True)
-class Verification:
-    """What `verify` found.
-
-    Attributes:
-        url: The checkpoint.
-        stock: Whether stock DCP wrote it. Its blocks carry no checks: only presence and size of its objects are known.
-        part: The rank whose part it is, and of how many, where one rank saved it alone.
-        tensors: Tensors in it.
-        others: Entries in it that are not tensors.
-        objects: Data objects in it.
-        blocks: Blocks that were read and checked.
-        raw_bytes: Size of these blocks in memory.
-        stored_bytes: Size of the data objects.
-        damage: All that is wrong, by object and offset.
-        orphans: Objects, with their sizes, of this package that are not part of the checkpoint: of a save that died,
-            or of one that is under way.
-        foreign: Objects that are not this package's.
-        sha256: The one number that proves all of it, where it was saved with `Codec(digest="sha256")`.
-    """
-
-    url: str
-    stock: bool
-    part: tuple[int, int] | None
-    tensors: int
-    others: int
-    objects: int
-    blocks: int
-    raw_bytes: int
-    stored_bytes: int
-    damage: tuple[Damage, ...]
-    orphans: dict[str, int]
-    foreign: tuple[str, ...]
-    sha256: str | None = None
-
-    @property
-    def sound(self) -> bool:
-        """Whether nothing is wrong."""
-        return not self.damage
+__all__ = ["Damage", "Verification", "verify"]
 
 
 def verify(
-    path: str | os.PathLike[str],
+    path: Address | Location,
     *,
     storage_options: Mapping[str, Any] | None = None,
     transfer: Transfer = Transfer(),  # noqa: B008 (frozen)
@@ -102,92 +39,5 @@ def verify(
     """
     if expect is not None and not re.fullmatch("[0-9a-fA-F]{64}", expect):
         raise ConfigError(f"expect is {expect!r:.80}, which is not a SHA-256: 64 hexadecimal digits")
-    return run_async(_verify(open_store(path, storage_options), transfer, observer or silent, expect))
-
-
-async def _verify(closed: Store, transfer: Transfer, observer: Observer, expect: str | None) -> Verification:
-    async with closed as store:
-        contents = await read_manifest(store)
-        contents.check_whole()
-        sizes = await store.list()
-        held = contents.objects_held()
-        damage = [fault for each in held if (fault := _object_fault(each, sizes.get(each.name)))]
-        blocks, damaged = await _block_damage(store, contents, sizes, transfer, observer)
-        damage += damaged
-        damage += _unexpected(store.url, contents.proof, expect)
-        if damage:
-            await _require_unchanged(store, contents)
-        orphans, foreign = split(sizes, contents)
-        return Verification(
-            url=store.url,
-            stock=contents.stock,
-            part=contents.part,
-            tensors=len(contents.tensors),
-            others=len(contents.bytes),
-            objects=len(held),
-            blocks=len(blocks),
-            raw_bytes=sum(block.stop - block.start for block in blocks),
-            stored_bytes=sum(sizes.get(each.name, 0) for each in held),
-            damage=tuple(sorted(damage, key=lambda fault: (fault.object_name, fault.offset or 0))),
-            orphans={name: sizes[name] for name in orphans},
-            foreign=tuple(foreign),
-            sha256=contents.proof,
-        )
-
-
-def _unexpected(url: str, proof: str | None, expect: str | None) -> list[Damage]:
-    if expect is None or proof == expect.lower():
-        return []
-    if proof is None:
-        raise ConfigError(
-            f"{url} has no SHA-256 digests that one number could prove: Codec(digest='sha256') makes them"
-        )
-    return [Damage(MANIFEST, None, (), f"its head's SHA-256 is {proof}, and not the one that is expected")]
-
-
-def _object_fault(expected: HeldObject, size: int | None) -> Damage | None:
-    if size is None:
-        return Damage(expected.name, None, expected.fqns, "the object is missing")
-    if size < expected.size:
-        what = f"the object ends {expected.size - size} bytes too early"
-    elif size > expected.size and expected.exact:
-        what = f"the object is {size - expected.size} bytes too long"
-    else:
-        return None
-    return Damage(expected.name, None, expected.fqns, what)
-
-
-async def _block_damage(
-    store: Store, contents: Contents, sizes: Mapping[str, int], transfer: Transfer, observer: Observer
-) -> tuple[list[Block], list[Damage]]:
-    """Check what is there of a checkpoint's blocks; return it, and what of it is damaged."""
-    codec = contents.codec
-    if codec is None:
-        return [], []
-    items, names = list(contents.checked_items()), contents.object_names
-    runs = list(runs_of(items, codec, [sizes.get(name, 0) for name in names]))
-    blocks = [block for run in runs for block in run.blocks]
-    with observed(observer, "verify", store.url, sum(block.stop - block.start for block in blocks)) as advance:
-        faults = await check_runs(store, runs, names, codec, contents.digest, transfer=transfer, advance=advance)
-    return blocks, [_damage(fault, items, names) for fault in faults]
-
-
-def _damage(fault: Fault, items: Sequence[CheckedItem], names: Sequence[str]) -> Damage:
-    run = fault.run
-    block = fault.block or run.blocks[0]
-    what = f"a damaged block of {block.length} bytes"
-    if fault.block is None:
-        what = (
-            f"the digest of {run.stop - run.start} bytes, each block of which is sound, is not the one that was written"
-        )
-    return Damage(names[run.object], block.offset, (items[block.item].fqn,), what)
-
-
-async def _require_unchanged(store: Store, contents: Contents) -> None:
-    """Tell damage from a checkpoint that was replaced, its objects deleted, while it was read."""
-    try:
-        now = await read_manifest(store)
-    except CheckpointNotFound:
-        now = None
-    if now is None or now.identity != contents.identity:
-        raise StoreError(f"{store.url} was replaced by another save while it was read: verify it again", url=store.url)
+    how = partial(verify_store, transfer=transfer, observer=observer or silent, expect=expect)
+    return Location.of(path, storage_options).run(how)

@@ -23,7 +23,7 @@ _MEMORY_MB = 2000
 _SECONDS_AN_INPUT = 10
 
 with atheris.instrument_imports(include=["dcp_storage"]):
-    from dcp_storage.dcp.entries import load_entry
+    from dcp_storage.dcp.loads.entries import load_entry
     from dcp_storage.errors import BlockCorrupt, UnsupportedFormat
     from dcp_storage.format.values import MAGIC, encode_value
     from tests import documents, hostile

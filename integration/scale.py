@@ -29,8 +29,8 @@ from xxhash import xxh32_hexdigest
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.dcp.saves.results import Results, index_items
-from dcp_storage.format.columns import Columns, numbers, texts
-from dcp_storage.format.digests import DIGEST_CHARS, digest_of
+from dcp_storage.format.codecs.digests import DIGEST_CHARS, digest_of
+from dcp_storage.format.manifest.columns import Columns, numbers, texts
 from dcp_storage.format.names import data_object
 
 ROWS, COLUMNS = 2, 64

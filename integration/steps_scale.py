@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from dcp_storage import Checkpoints
-from dcp_storage.dcp.calls import Location
+from dcp_storage.checkpoint.place import Location
 from dcp_storage.format.names import MANIFEST
 from dcp_storage.steps.names import directory_of
 from dcp_storage.store.base import Store

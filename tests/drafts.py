@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from dcp_storage.format.columns import Columns, numbers, texts
-from dcp_storage.format.draft import layout_of
-from dcp_storage.format.schema import Layout, Segment
+from dcp_storage.format.manifest.columns import Columns, numbers, texts
+from dcp_storage.format.manifest.draft import layout_of
+from dcp_storage.format.manifest.schema import Layout, Segment
 from dcp_storage.geometry import Box, Shape
 
 

@@ -8,11 +8,11 @@ import torch
 import torch.distributed.checkpoint as dcp
 from xxhash import xxh3_64_hexdigest
 
-from dcp_storage.format.draft import Draft, encode
-from dcp_storage.format.frames import StoredCodec
-from dcp_storage.format.manifest import StoredObject
+from dcp_storage.format.manifest.draft import Draft, encode
+from dcp_storage.format.manifest.frames import StoredCodec
+from dcp_storage.format.manifest.manifest import StoredObject
+from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.format.names import MANIFEST, Part, data_object, part_manifest
-from dcp_storage.format.schema import Segment
 from tests.drafts import columns_of
 
 BEGUN = "2001-09-09T01:46:40+00:00"

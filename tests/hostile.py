@@ -28,11 +28,11 @@ from xxhash import xxh3_64_hexdigest
 from dcp_storage.config import Codec
 from dcp_storage.dcp.metadata import to_metadata
 from dcp_storage.errors import BlockCorrupt, DcpStorageError
-from dcp_storage.format.blocks import CODECS, ItemEncoder
+from dcp_storage.format.codecs.blocks import CODECS, ItemEncoder
 from dcp_storage.format.dtypes import ITEM_BYTES
-from dcp_storage.format.legacy import decode_stock_metadata
-from dcp_storage.format.manifest import Manifest, decode
+from dcp_storage.format.manifest.manifest import Manifest, decode
 from dcp_storage.format.names import is_safe
+from dcp_storage.format.stock.manifest import decode_stock_metadata
 from dcp_storage.geometry import whole
 from dcp_storage.transfer.ranges import coalesce, locate, needed_blocks
 

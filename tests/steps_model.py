@@ -12,6 +12,7 @@ from functools import cache
 
 from xxhash import xxh3_64_hexdigest
 
+from dcp_storage.checkpoint.manifests import read_manifest
 from dcp_storage.dcp.saves.commit import commit
 from dcp_storage.errors import (
     CheckpointExists,
@@ -22,19 +23,18 @@ from dcp_storage.errors import (
     ObjectNotFound,
 )
 from dcp_storage.format.contents import Contents
-from dcp_storage.format.draft import Draft
-from dcp_storage.format.frames import StoredCodec, is_manifest
-from dcp_storage.format.legacy import decode_stock_metadata
-from dcp_storage.format.manifest import StoredObject, decode
-from dcp_storage.format.merge import merge
+from dcp_storage.format.manifest.draft import Draft
+from dcp_storage.format.manifest.frames import StoredCodec, is_manifest
+from dcp_storage.format.manifest.manifest import StoredObject, decode
+from dcp_storage.format.manifest.merge import merge
+from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.format.names import MANIFEST, data_object, is_stock_object, parse_part_manifest
-from dcp_storage.format.schema import Segment
+from dcp_storage.format.stock.manifest import decode_stock_metadata
 from dcp_storage.steps import pins, retention
 from dcp_storage.steps.catalog import latest_step
 from dcp_storage.steps.names import directory_of, parse_step
 from dcp_storage.steps.policies import KeepLatest
 from dcp_storage.store.base import ABSENT, Store
-from dcp_storage.transfer.manifests import read_manifest
 from tests.drafts import columns_of
 from tests.first_steps import KINDS, damaged
 

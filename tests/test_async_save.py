@@ -17,7 +17,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner, Transfer
 from dcp_storage.errors import StoreError
-from dcp_storage.format.blocks import ItemEncoder
+from dcp_storage.format.codecs.blocks import ItemEncoder
 from dcp_storage.store.local import LocalStore
 from dcp_storage.transfer import encoder_process
 

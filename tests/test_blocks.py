@@ -6,10 +6,10 @@ from hypothesis import strategies as st
 
 from dcp_storage.config import MIB, Codec
 from dcp_storage.errors import BlockCorrupt
-from dcp_storage.format import planes as planes_module
-from dcp_storage.format import zstd
-from dcp_storage.format.blocks import CODECS as BLOCK_CODECS
-from dcp_storage.format.blocks import ItemEncoder
+from dcp_storage.format.codecs import libzstd as zstd
+from dcp_storage.format.codecs import planes as planes_module
+from dcp_storage.format.codecs.blocks import CODECS as BLOCK_CODECS
+from dcp_storage.format.codecs.blocks import ItemEncoder
 
 
 @pytest.fixture(params=["fast", "plain"], scope="module", autouse=True)

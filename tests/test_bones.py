@@ -17,9 +17,10 @@ FLOORS = [
     {"config"},
     {"format", "progress"},
     {"store"},
-    {"transfer", "leftovers"},
-    {"dcp"},
+    {"transfer"},
+    {"checkpoint"},
     {"verify", "prune"},
+    {"dcp"},
     {"steps"},
     {"commands"},
     {"cli"},
@@ -34,7 +35,7 @@ OUTSIDE = {
     "aiofiles": ("store/",),
     "aiobotocore": ("store/",),
     "botocore": ("store/",),
-    "zstandard": ("format/", "dcp/stock"),
+    "zstandard": ("format/", "dcp/stock/"),
     "rich": ("progress.py", "commands/"),
 }
 

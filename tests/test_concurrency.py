@@ -10,9 +10,9 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, Transfer
+from dcp_storage.checkpoint.manifests import read_manifest
 from dcp_storage.errors import CheckpointReplaced, ObjectNotFound
 from dcp_storage.store.local import LocalStore
-from dcp_storage.transfer.manifests import read_manifest
 from dcp_storage.transfer.workers import run_async
 from tests import fake_ranks
 

@@ -6,9 +6,9 @@ from contextlib import suppress
 
 import pytest
 
+from dcp_storage.checkpoint.manifests import replaced_objects, write_manifest
 from dcp_storage.dcp import writer
 from dcp_storage.errors import StoreError
-from dcp_storage.transfer.manifests import replaced_objects, write_manifest
 from integration.faults.disk import Disk
 from integration.faults.faults import Fault, Op
 from integration.faults.oracle import NOT_SYNCED, OURS

@@ -9,7 +9,7 @@ import torch.distributed.checkpoint as dcp
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, Transfer
 from dcp_storage.dcp import device as device_module
-from dcp_storage.dcp.tensors import TensorSource
+from dcp_storage.dcp.saves.sources import TensorSource
 
 TRANSFER = Transfer(object_bytes=1 << 20, threads=3)
 

@@ -13,9 +13,9 @@ import zstandard
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.cli import main
 from dcp_storage.errors import ConfigError, ManifestCorrupt, UnsupportedFormat
-from dcp_storage.format.blocks import CODECS as BLOCK_CODECS
-from dcp_storage.format.blocks import ItemEncoder
-from dcp_storage.format.manifest import decode
+from dcp_storage.format.codecs.blocks import CODECS as BLOCK_CODECS
+from dcp_storage.format.codecs.blocks import ItemEncoder
+from dcp_storage.format.manifest.manifest import decode
 from dcp_storage.verify import verify
 from tests import documents
 from tests.states import assert_same, blank_like

@@ -14,8 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp_storage.config import Codec
-from dcp_storage.format.blocks import CODECS as BLOCK_CODECS
-from dcp_storage.format.blocks import ItemEncoder
+from dcp_storage.format.codecs.blocks import CODECS as BLOCK_CODECS
+from dcp_storage.format.codecs.blocks import ItemEncoder
 from dcp_storage.transfer import encoder_process, encoders
 from dcp_storage.transfer.encoder_process import EncoderProcess
 from dcp_storage.transfer.encoders import encoder_apart

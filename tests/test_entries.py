@@ -28,7 +28,7 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
-from dcp_storage.dcp.entries import load_entry
+from dcp_storage.dcp.loads.entries import load_entry
 from dcp_storage.errors import BlockCorrupt, DcpStorageError, UnsupportedEntry
 from dcp_storage.format.values import decode_value, encode_value
 from tests import hostile

@@ -18,9 +18,9 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner
-from dcp_storage.dcp.entries import load_entry
+from dcp_storage.dcp.loads.entries import load_entry
 from dcp_storage.errors import BlockCorrupt, DcpStorageError, ManifestCorrupt, UnsupportedFormat
-from dcp_storage.format.manifest import decode
+from dcp_storage.format.manifest.manifest import decode
 from dcp_storage.verify import verify
 from tests import documents, hostile
 from tests.states import blank_like

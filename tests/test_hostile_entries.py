@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcp_storage.dcp.entries import load_entry
+from dcp_storage.dcp.loads.entries import load_entry
 from dcp_storage.errors import BlockCorrupt, UnsupportedEntry
 from tests import hostile
 from tests.test_entries import SAFE

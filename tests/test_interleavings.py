@@ -6,15 +6,15 @@ from typing import Any
 import pytest
 from xxhash import xxh3_64_hexdigest
 
+from dcp_storage.checkpoint.manifests import read_manifest
 from dcp_storage.dcp.saves.commit import commit
 from dcp_storage.errors import CheckpointExists, CheckpointNotFound, CheckpointReplaced, ObjectExists, ObjectNotFound
-from dcp_storage.format.draft import Draft, encode
-from dcp_storage.format.frames import StoredCodec
-from dcp_storage.format.manifest import Manifest, StoredObject, decode
+from dcp_storage.format.manifest.draft import Draft, encode
+from dcp_storage.format.manifest.frames import StoredCodec
+from dcp_storage.format.manifest.manifest import Manifest, StoredObject, decode
+from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.format.names import MANIFEST, data_object
-from dcp_storage.format.schema import Segment
 from dcp_storage.store.base import ABSENT, Store
-from dcp_storage.transfer.manifests import read_manifest
 from tests.drafts import columns_of
 
 

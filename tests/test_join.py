@@ -19,9 +19,9 @@ from dcp_storage.config import Codec
 from dcp_storage.dcp.saves.draft import build_draft
 from dcp_storage.dcp.saves.results import Results, index_items
 from dcp_storage.errors import ConfigError, CoverageError
-from dcp_storage.format.draft import encode
-from dcp_storage.format.manifest import decode
-from dcp_storage.format.schema import Segment
+from dcp_storage.format.manifest.draft import encode
+from dcp_storage.format.manifest.manifest import decode
+from dcp_storage.format.manifest.schema import Segment
 from tests.drafts import columns_of
 
 CODEC = Codec(block_bytes=4096, digest=None)

@@ -7,8 +7,8 @@ from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemT
 
 from dcp_storage import AsyncStorageWriter, ShardedSavePlanner
 from dcp_storage.config import MIB, Transfer
-from dcp_storage.dcp.groups import group_items
-from dcp_storage.format.manifest import decode
+from dcp_storage.dcp.saves.groups import group_items
+from dcp_storage.format.manifest.manifest import decode
 from dcp_storage.transfer.layout import MIN_OBJECT_BYTES, Piece, lay_out, split_units, target_bytes
 from dcp_storage.transfer.workers import useful_threads
 

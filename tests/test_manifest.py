@@ -13,17 +13,17 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner
+from dcp_storage.checkpoint.fetch import fetch_head
 from dcp_storage.errors import ConfigError, ManifestCorrupt, ObjectNotFound, UnsupportedFormat
-from dcp_storage.format import draft as drafts
-from dcp_storage.format import frames
-from dcp_storage.format.boxes import Grid, Listed, Whole, grid_of
-from dcp_storage.format.draft import Draft, DraftTensor, encode
-from dcp_storage.format.frames import StoredCodec
-from dcp_storage.format.manifest import StoredObject, decode
-from dcp_storage.format.schema import ListedBoxes, Segment
+from dcp_storage.format.manifest import draft as drafts
+from dcp_storage.format.manifest import frames
+from dcp_storage.format.manifest.boxes import Grid, Listed, Whole, grid_of
+from dcp_storage.format.manifest.draft import Draft, DraftTensor, encode
+from dcp_storage.format.manifest.frames import StoredCodec
+from dcp_storage.format.manifest.manifest import StoredObject, decode
+from dcp_storage.format.manifest.schema import ListedBoxes, Segment
 from dcp_storage.geometry import Box, intersect
 from dcp_storage.store.open import open_store
-from dcp_storage.transfer.fetch_manifest import fetch_head
 from tests import documents
 from tests.drafts import arrays_of, columns_of, layout
 

@@ -13,7 +13,7 @@ from dcp_storage.config import Codec
 from dcp_storage.dcp.saves.results import Results, items_of
 from dcp_storage.dcp.saves.summary import slowest
 from dcp_storage.errors import ConfigError, StoreError
-from dcp_storage.format.columns import NOTHING
+from dcp_storage.format.manifest.columns import NOTHING
 from dcp_storage.progress import progress_bar
 from dcp_storage.store.local import LocalStore
 

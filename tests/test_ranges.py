@@ -4,8 +4,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dcp_storage.format.frames import StoredCodec
-from dcp_storage.format.schema import Segment
+from dcp_storage.format.manifest.frames import StoredCodec
+from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.transfer.ranges import WASTE, Block, coalesce, locate, needed_blocks
 from tests.test_geometry import boxes_in, shapes
 

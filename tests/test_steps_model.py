@@ -11,10 +11,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from dcp_storage import prune as prune_module
+from dcp_storage.checkpoint import fetch as fetch_manifest
+from dcp_storage.checkpoint import manifests, pruning
 from dcp_storage.errors import CheckpointNotFound
 from dcp_storage.steps import catalog, pins, retention
-from dcp_storage.transfer import fetch_manifest, manifests
 from tests.first_steps import KINDS
 from tests.steps_model import Broken, play
 
@@ -26,7 +26,7 @@ def own_clock(monkeypatch):
     """The model's clock in place of the machine's, where ages are told; and no manifest is made or decoded twice."""
     clock = SimpleNamespace(time=time.time)
     monkeypatch.setattr(retention, "time", clock)
-    monkeypatch.setattr(prune_module, "time", clock)
+    monkeypatch.setattr(pruning, "time", clock)
     monkeypatch.setattr(catalog, "_HEADS_IN_FLIGHT", 4)
     made = {}
     encode = manifests.encode

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadIte
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.config import MIB, Transfer
 from dcp_storage.dcp.metadata import to_metadata
-from dcp_storage.dcp.stock import load_stock
+from dcp_storage.dcp.stock.load import load_stock
 from dcp_storage.dcp.undocumented import stock_url_writer
 from dcp_storage.errors import (
     BlockCorrupt,
@@ -31,7 +31,7 @@ from dcp_storage.errors import (
     UnsupportedFormat,
 )
 from dcp_storage.format.dtypes import ITEM_BYTES
-from dcp_storage.format.legacy import StockItem, decode_stock_metadata
+from dcp_storage.format.stock.manifest import StockItem, decode_stock_metadata
 from dcp_storage.geometry import Box
 from dcp_storage.observe import silent
 from dcp_storage.store.local import LocalStore

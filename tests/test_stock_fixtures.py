@@ -8,7 +8,7 @@ import torch.distributed.checkpoint as dcp
 from torch.torch_version import TorchVersion
 
 from dcp_storage import AsyncStorageReader, ShardedLoadPlanner
-from dcp_storage.format.legacy import decode_stock_metadata
+from dcp_storage.format.stock.manifest import decode_stock_metadata
 from tests.fixtures.make_stock import DTYPES, HERE, ROWS, numbers, state
 from tests.states import assert_same, blank_like
 

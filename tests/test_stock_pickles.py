@@ -31,8 +31,8 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from dcp_storage.errors import DcpStorageError, ManifestCorrupt, UnsupportedFormat
-from dcp_storage.format.legacy import StockItem, decode_stock_metadata
-from dcp_storage.format.stock_globals import KNOWN
+from dcp_storage.format.stock.globals import KNOWN
+from dcp_storage.format.stock.manifest import StockItem, decode_stock_metadata
 from dcp_storage.geometry import Box
 
 META = b"ctorch.distributed.checkpoint.metadata\n"

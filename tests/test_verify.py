@@ -15,7 +15,7 @@ import torch.distributed.checkpoint as dcp
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedSavePlanner, Transfer, cli
 from dcp_storage.errors import CheckpointNotFound, ConfigError, ManifestCorrupt, StoreError, UnsupportedFormat
-from dcp_storage.format.manifest import decode
+from dcp_storage.format.manifest.manifest import decode
 from dcp_storage.prune import prune
 from dcp_storage.store.local import LocalStore
 from dcp_storage.verify import verify

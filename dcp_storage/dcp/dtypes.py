@@ -4,7 +4,7 @@ import torch
 
 from dcp_storage.config import Codec
 from dcp_storage.errors import UnsupportedFormat, UnsupportedTensor
-from dcp_storage.format.blocks import CODECS
+from dcp_storage.format.codecs.blocks import CODECS
 from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
 
 _DTYPES = {name: dtype for name in ITEM_BYTES if isinstance(dtype := getattr(torch, name, None), torch.dtype)}

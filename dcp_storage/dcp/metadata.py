@@ -10,8 +10,8 @@ from dcp_storage.collector import uncollected
 from dcp_storage.dcp.kinds.boxes import chunk_box
 from dcp_storage.dcp.stored import StoredEntries
 from dcp_storage.errors import CoverageError
-from dcp_storage.format.boxes import Boxes
 from dcp_storage.format.contents import Contents
+from dcp_storage.format.manifest.boxes import Boxes
 from dcp_storage.geometry import tiling_fault
 
 

@@ -13,19 +13,20 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
+from dcp_storage.checkpoint.place import Location
 from dcp_storage.config import Transfer
-from dcp_storage.dcp.calls import Path
-from dcp_storage.dcp.entries import TrustPolicy, load_entry
 from dcp_storage.dcp.indexing import box_of
+from dcp_storage.dcp.loads.entries import TrustPolicy, load_entry
 from dcp_storage.dcp.planners.coverage import StoredTensor, part_note
 from dcp_storage.dcp.reader import AsyncStorageReader
 from dcp_storage.errors import ConfigError, MissingKeys
 from dcp_storage.geometry import Box, Shape, whole
 from dcp_storage.observe import Observer
+from dcp_storage.store.urls import Address
 
 
 def open_checkpoint(
-    path: Path,
+    path: Address | Location,
     *,
     storage_options: Mapping[str, Any] | None = None,
     transfer: Transfer = Transfer(),  # noqa: B008 (frozen)

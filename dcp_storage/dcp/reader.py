@@ -13,17 +13,19 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.storage import StorageReader
 from torch.futures import Future
 
+from dcp_storage.checkpoint.manifests import read_manifest
+from dcp_storage.checkpoint.place import Location
 from dcp_storage.config import Transfer
-from dcp_storage.dcp.calls import Location, Path, choose_observer
 from dcp_storage.dcp.hooks import hook
-from dcp_storage.dcp.loads import load_plan
+from dcp_storage.dcp.loads.plan import load_plan
 from dcp_storage.dcp.metadata import to_metadata
 from dcp_storage.dcp.planners.default_plans import check_default_plan
 from dcp_storage.errors import CheckpointReplaced, ConfigError, DcpStorageError, ObjectNotFound
 from dcp_storage.format.contents import Contents
 from dcp_storage.format.names import new_token
 from dcp_storage.observe import Advance, Observer, Operation, observed
-from dcp_storage.transfer.manifests import read_manifest
+from dcp_storage.progress import choose_observer
+from dcp_storage.store.urls import Address
 from dcp_storage.words import transfer_text
 
 logger = logging.getLogger(__name__)
@@ -58,7 +60,7 @@ class AsyncStorageReader(StorageReader):
 
     def __init__(
         self,
-        path: Path,
+        path: Address | Location,
         *,
         storage_options: Mapping[str, Any] | None = None,
         transfer: Transfer = Transfer(),  # noqa: B008 (frozen)
@@ -66,7 +68,7 @@ class AsyncStorageReader(StorageReader):
         observer: Observer | None = None,
     ) -> None:
         super().__init__()
-        self._location = Location(path, storage_options)
+        self._location = Location.of(path, storage_options)
         self._transfer = transfer
         self._observer = choose_observer(observer, progress=progress)
         self._manifest: Contents | DcpStorageError | None = None
@@ -74,11 +76,11 @@ class AsyncStorageReader(StorageReader):
         self._begun = 0.0  # by time.monotonic
 
     @property
-    def checkpoint_id(self) -> Path:
+    def checkpoint_id(self) -> Address:
         """Where the checkpoint is; DCP's logger reads it, so without credentials."""
         return self._location.shown
 
-    def reset(self, checkpoint_id: Path | None = None) -> None:
+    def reset(self, checkpoint_id: Address | None = None) -> None:
         """Begin another load, from `checkpoint_id` if it is given."""
         self._manifest, self._alone = None, False
         if checkpoint_id is not None:
@@ -164,7 +166,7 @@ class AsyncStorageReader(StorageReader):
         how = partial(load_plan, contents, plan, planner, transfer=self._transfer, observer=moved.observer)
         self._location.run(how)
         if self._logs:
-            url, seconds = self._location.store().url, time.monotonic() - self._begun
+            url, seconds = self._location.url, time.monotonic() - self._begun
             logger.info("loaded %s: %s", url, transfer_text(moved.raw_bytes, moved.stored_bytes, seconds))
 
     def _contents(self) -> Contents:
@@ -189,16 +191,16 @@ class AsyncStorageReader(StorageReader):
         self._manifest = new
 
     def _replaced(self, what: str) -> CheckpointReplaced:
-        where = self._location.store().url
+        where = self._location.url
         return CheckpointReplaced(
             f"{where} was replaced by another save: {what}, and nothing of this load may be used. Load again", url=where
         )
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: Address) -> bool:
         """Return whether a path or URL is one that this package can open."""
         try:
-            Location(checkpoint_id, None)
+            Location(checkpoint_id)
         except ConfigError:
             return False
         return True

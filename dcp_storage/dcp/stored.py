@@ -17,8 +17,8 @@ from torch.distributed.checkpoint.metadata import (
 
 from dcp_storage.dcp.dtypes import dtype_from_name
 from dcp_storage.dcp.kinds.boxes import chunk_box
-from dcp_storage.format.boxes import Boxes, Listed
 from dcp_storage.format.contents import Contents
+from dcp_storage.format.manifest.boxes import Boxes, Listed
 
 
 class StoredTensorMetadata(TensorStorageMetadata):

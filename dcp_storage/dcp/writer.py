@@ -13,10 +13,9 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.storage import StorageWriter
 from torch.futures import Future
 
+from dcp_storage.checkpoint.place import Location
 from dcp_storage.config import Codec, Transfer
-from dcp_storage.dcp.calls import Location, Path, choose_observer
 from dcp_storage.dcp.dtypes import check_text, dtype_name
-from dcp_storage.dcp.groups import group_items
 from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.metadata import is_whole
 from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
@@ -25,20 +24,23 @@ from dcp_storage.dcp.saves.attempt import name_attempt
 from dcp_storage.dcp.saves.commit import check_place, commit
 from dcp_storage.dcp.saves.draft import build_draft
 from dcp_storage.dcp.saves.failing import ending_on_error
+from dcp_storage.dcp.saves.groups import group_items
+from dcp_storage.dcp.saves.items import plan_sources
 from dcp_storage.dcp.saves.order import begin, leave_save
 from dcp_storage.dcp.saves.put import put
 from dcp_storage.dcp.saves.results import Results, index_items
 from dcp_storage.dcp.saves.save import Part, Save
 from dcp_storage.dcp.saves.summary import log_saved
-from dcp_storage.dcp.sources import plan_sources
 from dcp_storage.dcp.staging.stage import stage
 from dcp_storage.dcp.staging.staged import StagedState, redeem
 from dcp_storage.dcp.undocumented import rank_alone, world_size_of_save
 from dcp_storage.errors import ConfigError
-from dcp_storage.format.columns import NOTHING, Columns
 from dcp_storage.format.contents import METADATA_VERSION
-from dcp_storage.format.frames import check_info
+from dcp_storage.format.manifest.columns import NOTHING, Columns
+from dcp_storage.format.manifest.frames import check_info
 from dcp_storage.observe import Observer
+from dcp_storage.progress import choose_observer
+from dcp_storage.store.urls import Address
 from dcp_storage.transfer.save import Source
 
 
@@ -79,7 +81,7 @@ class AsyncStorageWriter(StorageWriter):
 
     def __init__(
         self,
-        path: Path,
+        path: Address | Location,
         *,
         storage_options: Mapping[str, Any] | None = None,
         codec: Codec = Codec(),  # noqa: B008 (frozen)
@@ -91,7 +93,7 @@ class AsyncStorageWriter(StorageWriter):
         observer: Observer | None = None,
     ) -> None:
         super().__init__()
-        self._location = Location(path, storage_options, sync_files)
+        self._location = Location.of(path, storage_options, sync_files=sync_files)
         self._codec = codec
         self._transfer = transfer
         self._overwrite = overwrite
@@ -100,11 +102,11 @@ class AsyncStorageWriter(StorageWriter):
         self._thread = _Thread()
 
     @property
-    def checkpoint_id(self) -> Path:
+    def checkpoint_id(self) -> Address:
         """Where this thread's save goes, without credentials; DCP's logger reads it."""
         return (self._thread.save.location if self._thread.save else self._location).shown
 
-    def reset(self, checkpoint_id: Path | None = None) -> None:
+    def reset(self, checkpoint_id: Address | None = None) -> None:
         """Begin a save of this thread: at `checkpoint_id`, if it is given, which is that of no other save.
 
         DCP calls it in the thread that saves, where a `checkpoint_id` was given.
@@ -214,7 +216,7 @@ class AsyncStorageWriter(StorageWriter):
         """
         save, part = self._current()
         with ending_on_error(save):
-            judge([told.fingerprints for told in results], metadata, save.location.store().url)
+            judge([told.fingerprints for told in results], metadata, save.location.url)
             is_part = part.attempt is not None or (part.alone and not is_whole(metadata))
             draft = build_draft(
                 metadata,
@@ -234,7 +236,7 @@ class AsyncStorageWriter(StorageWriter):
         log_saved(save, draft, results)
         save.done = True
 
-    def _begin(self, checkpoint_id: Path | None = None) -> Save:
+    def _begin(self, checkpoint_id: Address | None = None) -> Save:
         location = self._location if checkpoint_id is None else replace(self._location, path=checkpoint_id)
         save = Save(location)
         begin(save)
@@ -280,10 +282,10 @@ class AsyncStorageWriter(StorageWriter):
         """Do nothing: the writer holds nothing."""
 
     @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Path) -> bool:
+    def validate_checkpoint_id(cls, checkpoint_id: Address) -> bool:
         """Return whether a path or URL is one that this package can open."""
         try:
-            Location(checkpoint_id, None)
+            Location(checkpoint_id)
         except ConfigError:
             return False
         return True

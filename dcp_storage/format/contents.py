@@ -3,9 +3,9 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
-from dcp_storage.format.boxes import Boxes
-from dcp_storage.format.frames import StoredCodec
-from dcp_storage.format.schema import Segment
+from dcp_storage.format.manifest.boxes import Boxes
+from dcp_storage.format.manifest.frames import StoredCodec
+from dcp_storage.format.manifest.schema import Segment
 
 METADATA_VERSION = "1.0.0"
 """What DCP's own writers call the version of `Metadata` by whose conventions checkpoints name their entries."""

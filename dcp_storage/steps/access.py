@@ -2,11 +2,10 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import PurePath
 from typing import Any
 
+from dcp_storage.checkpoint.place import Location
 from dcp_storage.config import Codec, Transfer
-from dcp_storage.dcp.calls import Location, Path
 from dcp_storage.dcp.reader import AsyncStorageReader
 from dcp_storage.dcp.writer import AsyncStorageWriter
 from dcp_storage.observe import Observer
@@ -25,8 +24,7 @@ class Access:
     def writer(self, step: int, info: Mapping[str, Any], *, overwrite: bool) -> AsyncStorageWriter:
         """Return the writer of a step."""
         return AsyncStorageWriter(
-            self._place(step),
-            storage_options=self.root.storage_options,
+            self.root.child(directory_of(step)),
             codec=self.codec,
             transfer=self.transfer,
             overwrite=overwrite,
@@ -37,12 +35,7 @@ class Access:
     def reader(self, step: int) -> AsyncStorageReader:
         """Return the reader of a step."""
         return AsyncStorageReader(
-            self._place(step),
-            storage_options=self.root.storage_options,
+            self.root.child(directory_of(step)),
             transfer=self.transfer,
             observer=self.observer,
         )
-
-    def _place(self, step: int) -> Path:
-        root, name = self.root.path, directory_of(step)
-        return root / name if isinstance(root, PurePath) else f"{str(root).rstrip('/')}/{name}"

@@ -2,13 +2,13 @@
 
 from datetime import datetime
 
+from dcp_storage.checkpoint.fetch import fetch_head
+from dcp_storage.checkpoint.manifests import is_committed
 from dcp_storage.errors import ManifestCorrupt, ObjectNotFound, UnsupportedFormat
 from dcp_storage.format.names import MANIFEST
 from dcp_storage.steps.names import directory_of, parse_step
 from dcp_storage.steps.step import Step, metrics_of
 from dcp_storage.store.base import Store
-from dcp_storage.transfer.fetch_manifest import fetch_head
-from dcp_storage.transfer.manifests import is_committed
 from dcp_storage.transfer.workers import for_each
 
 _HEADS_IN_FLIGHT = 64

@@ -6,13 +6,13 @@ from dataclasses import replace
 from enum import Enum
 from typing import Literal
 
+from dcp_storage.checkpoint.manifests import read_manifest
 from dcp_storage.config import Transfer
 from dcp_storage.errors import CheckpointNotFound, ManifestCorrupt, ObjectNotFound, StoreError, UnsupportedFormat
-from dcp_storage.format.manifest import Manifest
+from dcp_storage.format.manifest.manifest import Manifest
 from dcp_storage.observe import Observer, observed
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.check import check_runs, runs_of
-from dcp_storage.transfer.manifests import read_manifest
 from dcp_storage.transfer.workers import for_each
 
 logger = logging.getLogger(__name__)

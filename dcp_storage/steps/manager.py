@@ -12,11 +12,12 @@ from typing import Any, Literal, NoReturn, Self
 import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
+from dcp_storage.checkpoint.place import Location
 from dcp_storage.config import Codec, Transfer
-from dcp_storage.dcp.calls import Location, Path, choose_observer
 from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
 from dcp_storage.errors import ConfigError
 from dcp_storage.observe import Observer
+from dcp_storage.progress import choose_observer
 from dcp_storage.steps.access import Access
 from dcp_storage.steps.background import SaveFuture
 from dcp_storage.steps.catalog import latest_step, list_steps
@@ -32,6 +33,7 @@ from dcp_storage.steps.saver import Saver
 from dcp_storage.steps.saving import Asked, check_step
 from dcp_storage.steps.step import Step
 from dcp_storage.steps.upkeep import Upkeep
+from dcp_storage.store.urls import Address
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ class Checkpoints:
 
     def __init__(
         self,
-        root: Path,
+        root: Address | Location,
         *,
         storage_options: Mapping[str, Any] | None = None,
         keep: Policy | None = None,
@@ -103,7 +105,7 @@ class Checkpoints:
             raise ConfigError(f'on_error is {on_error!r}; choose "raise" or "log"')
         if keep is not None and not isinstance(keep, Policy):
             raise ConfigError(f"keep is {keep!r}; give a policy, such as KeepLatest(3), or None")
-        self._root = Location(root, storage_options)
+        self._root = Location.of(root, storage_options)
         self._ranks = Ranks(process_group)
         self._access = Access(self._root, codec, transfer, choose_observer(observer, progress=progress))
         self._upkeep = Upkeep(self._access, keep, verify)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-from dcp_storage.dcp.calls import Location
+from dcp_storage.checkpoint.place import Location
 from dcp_storage.errors import StoreError
 from dcp_storage.steps.names import directory_of
 from dcp_storage.steps.pins import ALIVE_S, new_pin, put_pin, refresh_pin, remove_pin

@@ -9,10 +9,10 @@ import json
 import re
 from collections.abc import Mapping
 
+from dcp_storage.checkpoint.manifests import is_committed, replaced_objects
 from dcp_storage.errors import CheckpointNotFound, ConfigError, ObjectNotFound
 from dcp_storage.format.names import MANIFEST, is_data_object, is_stock_object, new_token, parse_part_manifest
 from dcp_storage.store.base import Store
-from dcp_storage.transfer.manifests import is_committed, replaced_objects
 
 ALIVE_S = 3600
 """A pin that was not refreshed for so long is dead, by the store's clock; so is a tombstone."""

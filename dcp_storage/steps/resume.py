@@ -11,7 +11,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 
-from dcp_storage.dcp.loading import load as load_alike
+from dcp_storage.checkpoint.fetch import fetch_head
+from dcp_storage.checkpoint.manifests import is_committed
+from dcp_storage.dcp.load import load as load_alike
 from dcp_storage.dcp.planners.load_planner import ShardedLoadPlanner
 from dcp_storage.errors import ManifestCorrupt, ObjectNotFound, UnsupportedFormat
 from dcp_storage.format.names import MANIFEST
@@ -23,8 +25,6 @@ from dcp_storage.steps.names import directory_of
 from dcp_storage.steps.per_rank import Place, places, standing_in, take, to_load
 from dcp_storage.steps.upkeep import Upkeep
 from dcp_storage.store.base import Store
-from dcp_storage.transfer.fetch_manifest import fetch_head
-from dcp_storage.transfer.manifests import is_committed
 
 logger = logging.getLogger(__name__)
 

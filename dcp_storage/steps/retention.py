@@ -7,15 +7,15 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 
+from dcp_storage.checkpoint.manifests import is_committed
+from dcp_storage.checkpoint.pruning import A_DAY, prune_store
 from dcp_storage.errors import CheckpointNotFound, ManifestCorrupt
-from dcp_storage.prune import A_DAY, prune_store
 from dcp_storage.steps.catalog import list_steps, step_directories
 from dcp_storage.steps.names import directory_of
 from dcp_storage.steps.pins import bury, held_pins, unearth
 from dcp_storage.steps.policies import Policy
 from dcp_storage.steps.step import Step
 from dcp_storage.store.base import Store
-from dcp_storage.transfer.manifests import is_committed
 
 logger = logging.getLogger(__name__)
 

@@ -7,11 +7,11 @@ from typing import NamedTuple
 
 from dcp_storage.config import Transfer
 from dcp_storage.errors import BlockCorrupt, ManifestCorrupt, ObjectNotFound
-from dcp_storage.format.blocks import CODECS
+from dcp_storage.format.codecs.blocks import CODECS
+from dcp_storage.format.codecs.digests import MAX_DIGESTED_BYTES, make_digest
 from dcp_storage.format.contents import CheckedItem
-from dcp_storage.format.digests import MAX_DIGESTED_BYTES, make_digest
-from dcp_storage.format.frames import StoredCodec
-from dcp_storage.format.schema import Segment
+from dcp_storage.format.manifest.frames import StoredCodec
+from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.observe import Advance
 from dcp_storage.store.base import Room, Store, room_bytes
 from dcp_storage.transfer.memory import Memories

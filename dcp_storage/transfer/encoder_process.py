@@ -14,7 +14,7 @@ from mmap import mmap
 from multiprocessing.connection import Connection, Pipe
 
 from dcp_storage.config import Codec
-from dcp_storage.format.blocks import Encoded, ItemEncoder
+from dcp_storage.format.codecs.blocks import Encoded, ItemEncoder
 from dcp_storage.raw import Raw, copy_bytes
 
 _PATIENCE_S = 60

@@ -8,7 +8,7 @@ from functools import cache
 from typing import Protocol
 
 from dcp_storage.config import MIB, Codec
-from dcp_storage.format.blocks import Encoded, ItemEncoder
+from dcp_storage.format.codecs.blocks import Encoded, ItemEncoder
 from dcp_storage.raw import Raw
 from dcp_storage.transfer.encoder_process import EncoderProcess
 

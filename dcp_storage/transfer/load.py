@@ -1,16 +1,16 @@
 """The load pipeline: byte ranges are fetched, `concurrency` at once, and decoded in threads into their targets."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 from dcp_storage.config import MIB, Transfer
 from dcp_storage.errors import BlockCorrupt
-from dcp_storage.format.blocks import CODECS
-from dcp_storage.format.codec import BlockDecoder
-from dcp_storage.format.frames import StoredCodec
-from dcp_storage.format.schema import Segment
+from dcp_storage.format.codecs.base import BlockDecoder
+from dcp_storage.format.codecs.blocks import CODECS
+from dcp_storage.format.manifest.frames import StoredCodec
+from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.observe import Advance
 from dcp_storage.store.base import Room, Store, room_bytes
 from dcp_storage.transfer.layout import target_bytes
@@ -26,7 +26,7 @@ _LEAST_LOCAL_BYTES = MIB
 
 
 class Target(Protocol):
-    """Where an item's bytes go. `open` and `close` are called on the event loop's thread, the rest on codec threads."""
+    """Where an item's bytes go. `open` and `close` are called on the event loop's thread, the rest on any."""
 
     def open(self) -> None:
         """Get the memory ready; called once, before the first byte."""
@@ -34,11 +34,8 @@ class Target(Protocol):
     def direct(self, start: int, stop: int) -> memoryview | None:
         """Return the final memory of raw bytes `start` to `stop` where they lie there as they are stored, or `None`."""
 
-    def window(self, size: int) -> memoryview:
-        """Return so many bytes of memory to `scatter` from."""
-
-    def scatter(self, start: int, raw: memoryview) -> None:
-        """Copy what is wanted of the raw bytes that begin at `start`; `raw` may be used again afterwards."""
+    def fill(self, start: int, stop: int, decode: Callable[[memoryview], None]) -> None:
+        """Have `decode` write raw bytes `start` to `stop`, where they belong or to be copied there."""
 
     def close(self) -> None:
         """Hand the memory over; called once, after the last byte."""
@@ -168,13 +165,7 @@ class _Loader:
 
     def _decode_one(self, block: Block, stored: memoryview, decoder: BlockDecoder) -> None:
         item = self._items[block.item]
-        out = item.target.direct(block.start, block.stop)
-        if out is not None:
-            decoder.decode(stored, block.check, item.planes, out)
-            return
-        window = item.target.window(block.stop - block.start)
-        decoder.decode(stored, block.check, item.planes, window)
-        item.target.scatter(block.start, window)
+        item.target.fill(block.start, block.stop, lambda out: decoder.decode(stored, block.check, item.planes, out))
 
     async def _read_again(self, block: Block) -> None:
         name = self._names[block.object]

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dcp_storage.collector import uncollected
-from dcp_storage.format.blocks import CODECS
-from dcp_storage.format.frames import StoredCodec
-from dcp_storage.format.schema import Segment
+from dcp_storage.format.codecs.blocks import CODECS
+from dcp_storage.format.manifest.frames import StoredCodec
+from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.geometry import Box, Shape, flat_offset
 
 WASTE = 0.1

@@ -10,9 +10,9 @@ import numpy as np
 
 from dcp_storage.collector import uncollected
 from dcp_storage.config import MIB, Codec, Transfer
-from dcp_storage.format.blocks import CODECS, Encoded
-from dcp_storage.format.columns import NOTHING, Columns, numbers, texts
-from dcp_storage.format.digests import DIGEST_CHARS
+from dcp_storage.format.codecs.blocks import CODECS, Encoded
+from dcp_storage.format.codecs.digests import DIGEST_CHARS
+from dcp_storage.format.manifest.columns import NOTHING, Columns, numbers, texts
 from dcp_storage.observe import Advance
 from dcp_storage.raw import Raw
 from dcp_storage.store.base import PAGE_BYTES, Batch, Store

@@ -17,11 +17,11 @@ from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 from torch.distributed.checkpoint.storage import StorageReader, StorageWriter
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
+from dcp_storage.checkpoint.manifests import read_manifest
 from dcp_storage.dcp.undocumented import stock_url_reader, stock_url_writer, stock_zstandard
 from dcp_storage.format.dtypes import ITEM_BYTES
-from dcp_storage.format.manifest import Manifest
+from dcp_storage.format.manifest.manifest import Manifest
 from dcp_storage.store.open import open_store
-from dcp_storage.transfer.manifests import read_manifest
 from integration.demo.figures import OURS, STOCK_ZSTD, Part, Place
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import ReadItem, TensorWriteData, WriteItem, WriteItemType
 
 from dcp_storage.geometry import Box, Shape
 
@@ -56,3 +56,8 @@ def box_item(
 def reach(boxes: Sequence[Box]) -> Shape:
     """Return the shape of the least tensor that holds these boxes."""
     return tuple(max(o + s for o, s in ends) for ends in zip(*(zip(*box, strict=True) for box in boxes), strict=True))
+
+
+def read_box(read: ReadItem) -> Box:
+    """Return the box of the stored chunk that a read wants."""
+    return Box(tuple(read.storage_offsets), tuple(read.lengths))

@@ -12,11 +12,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from dcp_storage.collector import uncollected
-from dcp_storage.dcp.entries import TrustPolicy, load_entry
 from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.kinds.hooked import Wrapper
 from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.kinds.plain import Plain
+from dcp_storage.dcp.loads.entries import TrustPolicy, load_entry
 from dcp_storage.dcp.planners.coverage import StoredTensor, part_note
 from dcp_storage.dcp.planners.faults import naming_checkpoint, raise_all
 from dcp_storage.dcp.planners.flatten import put

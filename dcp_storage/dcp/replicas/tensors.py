@@ -8,7 +8,7 @@ from torch import Tensor
 from xxhash import xxh3_64_intdigest, xxh3_128_digest
 
 from dcp_storage.config import KIB
-from dcp_storage.dcp.tensors import as_it_lies, borrowed_view, byte_view
+from dcp_storage.dcp.memory import as_it_lies, borrowed_view, byte_view
 from dcp_storage.geometry import Shape
 
 WHOLE_BYTES = 64 * KIB

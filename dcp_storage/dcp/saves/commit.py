@@ -4,11 +4,11 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dcp_storage.checkpoint.manifests import is_committed, replaced_objects, superseded_objects, write_manifest
 from dcp_storage.errors import CheckpointExists, CheckpointReplaced, ManifestCorrupt, ObjectExists, StoreError
-from dcp_storage.format.draft import Draft
+from dcp_storage.format.manifest.draft import Draft
 from dcp_storage.format.names import MANIFEST
 from dcp_storage.store.base import ABSENT, Store
-from dcp_storage.transfer.manifests import is_committed, replaced_objects, superseded_objects, write_manifest
 
 logger = logging.getLogger(__name__)
 

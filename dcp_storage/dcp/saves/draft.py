@@ -17,11 +17,11 @@ from dcp_storage.config import Codec
 from dcp_storage.dcp.dtypes import dtype_name, planes_of
 from dcp_storage.dcp.saves.results import Items, Results
 from dcp_storage.errors import ConfigError, CoverageError, UnsupportedTensor
-from dcp_storage.format.columns import Columns, join, numbers
-from dcp_storage.format.draft import Draft, DraftTensor, layout_of
-from dcp_storage.format.frames import StoredCodec
-from dcp_storage.format.manifest import StoredObject
-from dcp_storage.format.schema import ListedBoxes
+from dcp_storage.format.manifest.columns import Columns, join, numbers
+from dcp_storage.format.manifest.draft import Draft, DraftTensor, layout_of
+from dcp_storage.format.manifest.frames import StoredCodec
+from dcp_storage.format.manifest.manifest import StoredObject
+from dcp_storage.format.manifest.schema import ListedBoxes
 from dcp_storage.geometry import Box, tiling_fault
 
 

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from dcp_storage.checkpoint.manifests import read_manifest
 from dcp_storage.dcp.saves.ending import ending
 from dcp_storage.dcp.saves.pace import Pace
 from dcp_storage.dcp.saves.save import Save
 from dcp_storage.errors import CheckpointExists, CheckpointNotFound, DcpStorageError
 from dcp_storage.store.base import Store
-from dcp_storage.transfer.manifests import read_manifest
 
 logger = logging.getLogger(__name__)
 

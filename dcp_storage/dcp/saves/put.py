@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from dcp_storage.config import Codec, Transfer
 from dcp_storage.dcp.saves.save import Part, Save
-from dcp_storage.format.blocks import CODECS
-from dcp_storage.format.columns import Columns
+from dcp_storage.format.codecs.blocks import CODECS
+from dcp_storage.format.manifest.columns import Columns
 from dcp_storage.format.names import data_object
 from dcp_storage.observe import Observer, observed
 from dcp_storage.store.base import Store

@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dcp_storage.config import Codec
 from dcp_storage.dcp.replicas.compare import Fingerprints
-from dcp_storage.format.columns import Columns, numbers
+from dcp_storage.format.manifest.columns import Columns, numbers
 
 
 class Items(NamedTuple):

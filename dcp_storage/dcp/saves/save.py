@@ -4,7 +4,7 @@ import threading
 import time
 from dataclasses import dataclass, field
 
-from dcp_storage.dcp.calls import Location
+from dcp_storage.checkpoint.place import Location
 from dcp_storage.dcp.saves.pace import Pace
 from dcp_storage.format.names import new_token
 
@@ -66,4 +66,4 @@ class Save:
     @property
     def url(self) -> str:
         """Where it goes, for messages."""
-        return self.location.store().url
+        return self.location.url

@@ -7,7 +7,7 @@ from statistics import median
 
 from dcp_storage.dcp.saves.results import Results
 from dcp_storage.dcp.saves.save import Save
-from dcp_storage.format.draft import Draft
+from dcp_storage.format.manifest.draft import Draft
 from dcp_storage.words import counted, size_text, transfer_text
 
 logger = logging.getLogger(__name__)

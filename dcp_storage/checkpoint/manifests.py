@@ -1,0 +1,126 @@
+"""The manifest in its store: found, read and committed."""
+
+import logging
+
+from dcp_storage.checkpoint.fetch import fetch_manifest
+from dcp_storage.checkpoint.parts import complete_attempts, group_parts, read_attempt, read_parts
+from dcp_storage.errors import (
+    AccessDenied,
+    CheckpointNotFound,
+    DcpStorageError,
+    ManifestCorrupt,
+    ObjectNotFound,
+    UnsupportedFormat,
+)
+from dcp_storage.format.contents import Contents
+from dcp_storage.format.manifest.draft import Draft, encode
+from dcp_storage.format.names import MANIFEST, Part, parse_part_manifest, part_manifest
+from dcp_storage.store.base import Store
+
+logger = logging.getLogger(__name__)
+
+_LISTINGS = 5
+"""How often parts are listed anew because a newer save deleted what was listed."""
+
+
+async def read_manifest(store: Store) -> Contents:
+    """Read, decode and validate the manifest of the checkpoint at a store's prefix.
+
+    Where there is no `.metadata` but manifests of single ranks (a save without collectives), they are merged.
+
+    Raises:
+        CheckpointNotFound: There is neither.
+        ManifestCorrupt: There is one, and it is damaged or cannot be right; or a rank's is missing.
+        UnsupportedFormat: It is of a later format, or a pickle that names what no stock checkpoint does.
+        StoreError: It could not be read.
+    """
+    for listings_left in reversed(range(_LISTINGS)):
+        try:
+            return await fetch_manifest(store, MANIFEST)
+        except ObjectNotFound:
+            pass
+        try:
+            return await read_parts(store)
+        except ObjectNotFound:
+            if not listings_left:
+                raise
+        except DcpStorageError as error:
+            # A commit may have replaced them by one for all while they were listed and read.
+            try:
+                return await fetch_manifest(store, MANIFEST)
+            except ObjectNotFound:
+                raise error from error.__cause__
+    raise AssertionError("the last listing returns or raises")
+
+
+async def write_manifest(store: Store, draft: Draft, *, over: str | None) -> None:
+    """Make a checkpoint of the objects that a manifest names: the last act of a save, and an atomic one.
+
+    `over` is the version of the manifest that may be replaced, `ABSENT`, or `None` for any.
+
+    Raises:
+        ObjectExists: There is one of another version.
+    """
+    name = MANIFEST  # of one rank's part, too, where no parts of others are to join it
+    if draft.rank is not None and draft.attempt is not None:
+        name = part_manifest(Part(draft.attempt, draft.rank))
+    await store.commit(name, encode(draft), over)
+
+
+async def is_committed(store: Store, *, parts: bool) -> bool:
+    """Return whether a `.metadata` stands here, or parts that no part of this package's may be put beside.
+
+    With `parts`, so does a complete set of this package's own, and one that cannot be read.
+    """
+    if await store.probe(MANIFEST):
+        return True
+    for listings_left in reversed(range(_LISTINGS)):
+        attempts = group_parts(await _names(store))
+        try:
+            return None in attempts or (parts and bool(await complete_attempts(store, attempts)))
+        except (ManifestCorrupt, UnsupportedFormat):
+            return True
+        except ObjectNotFound:  # a newer save or a prune deleted what was listed
+            if not listings_left:
+                raise
+    raise AssertionError("the last listing returns or raises")
+
+
+async def _names(store: Store) -> dict[str, int]:
+    """List, for the sake of manifests of single ranks; whoever may not list has put none that could be read."""
+    try:
+        return await store.list()
+    except AccessDenied:
+        return {}
+
+
+async def replaced_objects(store: Store) -> list[str]:
+    """Return what a new manifest makes superfluous: objects, and parts, of the checkpoint that it replaces.
+
+    A manifest that cannot be read names nothing: what it stood for stays where it is. So does what one names that is
+    not of the form of a save's objects: a manifest must not make a save delete somebody else's file.
+    """
+    try:
+        old = await read_manifest(store)
+        named = old.deletable()
+    except (CheckpointNotFound, AccessDenied):  # what may not be read was refused before the data moved
+        return []
+    except (ManifestCorrupt, UnsupportedFormat) as error:
+        logger.warning("what is replaced or removed cannot be read, so its objects are left for now: %s", error)
+        return []
+    parts = [name for name in await _names(store) if parse_part_manifest(name) is not None]
+    return [*parts, *named]
+
+
+async def superseded_objects(store: Store, part: Draft) -> list[str]:
+    """Return what a part makes superfluous if it completes its attempt: the older complete attempts."""
+    attempts = group_parts(await _names(store))
+    complete = [first.attempt for first in await complete_attempts(store, attempts)]
+    if part.attempt not in complete:
+        return []
+    superfluous: list[str] = []
+    for older in complete[complete.index(part.attempt) + 1 :]:
+        superfluous += attempts[older].values()
+        for each in await read_attempt(store, older, attempts[older]):
+            superfluous += each.deletable()
+    return superfluous

@@ -1,0 +1,103 @@
+"""`Location`: where a checkpoint is and how to get there; every save, load, check and clean-up begins with one."""
+
+import os
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import Any, Protocol, TypeVar
+
+from dcp_storage.errors import ConfigError
+from dcp_storage.store.base import Store
+from dcp_storage.store.open import open_store
+from dcp_storage.store.redact import strip_userinfo
+from dcp_storage.store.urls import Address, options_of, resolve
+from dcp_storage.transfer.workers import run_async
+
+R = TypeVar("R")
+
+
+class Opener(Protocol):
+    """Makes the store of a place, as `open_store` does; one that pickles may cross into `async_save`'s process."""
+
+    def __call__(
+        self, path: Address, storage_options: Mapping[str, Any] | None = None, *, sync_files: bool = True
+    ) -> Store:
+        """Return a store that is not yet open."""
+
+
+@dataclass(frozen=True)
+class Location:
+    """A place for one checkpoint, or for a directory of them: plain values, so that it pickles.
+
+    Whatever takes a path takes a `Location` too, and opens its stores with `opener`.
+
+    Attributes:
+        path: A local path, made absolute, or a URL.
+        storage_options: Options of the URL's fsspec file system, with those that a path object carries.
+        sync_files: Whether local files are synced to the disk.
+        opener: Makes the store.
+
+    Raises:
+        ConfigError: No store can be made of it: an unknown protocol, options for a local path.
+    """
+
+    path: Address
+    storage_options: Mapping[str, Any] | None = None
+    sync_files: bool = True
+    opener: Opener = open_store
+
+    def __post_init__(self) -> None:
+        if carried := options_of(self.path):
+            object.__setattr__(self, "storage_options", {**carried, **(self.storage_options or {})})
+        object.__setattr__(self, "path", resolve(self.path))  # once: the program may change its directory
+        self.store()  # an unknown protocol is better refused now than when the first checkpoint is due
+
+    def __repr__(self) -> str:
+        return f"Location({self.url!r})"
+
+    @classmethod
+    def of(
+        cls,
+        place: "Address | Location",
+        storage_options: Mapping[str, Any] | None = None,
+        *,
+        sync_files: bool = True,
+    ) -> "Location":
+        """Return the location that a path with these options means; a location stays what it is.
+
+        Raises:
+            ConfigError: A location is given options beside its own.
+        """
+        if not isinstance(place, Location):
+            return cls(place, storage_options, sync_files)
+        if storage_options or not sync_files:
+            raise ConfigError(f"{place.url}: a Location has options of its own; give it these")
+        return place
+
+    @property
+    def shown(self) -> Address:
+        """The path or URL, without credentials."""
+        return self.path if isinstance(self.path, os.PathLike) else strip_userinfo(self.path)
+
+    @property
+    def url(self) -> str:
+        """The same as text, for messages."""
+        return self.store().url
+
+    def child(self, name: str) -> "Location":
+        """Return the location of a directory directly below this one."""
+        below = self.path / name if isinstance(self.path, PurePath) else f"{str(self.path).rstrip('/')}/{name}"
+        return replace(self, path=below)
+
+    def store(self) -> Store:
+        """Return the store at this place, not yet open."""
+        return self.opener(self.path, self.storage_options, sync_files=self.sync_files)
+
+    def run(self, call: Callable[[Store], Coroutine[Any, Any, R]]) -> R:
+        """Run `call` with an open store, in an event loop of its own, and close both."""
+
+        async def with_store() -> R:
+            async with self.store() as store:
+                return await call(store)
+
+        return run_async(with_store())

@@ -1,0 +1,64 @@
+"""What dead saves left in a checkpoint's directory, removed."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+from dcp_storage.checkpoint.leftovers import split
+from dcp_storage.checkpoint.manifests import read_manifest
+from dcp_storage.errors import CheckpointNotFound
+from dcp_storage.format.names import save_of
+from dcp_storage.store.base import Store
+
+A_DAY = timedelta(days=1)
+"""Longer than any one save takes, and than clocks of machines differ."""
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """What `prune` did, or would do.
+
+    Attributes:
+        url: The checkpoint's directory.
+        removed: Orphans that were removed (with `dry_run`: that would be), with their sizes in bytes.
+        kept: Orphans that are too young: their save may be under way.
+    """
+
+    url: str
+    removed: dict[str, int]
+    kept: dict[str, int]
+
+
+async def prune_store(store: Store, older_than: timedelta, *, dry_run: bool = False) -> Pruning:
+    """Remove what dead saves left, in a store that is open; see `prune`."""
+    now = time.time()
+    times = await store.modified()
+    sizes = await store.list()
+    # Read after the lists: what was committed since then is named, and what was put since then is not in them.
+    orphans = await _orphans(store, times.keys() & sizes.keys())
+    old = _old_enough(orphans, times, now - older_than.total_seconds())
+    if not dry_run:
+        await store.delete(sorted(old))
+    removed = {name: sizes[name] for name in orphans if name in old}
+    return Pruning(store.url, removed, {name: sizes[name] for name in orphans if name not in old})
+
+
+async def _orphans(store: Store, names: Iterable[str]) -> list[str]:
+    try:
+        return split(names, await read_manifest(store))[0]
+    except CheckpointNotFound:
+        left_by_the_first_save = split(names, None)[0]
+        if not left_by_the_first_save:
+            raise
+        return left_by_the_first_save
+
+
+def _old_enough(orphans: Iterable[str], times: Mapping[str, float], before: float) -> set[str]:
+    """Return the orphans of those saves that wrote nothing since."""
+    by_save: defaultdict[str | None, list[str]] = defaultdict(list)
+    for name in orphans:
+        by_save[save_of(name)].append(name)
+    dead = (names for names in by_save.values() if max(times[name] for name in names) <= before)
+    return {name for names in dead for name in names}

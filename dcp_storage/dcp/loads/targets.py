@@ -1,0 +1,140 @@
+"""Targets: where the bytes of tensors and of other entries go, as the load pipeline fills them."""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
+
+from dcp_storage.dcp.device import host_memory
+from dcp_storage.dcp.kinds.base import dispatches
+from dcp_storage.dcp.kinds.boxes import read_box
+from dcp_storage.dcp.loads.hand_over import hand_over
+from dcp_storage.dcp.memory import as_it_lies, byte_view
+from dcp_storage.errors import CoverageError, UnsupportedFormat
+from dcp_storage.geometry import Box, Shape, boxes_of_run, flat_extent, intersect
+
+
+class BytesTarget:
+    """Collects a whole entry that is not a tensor, and gives it to the planner."""
+
+    def __init__(self, read: ReadItem, nbytes: int, planner: LoadPlanner) -> None:
+        self._read = read
+        self._planner = planner
+        self._nbytes = nbytes
+        self._data = memoryview(b"")
+
+    def open(self) -> None:
+        """Allocate; the size was validated against the number of stored blocks.
+
+        Raises:
+            UnsupportedFormat: This machine has no memory for it.
+        """
+        try:
+            self._data = memoryview(bytearray(self._nbytes))
+        except MemoryError as error:
+            fqn = self._read.storage_index.fqn
+            raise UnsupportedFormat(f"{fqn} is an entry of {self._nbytes} bytes: no memory for it", fqn=fqn) from error
+
+    def direct(self, start: int, stop: int) -> memoryview:
+        """Return the slice's memory."""
+        return self._data[start:stop]
+
+    def fill(self, start: int, stop: int, decode: Callable[[memoryview], None]) -> None:
+        """Decode where the slice belongs."""
+        decode(self.direct(start, stop))
+
+    def close(self) -> None:
+        """Let the planner make an object of the bytes."""
+        hand_over(self._planner, self._read, self._data)
+
+
+class _Part(NamedTuple):
+    """One read of a chunk: which box of it goes where."""
+
+    read: ReadItem
+    box: Box
+    tensor: Tensor  # what the planner gave
+    target: Tensor  # what the blocks are decoded into: the same, if it is plain memory
+    start: int  # the bytes of the chunk between the box's first and last element
+    stop: int
+    memory: memoryview | None  # of the destination, where it is laid out as the chunk is
+
+
+class ChunkTarget:
+    """The destinations of all reads of one stored chunk, so that each of its blocks is decoded once for all of them.
+
+    A destination with operations of its own is filled by its `copy_`, once all of its box is there.
+
+    Raises (in `open`):
+        CoverageError: The planner resolved a read to a tensor of another shape than the read's.
+    """
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, reads: Sequence[ReadItem], planner: LoadPlanner) -> None:
+        self._shape = shape
+        self._dtype = dtype
+        self._item = dtype.itemsize
+        self._reads = reads
+        self._planner = planner
+        self._parts: list[_Part] = []
+
+    def open(self) -> None:
+        """Resolve the destinations."""
+        self._parts = [self._resolve(read) for read in self._reads]
+
+    def _resolve(self, read: ReadItem) -> _Part:
+        box = read_box(read)
+        tensor = self._planner.resolve_tensor(read).detach()
+        if tuple(tensor.shape) != box.sizes:
+            raise CoverageError(
+                f"{read.dest_index.fqn}: the planner gave a tensor of shape {list(tensor.shape)} to read {box} into",
+                fqn=read.dest_index.fqn,
+            )
+        target = torch.empty(box.sizes, dtype=self._dtype, device="cpu") if dispatches(tensor) else tensor
+        start, stop = flat_extent(self._shape, box)
+        plain = target.device.type == "cpu" and target.dtype == self._dtype and as_it_lies(target)
+        memory = byte_view(target) if plain and stop - start == box.numel else None
+        return _Part(read, box, tensor, target, start * self._item, stop * self._item, memory)
+
+    def direct(self, start: int, stop: int) -> memoryview | None:
+        """Return the destination's memory where exactly one read wants all of this slice, as it lies in the chunk."""
+        touched = [part for part in self._parts if part.start < stop and start < part.stop]
+        if len(touched) != 1:
+            return None
+        [part] = touched
+        if part.memory is None or start < part.start or stop > part.stop:
+            return None
+        return part.memory[start - part.start : stop - part.start]
+
+    def fill(self, start: int, stop: int, decode: Callable[[memoryview], None]) -> None:
+        """Decode where the slice belongs, or into a window from which its elements are copied to where they belong."""
+        memory = self.direct(start, stop)
+        if memory is not None:
+            decode(memory)
+            return
+        # Near the first destination, as most have one only.
+        window = byte_view(host_memory(stop - start, torch.uint8, self._parts[0].target.device))
+        decode(window)
+        self._scatter(start, window)
+
+    @torch.inference_mode()  # destinations that were made in it take writes in it only
+    def _scatter(self, start: int, raw: memoryview) -> None:
+        """Copy elements to every destination that wants them, converting dtype and device."""
+        elements = torch.frombuffer(raw, dtype=torch.uint8).view(self._dtype)
+        first, at = start // self._item, 0
+        parts = [part for part in self._parts if part.start < start + len(raw) and start < part.stop]
+        for run in boxes_of_run(self._shape, first, first + len(elements)):
+            source = elements[at : at + run.numel].view(run.sizes)
+            at += run.numel
+            for part in parts:
+                if shared := intersect(run, part.box):
+                    destination = part.target[shared.relative_to(part.box.offsets).slices]
+                    destination.copy_(source[shared.relative_to(run.offsets).slices])
+
+    def close(self) -> None:
+        """Hand the tensors back to the planner."""
+        for part in self._parts:
+            if part.target is not part.tensor:
+                part.tensor.copy_(part.target)
+            self._planner.commit_tensor(part.read, part.tensor)

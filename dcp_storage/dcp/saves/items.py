@@ -1,0 +1,80 @@
+"""What a save plan's items are read from."""
+
+import io
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
+
+from dcp_storage.collector import uncollected
+from dcp_storage.config import Codec
+from dcp_storage.dcp.device import wait_for_device
+from dcp_storage.dcp.kinds.plain import Checkpointable
+from dcp_storage.dcp.saves.entries import encode_entry, warn_of_types
+from dcp_storage.dcp.saves.sources import BytesSource, TensorSource
+from dcp_storage.errors import CoverageError, DtypeMismatch, UnsupportedTensor
+from dcp_storage.geometry import whole
+from dcp_storage.transfer.save import Source
+
+
+@uncollected
+def plan_sources(plan: SavePlan, planner: SavePlanner, codec: Codec) -> list[Source]:
+    """Return the source of each of a plan's items.
+
+    Raises:
+        CoverageError: The planner resolved an item to another shape than it planned.
+        DtypeMismatch: ... or to another dtype.
+        UnsupportedTensor: An item is not plain strided memory, or an object holds a part of a distributed tensor.
+        UnsupportedEntry: An object cannot be pickled.
+    """
+    asked: dict[str, list[str]] = {}
+    sources: list[Source] = []
+    for item in plan.items:
+        if item.tensor_data:
+            sources.append(_tensor_source(item, planner, codec))
+            continue
+        data, asked[item.index.fqn] = encode_entry(item, planner)
+        sources.append(BytesSource(data))
+    warn_of_types(asked)
+    return sources
+
+
+def _tensor_source(item: WriteItem, planner: SavePlanner, codec: Codec) -> Source:
+    planned = item.tensor_data
+    if planned and item.type is WriteItemType.SHARD and 0 in planned.chunk.sizes:  # others may begin at its offset
+        return TensorSource(
+            torch.empty(planned.chunk.sizes, dtype=planned.properties.dtype, device="cpu"),
+            item.index.fqn,
+            codec,
+        )
+    data = planner.resolve_data(item)
+    assert planned is not None
+    assert not isinstance(data, io.BytesIO), "DCP's planners resolve tensor items to tensors and others to BytesIO"
+    if tuple(data.shape) != tuple(planned.chunk.sizes):
+        raise CoverageError(
+            f"{item.index.fqn}: a chunk of shape {list(planned.chunk.sizes)} was planned, the state dict holds "
+            f"{list(data.shape)}",
+            fqn=item.index.fqn,
+        )
+    if data.dtype != planned.properties.dtype:
+        raise DtypeMismatch(
+            f"{item.index.fqn}: {planned.properties.dtype} was planned, the state dict holds {data.dtype}: "
+            "was it changed since its plan was cached?",
+            fqn=item.index.fqn,
+        )
+    if item.type is WriteItemType.TENSOR and _is_a_part(item.index.fqn, data):
+        raise UnsupportedTensor(
+            f"{item.index.fqn} is a shard by its attributes (CheckpointableTensor), and the planner takes it for all "
+            "of its tensor: save with ShardedSavePlanner",
+            fqn=item.index.fqn,
+        )
+    wait_for_device(data)
+    return TensorSource(data, item.index.fqn, codec)
+
+
+def _is_a_part(fqn: str, data: Tensor) -> bool:
+    """Tell whether the attributes of a tensor say that it is something else than all of its tensor."""
+    if not Checkpointable.takes(data):
+        return False
+    kind, shape = Checkpointable(fqn, data), tuple(data.shape)
+    return kind.shape != shape or kind.boxes() != [whole(shape)]

@@ -1,0 +1,1 @@
+"""Checkpoints of DCP's own writers, loaded."""

@@ -1,0 +1,1 @@
+"""Blocks: how the bytes of an item are encoded, checked and decoded."""

@@ -1,0 +1,1 @@
+"""Manifests of DCP's own writers: pickles, of which nothing is executed."""

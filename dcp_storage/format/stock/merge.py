@@ -1,0 +1,42 @@
+"""One stock manifest out of those that the ranks of a save without collectives each wrote."""
+
+from collections.abc import Mapping
+
+from msgspec.structs import replace
+from xxhash import xxh3_128_hexdigest
+
+from dcp_storage.errors import ManifestCorrupt
+from dcp_storage.format.stock.manifest import StockItem, StockManifest, StockTensor, StorageKey
+
+
+def merge_stock(parts: Mapping[int, StockManifest], where: str) -> StockManifest:
+    """Return the whole checkpoint of which each part is one rank's, as DCP's own writers store it without collectives.
+
+    They do not say how many ranks there were, so one that is missing after the last is only found by what a load needs.
+
+    Raises:
+        ManifestCorrupt: A rank's part is missing before another's, or two disagree on a tensor.
+    """
+    missing = sorted(set(range(max(parts))) - parts.keys())
+    if missing:
+        raise ManifestCorrupt(f"{where} is a save without collectives of which these ranks lack: {missing}", url=where)
+    tensors: dict[str, StockTensor] = {}
+    storage: dict[StorageKey, StockItem] = {}
+    planner_data: dict[str, tuple[str | int, ...]] = {}
+    for rank, part in sorted(parts.items()):
+        for fqn, tensor in part.tensors.items():
+            known = tensors.setdefault(fqn, tensor)
+            if (known.dtype, known.size) != (tensor.dtype, tensor.size):
+                raise ManifestCorrupt(f"{where}: the ranks' manifests disagree on {fqn} (rank {rank})", url=where)
+            tensors[fqn] = replace(known, chunks=tuple(dict.fromkeys((*known.chunks, *tensor.chunks))))
+        storage = part.storage | storage
+        planner_data = (part.planner_data or {}) | planner_data
+    return replace(
+        parts[0],
+        tensors=tensors,
+        bytes=tuple(dict.fromkeys(fqn for _, part in sorted(parts.items()) for fqn in part.bytes)),
+        storage=storage,
+        planner_data=None if parts[0].planner_data is None else planner_data,
+        save_id=None,  # each rank has one of its own
+        identity=xxh3_128_hexdigest("".join(part.identity for _, part in sorted(parts.items())).encode()),
+    )
