@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 from dcp_storage.checkpoint.place import Location
@@ -11,6 +10,7 @@ from dcp_storage.config import Transfer
 from dcp_storage.errors import ConfigError
 from dcp_storage.observe import Observer, silent
 from dcp_storage.store.urls import Address
+from dcp_storage.transfer.context import Context
 
 __all__ = ["Damage", "Verification", "verify"]
 
@@ -39,5 +39,6 @@ def verify(
     """
     if expect is not None and not re.fullmatch("[0-9a-fA-F]{64}", expect):
         raise ConfigError(f"expect is {expect!r:.80}, which is not a SHA-256: 64 hexadecimal digits")
-    how = partial(verify_store, transfer=transfer, observer=observer or silent, expect=expect)
-    return Location.of(path, storage_options).run(how)
+    return Location.of(path, storage_options).run(
+        lambda store: verify_store(Context(store, transfer, observer or silent), expect)
+    )

@@ -33,8 +33,8 @@ from dcp_storage.errors import (
 from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.stock.manifest import StockItem, decode_stock_metadata
 from dcp_storage.geometry import Box
-from dcp_storage.observe import silent
 from dcp_storage.store.local import LocalStore
+from dcp_storage.transfer.context import Context
 from tests.states import DTYPES
 
 
@@ -166,7 +166,7 @@ def _read(fqn: str, start: tuple[int, ...], lengths: tuple[int, ...], name: str)
 
 def _run(store, plan, planner, manifest=None, transfer=None):
     manifest = manifest or decode_stock_metadata((store._directory / ".metadata").read_bytes(), where="here")
-    asyncio.run(load_stock(store, manifest, plan, planner, transfer=transfer or Transfer(), observer=silent))
+    asyncio.run(load_stock(Context(store, transfer or Transfer()), manifest, plan, planner))
 
 
 def test_many_reads_of_one_item_fetch_it_once(tmp_path):

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 from dcp_storage.checkpoint.leftovers import split
 from dcp_storage.checkpoint.manifests import read_manifest
-from dcp_storage.config import Transfer
 from dcp_storage.errors import CheckpointNotFound, ConfigError, StoreError
 from dcp_storage.format.contents import CheckedItem, Contents, HeldObject
 from dcp_storage.format.names import MANIFEST
-from dcp_storage.observe import Observer, observed
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.check import Fault, check_runs, runs_of
+from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.ranges import Block
 
 
@@ -73,14 +72,15 @@ class Verification:
         return not self.damage
 
 
-async def verify_store(store: Store, transfer: Transfer, observer: Observer, expect: str | None) -> Verification:
+async def verify_store(context: Context, expect: str | None) -> Verification:
     """Read and check every block of the checkpoint in a store that is open; see `verify`."""
+    store = context.store
     contents = await read_manifest(store)
     contents.check_whole()
     sizes = await store.list()
     held = contents.objects_held()
     damage = [fault for each in held if (fault := _object_fault(each, sizes.get(each.name)))]
-    blocks, damaged = await _block_damage(store, contents, sizes, transfer, observer)
+    blocks, damaged = await _block_damage(context, contents, sizes)
     damage += damaged
     damage += _unexpected(store.url, contents.proof, expect)
     if damage:
@@ -126,7 +126,7 @@ def _object_fault(expected: HeldObject, size: int | None) -> Damage | None:
 
 
 async def _block_damage(
-    store: Store, contents: Contents, sizes: Mapping[str, int], transfer: Transfer, observer: Observer
+    context: Context, contents: Contents, sizes: Mapping[str, int]
 ) -> tuple[list[Block], list[Damage]]:
     """Check what is there of a checkpoint's blocks; return it, and what of it is damaged."""
     codec = contents.codec
@@ -134,9 +134,8 @@ async def _block_damage(
         return [], []
     items, names = list(contents.checked_items()), contents.object_names
     runs = list(runs_of(items, codec, [sizes.get(name, 0) for name in names]))
+    faults = await check_runs(context, runs, names, codec, contents.digest)
     blocks = [block for run in runs for block in run.blocks]
-    with observed(observer, "verify", store.url, sum(block.stop - block.start for block in blocks)) as advance:
-        faults = await check_runs(store, runs, names, codec, contents.digest, transfer=transfer, advance=advance)
     return blocks, [_damage(fault, items, names) for fault in faults]
 
 

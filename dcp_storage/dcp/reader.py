@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
@@ -26,6 +25,7 @@ from dcp_storage.format.names import new_token
 from dcp_storage.observe import Advance, Observer, Operation, observed
 from dcp_storage.progress import choose_observer
 from dcp_storage.store.urls import Address
+from dcp_storage.transfer.context import Context
 from dcp_storage.words import transfer_text
 
 logger = logging.getLogger(__name__)
@@ -163,8 +163,9 @@ class AsyncStorageReader(StorageReader):
 
     def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
         contents, moved = self._contents(), _Moved(self._observer)
-        how = partial(load_plan, contents, plan, planner, transfer=self._transfer, observer=moved.observer)
-        self._location.run(how)
+        self._location.run(
+            lambda store: load_plan(Context(store, self._transfer, moved.observer), contents, plan, planner)
+        )
         if self._logs:
             url, seconds = self._location.url, time.monotonic() - self._begun
             logger.info("loaded %s: %s", url, transfer_text(moved.raw_bytes, moved.stored_bytes, seconds))

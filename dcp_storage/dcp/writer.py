@@ -41,6 +41,7 @@ from dcp_storage.format.manifest.frames import check_info
 from dcp_storage.observe import Observer
 from dcp_storage.progress import choose_observer
 from dcp_storage.store.urls import Address
+from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.save import Source
 
 
@@ -198,8 +199,9 @@ class AsyncStorageWriter(StorageWriter):
     def _put(
         self, save: Save, part: Part, sources: Sequence[Source], groups: Sequence[str]
     ) -> tuple[list[str], Columns]:
-        how = partial(put, codec=self._codec, transfer=self._transfer, observer=self._observer)
-        return save.location.run(partial(how, save=save, part=part, sources=sources, groups=groups))
+        return save.location.run(
+            lambda store: put(Context(store, self._transfer, self._observer), save, part, sources, groups, self._codec)
+        )
 
     @hook
     def finish(self, metadata: Metadata, results: list[Any]) -> None:

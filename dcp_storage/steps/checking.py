@@ -7,12 +7,10 @@ from enum import Enum
 from typing import Literal
 
 from dcp_storage.checkpoint.manifests import read_manifest
-from dcp_storage.config import Transfer
 from dcp_storage.errors import CheckpointNotFound, ManifestCorrupt, ObjectNotFound, StoreError, UnsupportedFormat
 from dcp_storage.format.manifest.manifest import Manifest
-from dcp_storage.observe import Observer, observed
-from dcp_storage.store.base import Store
 from dcp_storage.transfer.check import check_runs, runs_of
+from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.workers import for_each
 
 logger = logging.getLogger(__name__)
@@ -70,10 +68,11 @@ class Verdicts:
                 self.unchecked.add(step)
 
 
-async def check_own(store: Store, rank: int, how: How, transfer: Transfer, observer: Observer) -> Verdict:
+async def check_own(context: Context, rank: int, how: How) -> Verdict:
     """Check the objects that a rank wrote of the checkpoint that stands in a store, and log what is wrong."""
+    store = context.store
     try:
-        faults = await _faults(store, rank, how, transfer, observer)
+        faults = await _faults(context, rank, how)
     except (CheckpointNotFound, ManifestCorrupt, UnsupportedFormat) as error:
         faults = [str(error)]
     except StoreError as error:
@@ -85,7 +84,8 @@ async def check_own(store: Store, rank: int, how: How, transfer: Transfer, obser
     return Verdict.SOUND
 
 
-async def _faults(store: Store, rank: int, how: How, transfer: Transfer, observer: Observer) -> list[str]:
+async def _faults(context: Context, rank: int, how: How) -> list[str]:
+    store = context.store
     manifest = await read_manifest(store)
     if not isinstance(manifest, Manifest):
         return [f"{store.url} is a stock checkpoint: something else wrote there"]
@@ -102,24 +102,19 @@ async def _faults(store: Store, rank: int, how: How, transfer: Transfer, observe
         if size != stored.size:
             faults.append(f"{stored.name} is of {size} bytes, and was written with {stored.size}")
 
-    await for_each(transfer.concurrency, own, compare)
+    await for_each(context.transfer.concurrency, own, compare)
     if how == "full" and not faults:
-        faults += await _block_faults(store, manifest, set(own), transfer, observer)
+        faults += await _block_faults(context, manifest, set(own))
     return faults
 
 
-async def _block_faults(
-    store: Store, manifest: Manifest, own: set[int], transfer: Transfer, observer: Observer
-) -> list[str]:
+async def _block_faults(context: Context, manifest: Manifest, own: set[int]) -> list[str]:
     sizes = [stored.size for stored in manifest.objects]
     items, names = list(manifest.checked_items()), manifest.object_names
     runs = [run for run in runs_of(items, manifest.codec, sizes) if run.object in own]
-    raw_bytes = sum(block.stop - block.start for run in runs for block in run.blocks)
-    beside_training = replace(transfer, threads=max(1, transfer.resolve_threads() - 1))
-    with observed(observer, "verify", store.url, raw_bytes) as advance:
-        faults = await check_runs(
-            store, runs, names, manifest.codec, manifest.digest, transfer=beside_training, advance=advance
-        )
+    threads = max(1, context.transfer.resolve_threads() - 1)  # one core is training's
+    beside_training = replace(context, transfer=replace(context.transfer, threads=threads))
+    faults = await check_runs(beside_training, runs, names, manifest.codec, manifest.digest)
     return [f"{names[fault.run.object]} has a damaged block at {fault.run.start}" for fault in faults]
 
 

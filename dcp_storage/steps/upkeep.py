@@ -2,10 +2,11 @@
 
 import logging
 from collections import Counter
-from collections.abc import Container, Iterator
+from collections.abc import Container, Coroutine, Iterator
 from contextlib import contextmanager
 from functools import partial
 from threading import Condition, Lock
+from typing import Any
 
 from dcp_storage.errors import DcpStorageError
 from dcp_storage.steps.access import Access
@@ -15,6 +16,8 @@ from dcp_storage.steps.names import directory_of
 from dcp_storage.steps.policies import Policy
 from dcp_storage.steps.proven import ProvenOnly
 from dcp_storage.steps.retention import Decision, prune_steps
+from dcp_storage.store.base import Store
+from dcp_storage.transfer.context import Context
 
 logger = logging.getLogger(__name__)
 
@@ -101,13 +104,17 @@ class Upkeep:
 
     def _follow(self, step: int) -> None:
         if self._verify:
-            access = self._access
-            check = partial(
-                check_own, rank=self._rank, how=self._verify, transfer=access.transfer, observer=access.observer
-            )
-            self.verdicts.note(step, access.root.run(lambda root: check(root.child(directory_of(step)))))
+            self.verdicts.note(step, self._check(step, self._verify))
         if self._keep and self._rank == 0:
             self._prune_quietly()
+
+    def _check(self, step: int, how: How) -> Verdict:
+        access = self._access
+
+        def check(store: Store) -> Coroutine[Any, Any, Verdict]:
+            return check_own(Context(store, access.transfer, access.observer), self._rank, how)
+
+        return access.root.child(directory_of(step)).run(check)
 
     def _skip(self, step: int) -> None:
         self.verdicts.note(step, Verdict.UNCHECKED)

@@ -1,11 +1,11 @@
 """The check pipeline: segments are fetched, `concurrency` reads at once, and decoded in threads to check them alone."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import islice, zip_longest
 from typing import NamedTuple
 
-from dcp_storage.config import Transfer
 from dcp_storage.errors import BlockCorrupt, ManifestCorrupt, ObjectNotFound
 from dcp_storage.format.codecs.blocks import CODECS
 from dcp_storage.format.codecs.digests import MAX_DIGESTED_BYTES, make_digest
@@ -14,6 +14,7 @@ from dcp_storage.format.manifest.frames import StoredCodec
 from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.observe import Advance
 from dcp_storage.store.base import Room, Store, room_bytes
+from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.memory import Memories
 from dcp_storage.transfer.ranges import Block, locate
 from dcp_storage.transfer.workers import CodecThreads, for_each
@@ -79,23 +80,19 @@ def _checked_size(item: CheckedItem, blocks: Sequence[Block]) -> Sequence[Block]
 
 
 async def check_runs(
-    store: Store,
-    runs: Iterable[Run],
-    object_names: Sequence[str],
-    codec: StoredCodec,
-    algorithm: str | None,
-    *,
-    transfer: Transfer,
-    advance: Advance,
+    context: Context, runs: Sequence[Run], object_names: Sequence[str], codec: StoredCodec, algorithm: str | None
 ) -> list[Fault]:
     """Read and decode all runs, and return what failed its check in two readings.
 
     Raises:
         StoreError: A range could not be read, for any reason but that its object is gone: its blocks are returned.
     """
+    store, transfer = context.store, context.transfer
     groups = _group(runs, min(transfer.object_bytes, store.read_bytes))
-    make = partial(_Checks, codec, algorithm)
-    with CodecThreads(transfer.resolve_threads(), make) as threads:
+    with (
+        context.observed("verify", sum(block.stop - block.start for run in runs for block in run.blocks)) as advance,
+        CodecThreads(transfer.resolve_threads(), lambda: nullcontext(_Checks(codec, algorithm))) as threads,
+    ):
         checker = _Checker(store, object_names, threads, advance)
         await for_each(transfer.concurrency, groups, checker.check)
     return checker.faults

@@ -1,11 +1,12 @@
 """The load pipeline: byte ranges are fetched, `concurrency` at once, and decoded in threads into their targets."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
-from dcp_storage.config import MIB, Transfer
+from dcp_storage.config import MIB
 from dcp_storage.errors import BlockCorrupt
 from dcp_storage.format.codecs.base import BlockDecoder
 from dcp_storage.format.codecs.blocks import CODECS
@@ -13,13 +14,11 @@ from dcp_storage.format.manifest.frames import StoredCodec
 from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.observe import Advance
 from dcp_storage.store.base import Room, Store, room_bytes
+from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.layout import target_bytes
 from dcp_storage.transfer.memory import Memories
 from dcp_storage.transfer.ranges import Block, Fetch, coalesce, locate
-from dcp_storage.transfer.workers import CodecThreads, for_each, useful_threads
-
-UNIT_BYTES = 8 * MIB
-"""Stored bytes that a thread decodes between two looks at the event loop."""
+from dcp_storage.transfer.workers import UNIT_BYTES, CodecThreads, for_each, useful_threads
 
 _LEAST_LOCAL_BYTES = MIB
 """A disk takes smaller reads than a network: more of them at once decode in more threads."""
@@ -61,19 +60,9 @@ class LoadItem:
     wanted: Sequence[int]
     target: Target
 
-    def wanted_bytes(self, block_bytes: int) -> int:
-        """Return the raw size of the blocks to read."""
-        return sum(min(block_bytes, self.nbytes - number * block_bytes) for number in self.wanted)
-
 
 async def load_items(
-    store: Store,
-    items: Sequence[LoadItem],
-    object_names: Sequence[str],
-    codec: StoredCodec,
-    *,
-    transfer: Transfer,
-    advance: Advance,
+    context: Context, items: Sequence[LoadItem], object_names: Sequence[str], codec: StoredCodec
 ) -> None:
     """Fetch, check and decode the wanted blocks of all items, each once.
 
@@ -81,6 +70,7 @@ async def load_items(
         BlockCorrupt: A block failed its check, and again when it was read a second time.
         StoreError: A range could not be read.
     """
+    store, transfer = context.store, context.transfer
     blocks = [
         block
         for number, item in enumerate(items)
@@ -92,8 +82,11 @@ async def load_items(
     fetches = coalesce(blocks, transfer.max_gap_bytes, most)
     raw_bytes = sum(block.stop - block.start for block in blocks)
     blocks_codec = CODECS[codec.compression]
-    decoder = partial(blocks_codec.make_decoder, codec.block_bytes)
-    with CodecThreads(useful_threads(transfer, len(items), raw_bytes), decoder) as threads:
+    count = useful_threads(transfer, len(items), raw_bytes)
+    with (
+        context.observed("load", raw_bytes) as advance,
+        CodecThreads(count, lambda: nullcontext(blocks_codec.make_decoder(codec.block_bytes))) as threads,
+    ):
         loader = _Loader(store, items, object_names, threads, advance, memories=Memories(), raw=blocks_codec.verbatim)
         loader.finish_empty()
         await for_each(transfer.concurrency, fetches, loader.load)

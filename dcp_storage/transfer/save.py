@@ -1,7 +1,7 @@
 """The save pipeline: objects are encoded in threads and put, `concurrency` at once, in bounded memory."""
 
-from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
 from functools import partial
 from itertools import chain
 from typing import Any, Protocol
@@ -9,20 +9,18 @@ from typing import Any, Protocol
 import numpy as np
 
 from dcp_storage.collector import uncollected
-from dcp_storage.config import MIB, Codec, Transfer
+from dcp_storage.config import Codec
 from dcp_storage.format.codecs.blocks import CODECS, Encoded
 from dcp_storage.format.codecs.digests import DIGEST_CHARS
 from dcp_storage.format.manifest.columns import NOTHING, Columns, numbers, texts
 from dcp_storage.observe import Advance
 from dcp_storage.raw import Raw
-from dcp_storage.store.base import PAGE_BYTES, Batch, Store
+from dcp_storage.store.base import PAGE_BYTES, Batch
+from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.encoders import APART_UNIT_BYTES, Encoder, encoder_apart, encoder_here, pays_apart
 from dcp_storage.transfer.layout import Piece, lay_out, split_units, target_bytes
 from dcp_storage.transfer.memory import Memories
-from dcp_storage.transfer.workers import CodecThreads, for_each, useful_threads
-
-UNIT_BYTES = 8 * MIB
-"""Raw bytes that a thread encodes between two looks at the event loop."""
+from dcp_storage.transfer.workers import UNIT_BYTES, CodecThreads, for_each, useful_threads
 
 
 class Source(Protocol):
@@ -41,15 +39,13 @@ class Source(Protocol):
 
 
 async def save_items(
-    store: Store,
+    context: Context,
     sources: Sequence[Source],
     name: Callable[[int], str],
     codec: Codec,
     *,
     groups: Sequence[str] = (),
-    transfer: Transfer,
-    apart: bool,
-    advance: Advance,
+    apart: bool = False,
 ) -> Columns:
     """Encode and put all items; return where they lie, each one's segments in the order of their blocks.
 
@@ -58,6 +54,7 @@ async def save_items(
     Objects are named `name(0)`, `name(1)`, ... When one put fails the others are cancelled and the error is raised;
     objects that were put by then stay: nothing names them.
     """
+    store, transfer = context.store, context.transfer
     sizes = [source.nbytes for source in sources]
     target = target_bytes(sum(sizes), min(transfer.object_bytes, store.put_bytes), transfer.concurrency)
     objects = list(enumerate(lay_out(sizes, codec.block_bytes, target, groups)))
@@ -66,12 +63,14 @@ async def save_items(
     apart = apart and pays_apart(sum(sizes))
     encoder, unit_bytes = (encoder_apart, APART_UNIT_BYTES) if apart else (encoder_here, UNIT_BYTES)
     count = useful_threads(transfer, len(sizes), sum(sizes))
-    with ExitStack() as encoders, CodecThreads(count, lambda: encoders.enter_context(encoder(codec))) as threads:
+    with context.observed("save", sum(sizes)) as advance, CodecThreads(count, partial(encoder, codec)) as threads:
 
         async def put(numbered: tuple[int, list[Piece]]) -> None:
             number, pieces = numbered
             writer = _ObjectWriter(sources, codec, threads=threads, memories=memories, advance=advance)
-            await store.put(name(number), writer.batches(split_units(pieces, codec.block_bytes, unit_bytes)))
+            units = split_units(pieces, codec.block_bytes, unit_bytes)
+            async with aclosing(writer.batches(units)) as batches:
+                await store.put(name(number), batches)
             stored.add(number, writer.pieces, writer.encoded)
 
         await for_each(transfer.concurrency, objects, put)
@@ -136,7 +135,7 @@ class _ObjectWriter:
         self._memories = memories
         self._advance = advance
 
-    async def batches(self, units: Sequence[Sequence[Piece]]) -> AsyncIterator[Batch]:
+    async def batches(self, units: Sequence[Sequence[Piece]]) -> AsyncGenerator[Batch, None]:
         """Yield the object's bytes in whole pages, and what is left at the end."""
         with self._memories.hold(PAGE_BYTES + max(map(self._room, units))) as memory:
             kept = 0

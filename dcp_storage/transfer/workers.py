@@ -4,14 +4,18 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Generic, Self, TypeVar
 
-from dcp_storage.config import KIB, Transfer
+from dcp_storage.config import KIB, MIB, Transfer
 
 T = TypeVar("T")
 C = TypeVar("C")
 R = TypeVar("R")
 
+
+UNIT_BYTES = 8 * MIB
+"""Bytes that a thread encodes or decodes between two looks at the event loop."""
 
 _SMALL_BYTES = 32 * KIB
 """Items smaller than this cost more Python than encoding."""
@@ -26,21 +30,24 @@ def useful_threads(transfer: Transfer, items: int, nbytes: int) -> int:
 
 
 class CodecThreads(Generic[C]):
-    """A pool of threads that each hold a coder of their own: zstd contexts crash when they are shared.
+    """A pool of threads that each open a coder of their own: zstd contexts crash when they are shared.
 
-    Close it (or leave its `with` block) to end the threads.
+    Leave its `with` block to end the threads and close their coders.
     """
 
-    def __init__(self, threads: int, make_coder: Callable[[], C]) -> None:
+    def __init__(self, threads: int, open_coder: Callable[[], AbstractContextManager[C]]) -> None:
         self._local = threading.local()
-        self._make_coder = make_coder
+        self._open_coder = open_coder
+        self._opened = ExitStack()
+        self._opening = threading.Lock()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dcp_storage")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._pool.shutdown(cancel_futures=True)
+        with self._opened:
+            self._pool.shutdown(cancel_futures=True)
 
     async def run(self, work: Callable[[C], R]) -> R:
         """Return what `work` makes of a thread's coder, on that thread."""
@@ -49,7 +56,8 @@ class CodecThreads(Generic[C]):
     def _call(self, work: Callable[[C], R]) -> R:
         coder: C | None = getattr(self._local, "coder", None)
         if coder is None:
-            coder = self._local.coder = self._make_coder()
+            with self._opening:  # a stack is not made for several threads
+                coder = self._local.coder = self._opened.enter_context(self._open_coder())
         return work(coder)
 
 

@@ -6,7 +6,6 @@ from math import prod
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from dcp_storage.collector import uncollected
-from dcp_storage.config import Transfer
 from dcp_storage.dcp.dtypes import dtype_from_name
 from dcp_storage.dcp.kinds.boxes import read_box
 from dcp_storage.dcp.loads.targets import BytesTarget, ChunkTarget
@@ -15,21 +14,12 @@ from dcp_storage.errors import CoverageError
 from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.manifest.manifest import Manifest
 from dcp_storage.geometry import contains
-from dcp_storage.observe import Observer, observed
-from dcp_storage.store.base import Store
+from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.load import LoadItem, load_items
 from dcp_storage.transfer.ranges import needed_blocks
 
 
-async def load_native(
-    store: Store,
-    manifest: Manifest,
-    plan: LoadPlan,
-    planner: LoadPlanner,
-    *,
-    transfer: Transfer,
-    observer: Observer,
-) -> None:
+async def load_native(context: Context, manifest: Manifest, plan: LoadPlan, planner: LoadPlanner) -> None:
     """Read every item of a plan. Planner hooks are called on this thread only.
 
     Raises:
@@ -39,9 +29,7 @@ async def load_native(
         StoreError: A range could not be read.
     """
     items = _load_items(manifest, plan, planner)
-    raw_bytes = sum(item.wanted_bytes(manifest.codec.block_bytes) for item in items)
-    with observed(observer, "load", store.url, raw_bytes) as advance:
-        await load_items(store, items, manifest.object_names, manifest.codec, transfer=transfer, advance=advance)
+    await load_items(context, items, manifest.object_names, manifest.codec)
 
 
 @uncollected

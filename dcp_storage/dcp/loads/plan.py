@@ -2,28 +2,18 @@
 
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
-from dcp_storage.config import Transfer
 from dcp_storage.dcp.loads.native import load_native
 from dcp_storage.dcp.stock.load import load_stock
 from dcp_storage.format.contents import Contents
 from dcp_storage.format.manifest.manifest import Manifest
 from dcp_storage.format.stock.manifest import StockManifest
-from dcp_storage.observe import Observer
-from dcp_storage.store.base import Store
+from dcp_storage.transfer.context import Context
 
 
-async def load_plan(
-    contents: Contents,
-    plan: LoadPlan,
-    planner: LoadPlanner,
-    store: Store,
-    *,
-    transfer: Transfer,
-    observer: Observer,
-) -> None:
+async def load_plan(context: Context, contents: Contents, plan: LoadPlan, planner: LoadPlanner) -> None:
     """Read every item of a plan; see `load_native` and `load_stock` for what is raised."""
     if isinstance(contents, StockManifest):
-        await load_stock(store, contents, plan, planner, transfer=transfer, observer=observer)
+        await load_stock(context, contents, plan, planner)
     else:
         assert isinstance(contents, Manifest), "there are two kinds"
-        await load_native(store, contents, plan, planner, transfer=transfer, observer=observer)
+        await load_native(context, contents, plan, planner)

@@ -1,6 +1,7 @@
 """Stock DCP checkpoints, loaded into a plan: each stored item is fetched and decoded once on a rank."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -23,9 +24,10 @@ from dcp_storage.dcp.stock.items import (
 from dcp_storage.errors import CoverageError
 from dcp_storage.format.stock.manifest import StockItem, StockManifest, StorageKey
 from dcp_storage.geometry import contains
-from dcp_storage.observe import Advance, Observer, observed
+from dcp_storage.observe import Advance
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.budget import Budget
+from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.workers import CodecThreads, for_each
 
 _Job = tuple[Item, list[ReadItem]]
@@ -34,15 +36,7 @@ _RUN_BYTES = MIB
 _GAP_BYTES = 16 * KIB
 
 
-async def load_stock(
-    store: Store,
-    manifest: StockManifest,
-    plan: LoadPlan,
-    planner: LoadPlanner,
-    *,
-    transfer: Transfer,
-    observer: Observer,
-) -> None:
+async def load_stock(context: Context, manifest: StockManifest, plan: LoadPlan, planner: LoadPlanner) -> None:
     """Read every item of a plan. Planner hooks are called on this thread only.
 
     Bytes in flight are bounded by about `2 * concurrency * object_bytes`, or by twice one item that is larger.
@@ -53,13 +47,14 @@ async def load_stock(
         UnsupportedFormat: An item was written through an extension that is unknown here.
         ObjectNotFound: An object is not there.
     """
+    store, transfer = context.store, context.transfer
     jobs = _jobs(store.url, manifest, plan.items)
     for item, _ in jobs:
         check_item(item)
     raw_bytes = sum(item.raw_bytes for item, _ in jobs)
     with (
-        observed(observer, "load", store.url, raw_bytes) as advance,
-        CodecThreads(transfer.resolve_threads(), make_decompressor) as threads,
+        context.observed("load", raw_bytes) as advance,
+        CodecThreads(transfer.resolve_threads(), lambda: nullcontext(make_decompressor())) as threads,
     ):
         loader = _Loader(store, planner, transfer, threads, advance)
         await for_each(transfer.concurrency, {item.stored.object_name for item, _ in jobs}, loader.measure)
