@@ -200,7 +200,9 @@ class AsyncStorageWriter(StorageWriter):
         self, save: Save, part: Part, sources: Sequence[Source], groups: Sequence[str]
     ) -> tuple[list[str], Columns]:
         return save.location.run(
-            lambda store: put(Context(store, self._transfer, self._observer), save, part, sources, groups, self._codec)
+            lambda store: put(
+                Context(store, self._transfer, self._observer), save, part, sources, groups=groups, codec=self._codec
+            )
         )
 
     @hook
