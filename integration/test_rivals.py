@@ -14,6 +14,7 @@ from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlann
 from dcp_storage.errors import CheckpointExists, CheckpointReplaced
 from dcp_storage.store.local import LocalStore
 from dcp_storage.store.s3 import S3Store
+from dcp_storage.store.s3_requests import Requests
 from dcp_storage.verify import verify
 from tests.conftest import moto_bucket, moto_endpoint, moto_options, moto_s3  # noqa: F401 - fixtures
 
@@ -131,17 +132,17 @@ def test_a_rival_s_commit_while_the_answer_to_ours_is_lost(place, first, monkeyp
         pytest.skip("no answers are lost")
     if not first:
         here.save(1)
-    real = S3Store._send
+    real = Requests.send_once
     monkeypatch.setattr("dcp_storage.store.s3_retry._PAUSE_SECONDS", 0)
 
-    async def lossy(store, operation, parameters):
-        answer = await real(store, operation, parameters)
+    async def lossy(requests, operation, parameters):
+        answer = await real(requests, operation, parameters)
         if operation == "put_object" and parameters["Key"].endswith(".metadata"):
-            S3Store._send = real
+            Requests.send_once = real
             await asyncio.to_thread(here.save, RIVAL)
             raise ClientConnectionError("the connection broke")
         return answer
 
-    monkeypatch.setattr(S3Store, "_send", lossy)
+    monkeypatch.setattr(Requests, "send_once", lossy)
     assert outcome(lambda: here.save(OURS)) is CheckpointReplaced
     assert here.load() == RIVAL, "and not ours, whose objects are gone"

@@ -34,7 +34,7 @@ from dcp_storage.steps import pins, retention
 from dcp_storage.steps.catalog import latest_step
 from dcp_storage.steps.names import directory_of, parse_step
 from dcp_storage.steps.policies import KeepLatest
-from dcp_storage.store.base import ABSENT, Store
+from dcp_storage.store.base import ABSENT, Listed, Store
 from tests.drafts import columns_of
 from tests.first_steps import KINDS, damaged
 
@@ -165,15 +165,11 @@ class ModelStore(Store):
 
     async def list(self):
         await self.world.turn(self.who)
-        return {name: len(data) for name, (data, _) in self.held.items()}
+        return {name: Listed(len(data), at) for name, (data, at) in self.held.items()}
 
     async def directories(self):
         await self.world.turn(self.who)
         return [name for name, held in self.world.objects.items() if name and held]
-
-    async def modified(self):
-        await self.world.turn(self.who)
-        return {name: at for name, (_, at) in self.held.items()}
 
     async def delete(self, names):
         for name in names:

@@ -21,11 +21,11 @@ from fsspec.config import conf
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter
 from dcp_storage.errors import ConfigError, ObjectExists, ObjectNotFound, StoreError
-from dcp_storage.store import s3
+from dcp_storage.store import s3_requests
 from dcp_storage.store.base import ABSENT, Store
 from dcp_storage.store.open import open_store
-from dcp_storage.store.s3 import S3Store
-from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run
+from dcp_storage.store.s3_requests import Requests
+from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run, sizes
 
 OPERATIONS: dict[str, Callable[[Store], Any]] = {
     "put": lambda store: put(store, NAME, b"x"),
@@ -50,7 +50,7 @@ class TestS3Store(StoreSuite):
     def test_bucket_itself_is_a_prefix(self, place: Place, moto_bucket: str):
         bucket = place.beside(f"s3://{moto_bucket}")
         run(bucket, lambda store: put(store, NAME, b"data"))
-        assert run(bucket, lambda store: store.list()) == {NAME: 4}
+        assert run(bucket, sizes) == {NAME: 4}
         assert run(bucket, lambda store: store.get_range(NAME, 1, 3)) == b"at"
 
 
@@ -76,7 +76,7 @@ def test_large_object_is_one_request(moto_s3: Place, moto_bucket: str, s3_client
 
 def test_marker_of_an_empty_directory_is_no_object(moto_s3: Place, moto_bucket: str, s3_client):
     s3_client.put_object(Bucket=moto_bucket, Key="runs/step-1/", Body=b"")
-    assert run(moto_s3, lambda store: store.list()) == {}
+    assert run(moto_s3, sizes) == {}
 
 
 def test_more_objects_than_one_answer_lists(moto_s3: Place, monkeypatch):
@@ -85,7 +85,7 @@ def test_more_objects_than_one_answer_lists(moto_s3: Place, monkeypatch):
 
     async def use(store: Store):
         await asyncio.gather(*(put(store, name, b"1") for name in names))
-        assert await store.list() == dict.fromkeys(names, 1)
+        assert await sizes(store) == dict.fromkeys(names, 1)
 
     run(moto_s3, use)
 
@@ -147,7 +147,7 @@ def test_a_server_may_be_given_all_the_time_it_wants(moto_s3: Place):
 @pytest.mark.parametrize("size", [100, 30_000_000], ids=["asked before the body", "in the body"])
 def test_endpoint_that_falls_silent_in_a_put(silent_port: int, monkeypatch, size: int):
     """More than the sockets' buffers hold blocks the client while it writes."""
-    monkeypatch.setattr(s3, "_READ_TIMEOUTS", 10)
+    monkeypatch.setattr(s3_requests, "_READ_TIMEOUTS", 10)
     limits = {"read_timeout": 0.2, "connect_timeout": 0.2, "retries": {"total_max_attempts": 2}}
     options = {"key": "k-1234", "secret": "s-1234", "endpoint_url": f"http://127.0.0.1:{silent_port}"}
     place = Place("s3://bucket/step-1", options | {"config_kwargs": limits})
@@ -208,7 +208,7 @@ def test_options_override_the_defaults_one_by_one(moto_s3: Place):
     async def main():
         async with moto_s3.open(read_timeout=77, s3={"addressing_style": "path"}) as store:
             await store.commit(".metadata", b"{}")
-            config = store._client.meta.config
+            config = store._requests.client.meta.config
             assert (config.read_timeout, config.connect_timeout) == (77, 5)
             assert config.s3 == {"addressing_style": "path", "payload_signing_enabled": False}
             assert config.max_pool_connections >= 256
@@ -252,7 +252,7 @@ def test_settings_from_the_configuration_of_fsspec(moto_s3: Place, monkeypatch):
     async def main():
         async with open_store(moto_s3.url) as store:
             await store.commit(".metadata", b"{}")
-            assert store._client.meta.config.read_timeout == 33
+            assert store._requests.client.meta.config.read_timeout == 33
 
     asyncio.run(main())
     assert run(moto_s3, lambda store: store.get(".metadata")) == b"{}"
@@ -269,7 +269,7 @@ def test_connections_are_closed(moto_s3: Place):
     async def main():
         async with moto_s3.open() as store:
             await store.list()
-            client = store._client
+            client = store._requests.client
         return client._endpoint.http_session._sessions
 
     assert not asyncio.run(main())
@@ -316,18 +316,18 @@ def test_no_secret_is_shown(refused_port: int, secret: str, operation):
 
 def lose_answers(monkeypatch, meanwhile=None):
     """Break the connection after each PUT was done, twice; `meanwhile` is done by another writer."""
-    real, lost = S3Store._send, []
+    real, lost = Requests.send_once, []
 
-    async def broken(store, operation, parameters):
-        answer = await real(store, operation, parameters)
+    async def broken(requests, operation, parameters):
+        answer = await real(requests, operation, parameters)
         if operation == "put_object" and len(lost) < 2:
             lost.append(parameters["Key"])
             if meanwhile:
-                await meanwhile(store, parameters["Key"])
+                await meanwhile(requests, parameters["Key"])
             raise ClientConnectionError("the connection broke")
         return answer
 
-    monkeypatch.setattr(S3Store, "_send", broken)
+    monkeypatch.setattr(Requests, "send_once", broken)
     monkeypatch.setattr("dcp_storage.store.s3_retry._PAUSE_SECONDS", 0)
     return lost
 
@@ -340,8 +340,8 @@ def test_a_create_whose_answer_was_lost_is_known_for_what_it_did(moto_s3: Place,
 
 
 def test_a_create_whose_answer_was_lost_does_not_replace_what_came_after_it(moto_s3: Place, monkeypatch):
-    async def replace(store, key):
-        await store._fs._call_s3("put_object", Bucket=store._bucket, Key=key, Body=b"another writer's")
+    async def replace(requests, key):
+        await requests._fs._call_s3("put_object", Bucket=requests.bucket, Key=key, Body=b"another writer's")
 
     lose_answers(monkeypatch, replace)
     with pytest.raises(ObjectExists):
@@ -360,8 +360,8 @@ def test_a_commit_whose_answer_was_lost_does_not_replace_what_came_after_it(moto
         assert len(lost) == 1, "the second attempt is refused, and what is there is ours"
     run(moto_s3, lambda store: store.commit(".metadata", b"old"))
 
-    async def replace(store, key):
-        await store._fs._call_s3("put_object", Bucket=store._bucket, Key=key, Body=b"another writer's")
+    async def replace(requests, key):
+        await requests._fs._call_s3("put_object", Bucket=requests.bucket, Key=key, Body=b"another writer's")
 
     lose_answers(monkeypatch, replace)
     with pytest.raises(ObjectExists, match="another one was written meanwhile"):
@@ -386,7 +386,7 @@ def test_a_commit_over_what_changed_meanwhile_is_refused(moto_s3: Place, rival):
 
 def test_a_bucket_that_is_missing_is_no_change(moto_s3: Place):
     async def commit(store):
-        store._bucket = "no-such-bucket"
+        store._requests.bucket = "no-such-bucket"
         await store.commit(".metadata", b"mine", await store.version(".metadata"))
 
     with pytest.raises(StoreError, match="bucket does not exist") as raised:
@@ -395,25 +395,25 @@ def test_a_bucket_that_is_missing_is_no_change(moto_s3: Place):
 
 
 def test_a_server_that_does_not_implement_conditions_takes_commits_without(moto_s3: Place, monkeypatch):
-    real = S3Store._send
+    real = Requests.send_once
 
-    async def refuse(store, operation, parameters):
+    async def refuse(requests, operation, parameters):
         if "IfMatch" in parameters or "IfNoneMatch" in parameters:
             answer = {"Error": {"Code": "NotImplemented"}, "ResponseMetadata": {"HTTPStatusCode": 501}}
             raise ClientError(answer, "PutObject")
-        return await real(store, operation, parameters)
+        return await real(requests, operation, parameters)
 
     async def commit(store):
         for data in (b"first", b"second"):
             await store.commit(".metadata", data, await store.version(".metadata"))
 
-    monkeypatch.setattr(S3Store, "_send", refuse)
+    monkeypatch.setattr(Requests, "send_once", refuse)
     run(moto_s3, commit)
     assert run(moto_s3, lambda store: store.get(".metadata")) == b"second"
 
 
 def test_a_client_too_old_for_conditions_only_has_the_look_before(moto_s3: Place, monkeypatch):
-    monkeypatch.setattr(S3Store, "_only_over", lambda store, over: {})
+    monkeypatch.setattr(Requests, "takes", lambda requests, operation, parameter: False)
     run(moto_s3, lambda store: store.commit(".metadata", b"first", over=ABSENT))
     with pytest.raises(ObjectExists):
         run(moto_s3, lambda store: store.commit(".metadata", b"second", over=ABSENT))

@@ -264,7 +264,7 @@ def test_prune_keeps_what_seems_to_come_from_the_future(tmp_path):
 
 def test_a_commit_between_listing_and_deleting_is_safe(saved, tmp_path_factory, monkeypatch):
     """The objects of a save that commits while `prune` looks are in its lists as orphans, and old."""
-    real, new = LocalStore.modified, tmp_path_factory.mktemp("new")
+    real, new = LocalStore.list, tmp_path_factory.mktemp("new")
     save(new)
     for file in new.glob("*.distcp*"):
         shutil.copy(file, saved)
@@ -275,7 +275,7 @@ def test_a_commit_between_listing_and_deleting_is_safe(saved, tmp_path_factory, 
         shutil.copy(new / ".metadata", saved / ".metadata")
         return listed
 
-    monkeypatch.setattr(LocalStore, "modified", list_and_commit)
+    monkeypatch.setattr(LocalStore, "list", list_and_commit)
     prune(saved)
     assert verify(saved).sound
 

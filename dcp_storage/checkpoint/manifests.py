@@ -86,12 +86,12 @@ async def is_committed(store: Store, *, parts: bool) -> bool:
     raise AssertionError("the last listing returns or raises")
 
 
-async def _names(store: Store) -> dict[str, int]:
+async def _names(store: Store) -> list[str]:
     """List, for the sake of manifests of single ranks; whoever may not list has put none that could be read."""
     try:
-        return await store.list()
+        return list(await store.list())
     except AccessDenied:
-        return {}
+        return []
 
 
 async def replaced_objects(store: Store) -> list[str]:

@@ -10,7 +10,7 @@ from dcp_storage.checkpoint.leftovers import split
 from dcp_storage.checkpoint.manifests import read_manifest
 from dcp_storage.errors import CheckpointNotFound
 from dcp_storage.format.names import save_of
-from dcp_storage.store.base import Store
+from dcp_storage.store.base import Store, times_of
 
 A_DAY = timedelta(days=1)
 """Longer than any one save takes, and than clocks of machines differ."""
@@ -34,15 +34,16 @@ class Pruning:
 async def prune_store(store: Store, older_than: timedelta, *, dry_run: bool = False) -> Pruning:
     """Remove what dead saves left, in a store that is open; see `prune`."""
     now = time.time()
-    times = await store.modified()
-    sizes = await store.list()
-    # Read after the lists: what was committed since then is named, and what was put since then is not in them.
-    orphans = await _orphans(store, times.keys() & sizes.keys())
+    listed = await store.list()
+    times = times_of(store.url, listed)
+    # Read after the listing: what was committed since then is named, and what was put since then is not in it.
+    orphans = await _orphans(store, listed)
     old = _old_enough(orphans, times, now - older_than.total_seconds())
     if not dry_run:
         await store.delete(sorted(old))
-    removed = {name: sizes[name] for name in orphans if name in old}
-    return Pruning(store.url, removed, {name: sizes[name] for name in orphans if name not in old})
+    sizes = {name: listed[name].size for name in orphans}
+    removed = {name: size for name, size in sizes.items() if name in old}
+    return Pruning(store.url, removed, {name: size for name, size in sizes.items() if name not in old})
 
 
 async def _orphans(store: Store, names: Iterable[str]) -> list[str]:

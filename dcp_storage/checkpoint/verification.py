@@ -77,7 +77,7 @@ async def verify_store(context: Context, expect: str | None) -> Verification:
     store = context.store
     contents = await read_manifest(store)
     contents.check_whole()
-    sizes = await store.list()
+    sizes = {name: listed.size for name, listed in (await store.list()).items()}
     held = contents.objects_held()
     damage = [fault for each in held if (fault := _object_fault(each, sizes.get(each.name)))]
     blocks, damaged = await _block_damage(context, contents, sizes)

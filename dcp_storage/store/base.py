@@ -2,11 +2,11 @@
 
 import builtins
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterable, Sequence
+from collections.abc import AsyncIterable, Mapping, Sequence
 from typing import ClassVar, NamedTuple, Self
 
 from dcp_storage.config import KIB
-from dcp_storage.errors import ObjectNotFound
+from dcp_storage.errors import ObjectNotFound, StoreError
 
 Batch = bytes | memoryview
 """Bytes of an object, in order. Their memory is used again once the next batch is asked for."""
@@ -28,6 +28,37 @@ class Room(NamedTuple):
 
     pages: memoryview
     final: memoryview | None = None
+
+
+class Listed(NamedTuple):
+    """An object in a listing.
+
+    Attributes:
+        size: In bytes.
+        modified: When it was last written, in seconds since the epoch by the store's clock, or `None` where the storage
+            system does not tell.
+    """
+
+    size: int
+    modified: float | None
+
+
+def times_of(url: str, listed: Mapping[str, Listed]) -> dict[str, float]:
+    """Return when each object of a listing was last written.
+
+    Raises:
+        StoreError: The storage system does not tell.
+    """
+    times: dict[str, float] = {}
+    for name, each in listed.items():
+        if each.modified is None:
+            raise StoreError(
+                f"cannot find the age of {url.rstrip('/')}/{name}: this file system does not tell when it was written",
+                url=url,
+                object_name=name,
+            )
+        times[name] = each.modified
+    return times
 
 
 def room_bytes(nbytes: int) -> int:
@@ -122,20 +153,16 @@ class Store(ABC):
         """Return the size of an object in bytes."""
 
     @abstractmethod
-    async def list(self) -> dict[str, int]:
-        """Return name and size in bytes of every object directly below the prefix; empty where there is none."""
+    async def list(self) -> dict[str, Listed]:
+        """Return every object directly below the prefix, by name; nothing where there is none."""
 
     async def directories(self) -> builtins.list[str]:
         """Return the names of the prefixes directly below this one, as far as the storage system knows any."""
         return []
 
-    @abstractmethod
     async def modified(self) -> dict[str, float]:
-        """Return name and time of the last write, in seconds since the epoch by the store's clock, of what `list` does.
-
-        Raises:
-            StoreError: The storage system does not tell.
-        """
+        """Return when each object that `list` returns was last written; see `times_of`."""
+        return times_of(self.url, await self.list())
 
     @abstractmethod
     async def delete(self, names: Sequence[str]) -> None:

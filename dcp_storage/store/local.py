@@ -13,7 +13,7 @@ from aiofiles.os import wrap
 from dcp_storage.config import MIB
 from dcp_storage.errors import ObjectExists, ObjectNotFound
 from dcp_storage.store import files, reads
-from dcp_storage.store.base import ABSENT, Batch, Room, Store
+from dcp_storage.store.base import ABSENT, Batch, Listed, Room, Store
 from dcp_storage.store.failures import Failures
 from dcp_storage.store.names import check_name
 
@@ -101,9 +101,11 @@ class LocalStore(Store):
         with self._failures.mapped("look up", name, absent=ObjectNotFound):
             return await wrap(reads.reopening(files.file_size))(path)
 
-    async def list(self) -> dict[str, int]:
+    async def list(self) -> dict[str, Listed]:
         """Return the regular files in the directory."""
-        return {name: status.st_size for name, status in (await self._statuses()).items()}
+        with self._failures.mapped("list"):
+            statuses = await wrap(reads.reopening(files.stat_files))(self._directory)
+        return {name: Listed(status.st_size, status.st_mtime) for name, status in statuses.items()}
 
     async def directories(self) -> builtins.list[str]:
         """Return the directories in the directory."""
@@ -114,14 +116,6 @@ class LocalStore(Store):
         """Remove the directory, unless something is in it, or it is not there."""
         with self._failures.mapped("remove"):
             await wrap(files.remove_directory)(self._directory)
-
-    async def modified(self) -> dict[str, float]:
-        """Return when each regular file in the directory was written."""
-        return {name: status.st_mtime for name, status in (await self._statuses()).items()}
-
-    async def _statuses(self) -> dict[str, os.stat_result]:
-        with self._failures.mapped("list"):
-            return await wrap(reads.reopening(files.stat_files))(self._directory)
 
     async def delete(self, names: Sequence[str]) -> None:
         """Remove files; what was renamed before is made to last first, since it may have replaced them."""

@@ -3,17 +3,17 @@
 import asyncio
 import builtins
 import io
-from collections.abc import AsyncIterable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from datetime import UTC, datetime
-from typing import Any, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from fsspec.config import apply_config
 
 from dcp_storage.config import MIB
 from dcp_storage.errors import ConfigError, ObjectExists, ObjectNotFound, StoreError
-from dcp_storage.store.base import ABSENT, Batch, Room, Store
+from dcp_storage.store.base import ABSENT, Batch, Listed, Room, Store
 from dcp_storage.store.bodies import Bodies
 from dcp_storage.store.closing import close_opened
 from dcp_storage.store.failures import Failures, is_range_beyond_end
@@ -23,7 +23,24 @@ from dcp_storage.store.redact import secrets_in
 _DELETES_IN_FLIGHT = 32
 _ANY_NAME = "object"
 _TIME_KEYS = ("LastModified", "mtime", "last_modified", "updated", "modified", "created")
-"""What fsspec's file systems call the time of the last write, each as it likes."""
+R = TypeVar("R")
+
+
+class FileSystem(Protocol):
+    """What a `RemoteStore` asks of one of fsspec's file systems: coroutines, which it names with an underscore."""
+
+    async def _pipe_file(self, path: str, value: bytes) -> object: ...
+
+    async def _cat_file(self, path: str, start: int | None = None, end: int | None = None) -> bytes: ...
+
+    async def _info(self, path: str) -> Mapping[str, Any]: ...
+
+    async def _rm_file(self, path: str) -> object: ...
+
+    async def _ls(self, path: str, detail: bool = True) -> Sequence[Mapping[str, Any]]: ...
+
+    def invalidate_cache(self) -> object:
+        """Forget what listings told before."""
 
 
 class RemoteStore(Store):
@@ -39,23 +56,25 @@ class RemoteStore(Store):
     # Large enough for a request's latency not to count, small enough for a server to hold many at once.
     put_bytes = read_bytes = 16 * MIB
 
+    _fs: FileSystem
+    """Of an open store."""
+
     def __init__(self, url: str, fs_class: Any, storage_options: Mapping[str, Any]) -> None:
         self._fs_class = fs_class
-        said = fs_class._get_kwargs_from_urls(url)  # noqa: SLF001
+        said = fs_class._get_kwargs_from_urls(url)
         said.pop("version_aware", None)  # `?` and `#` are parts of a path, not the version of an object
         self._options = apply_config(fs_class, {**said, **storage_options})
-        self._prefix = fs_class._strip_protocol(url).rstrip("/")  # noqa: SLF001
+        self._prefix = fs_class._strip_protocol(url).rstrip("/")
         self._failures = Failures(url, secrets_in(url, self._options))
         self.url = self._failures.url
-        self._fs: Any = None
         self._bodies = Bodies()
 
     async def __aenter__(self) -> Self:
         try:
             with self._failures.mapped("open"):
-                self._fs = self._make_fs()
-                await self._connect()
-                self._check_paths()
+                self._fs = fs = self._make_fs()
+                await self._connect(fs)
+                self._check_paths(fs)
         except BaseException:
             with suppress(StoreError):  # what kept it from opening is raised
                 await self.__aexit__()
@@ -64,7 +83,7 @@ class RemoteStore(Store):
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Close what the file system opened."""
-        fs, self._fs = self._fs, None
+        fs = vars(self).pop("_fs", None)
         if fs is not None:
             with self._failures.mapped("close"):
                 await self._disconnect(fs)
@@ -72,10 +91,10 @@ class RemoteStore(Store):
     def child(self, name: str) -> Self:
         """Return the store of the prefix of a name, with this one's client."""
         below = copy(self)
-        below._prefix = self._path(name)  # noqa: SLF001 - its own
-        below._failures = Failures(f"{self.url.rstrip('/')}/{name}", secrets_in(self.url, self._options))  # noqa: SLF001
-        below.url = below._failures.url  # noqa: SLF001
-        below._bodies = Bodies()  # noqa: SLF001
+        below._prefix = self._path(name)
+        below._failures = Failures(f"{self.url.rstrip('/')}/{name}", secrets_in(self.url, self._options))
+        below.url = below._failures.url
+        below._bodies = Bodies()
         return below
 
     async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
@@ -149,9 +168,14 @@ class RemoteStore(Store):
             raise self._failures.error("look up", name, f"it is a {info['type']}", ObjectNotFound)
         return self._size(name, info)
 
-    async def list(self) -> dict[str, int]:
+    async def list(self) -> dict[str, Listed]:
         """Return the objects directly below the prefix."""
-        return {name: self._size(name, entry) for name, entry in (await self._files()).items()}
+        with self._failures.mapped("list"):
+            entries = await self._list_entries()
+        files = (entry for entry in entries if entry["type"] == "file" and entry["name"] != self._prefix)
+        found = {entry["name"].rpartition("/")[2]: entry for entry in files}
+        found.pop("", None)  # the marker that some tools put for an empty directory
+        return {name: Listed(self._size(name, entry), _modified(entry)) for name, entry in found.items()}
 
     async def directories(self) -> builtins.list[str]:
         """Return the prefixes directly below this one."""
@@ -159,29 +183,10 @@ class RemoteStore(Store):
             entries = await self._list_entries()
         return [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
 
-    async def modified(self) -> dict[str, float]:
-        """Return when each object directly below the prefix was written."""
-        return {name: self._time(name, entry) for name, entry in (await self._files()).items()}
-
-    async def _files(self) -> dict[str, dict[str, Any]]:
-        with self._failures.mapped("list"):
-            entries = await self._list_entries()
-        files = (entry for entry in entries if entry["type"] == "file" and entry["name"] != self._prefix)
-        found = {entry["name"].rpartition("/")[2]: entry for entry in files}
-        found.pop("", None)  # the marker that some tools put for an empty directory
-        return found
-
     def _size(self, name: str, entry: Mapping[str, Any]) -> int:
         if entry["size"] is None:
             raise self._failures.error("find the size of", name, "the server does not tell it (no Content-Length)")
         return int(entry["size"])
-
-    def _time(self, name: str, entry: Mapping[str, Any]) -> float:
-        time = next((entry[key] for key in _TIME_KEYS if entry.get(key) is not None), None)
-        if time is None:
-            raise self._failures.error("find the age of", name, "this file system does not tell when it was written")
-        with self._failures.mapped("find the age of", name):
-            return _seconds(time)
 
     async def delete(self, names: Sequence[str]) -> None:
         """Delete every object that can be deleted, then raise the first failure.
@@ -209,57 +214,57 @@ class RemoteStore(Store):
         """Create the file system on the running loop; fsspec would otherwise share one between loops."""
         return self._fs_class(**{**self._options, "asynchronous": True, "skip_instance_cache": True})
 
-    async def _connect(self) -> None:
+    async def _connect(self, fs: Any) -> None:
         """Open the session that fsspec's file systems otherwise open at the first request."""
-        connect = getattr(self._fs, "set_session", None) or getattr(self._fs, "_set_session", None)
+        connect = getattr(fs, "set_session", None) or getattr(fs, "_set_session", None)
         if connect is not None:
             await connect()
 
     async def _disconnect(self, fs: Any) -> None:
         await close_opened(fs, self._options)
 
-    def _check_paths(self) -> None:
+    def _check_paths(self, fs: Any) -> None:
         """See that the file system takes an object's path for one, and no part of it for a version or a pattern.
 
         Raises:
             ConfigError: It does not, so that all objects would be one.
         """
-        split = getattr(self._fs, "split_path", None)
+        split = getattr(fs, "split_path", None)
         if split is not None and not any(str(part).endswith(_ANY_NAME) for part in split(self._path(_ANY_NAME))):
             raise ConfigError(f"{self.url}: fsspec takes a part of this URL for the version of an object; leave it out")
 
-    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
-        """Await one of fsspec's coroutines, whose names begin with an underscore."""
-        return await getattr(self._fs, method)(*args, **kwargs)
-
     async def _write(self, path: str, body: io.BytesIO) -> None:
-        await self._call("_pipe_file", path, body.getvalue())
+        await self._ask(self._fs._pipe_file(path, body.getvalue()))
 
     async def _read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
-        data: bytes = await self._call("_cat_file", path, start=start, end=stop)
-        return data
+        return await self._ask(self._fs._cat_file(path, start=start, end=stop))
 
     async def _info(self, path: str) -> Mapping[str, Any]:
-        info: Mapping[str, Any] = await self._call("_info", path)
-        return info
+        return await self._ask(self._fs._info(path))
 
     async def _remove(self, path: str) -> None:
-        await self._call("_rm_file", path)
+        await self._ask(self._fs._rm_file(path))
 
-    async def _list_entries(self) -> Iterable[dict[str, Any]]:
+    async def _list_entries(self) -> Iterable[Mapping[str, Any]]:
         self._fs.invalidate_cache()
         try:
-            entries: list[dict[str, Any]] = await self._call("_ls", self._prefix, detail=True)
+            return await self._ask(self._fs._ls(self._prefix, detail=True))
         except FileNotFoundError:
             return []
-        return entries
+
+    async def _ask(self, answer: Awaitable[R]) -> R:
+        """Await what the file system does."""
+        return await answer
 
 
-def _seconds(time: object) -> float:
+def _modified(entry: Mapping[str, Any]) -> float | None:
+    """Return the time of the last write in an entry of fsspec's listings, each of which calls it as it likes."""
+    time = next((entry[key] for key in _TIME_KEYS if entry.get(key) is not None), None)
     if isinstance(time, str):
-        time = datetime.fromisoformat(time)
+        try:
+            time = datetime.fromisoformat(time)
+        except ValueError:
+            return None
     if isinstance(time, datetime):
         return (time if time.tzinfo else time.replace(tzinfo=UTC)).timestamp()
-    if isinstance(time, int | float):
-        return float(time)
-    raise TypeError(f"a time that is a {type(time).__name__}")
+    return float(time) if isinstance(time, int | float) else None

@@ -4,8 +4,8 @@ import asyncio
 import inspect
 import io
 from base64 import b64encode
-from collections.abc import Awaitable, Callable, Iterable, Mapping
-from typing import Any, Self, TypeVar
+from collections.abc import Iterable, Mapping
+from typing import Any, Self
 from zlib import crc32
 
 from aiobotocore.session import AioSession
@@ -17,19 +17,9 @@ from dcp_storage.store.base import ABSENT
 from dcp_storage.store.failures import answer_of, describe, error_code, http_status, is_denied
 from dcp_storage.store.names import check_name
 from dcp_storage.store.remote import RemoteStore
-from dcp_storage.store.s3_client import (
-    Credentials,
-    MovedError,
-    Redirects,
-    check_certificates,
-    hook,
-    http_options,
-    make_session,
-    use_here,
-)
-from dcp_storage.store.s3_retry import MOST_TIMEOUTS, attempts, is_timeout, is_transient, pause
-
-R = TypeVar("R")
+from dcp_storage.store.s3_client import check_certificates, http_options, make_session, use_here
+from dcp_storage.store.s3_requests import Requests
+from dcp_storage.store.s3_retry import attempts
 
 _CONFIG_DEFAULTS = {
     "connect_timeout": 5,  # seconds
@@ -40,13 +30,8 @@ _CONFIG_DEFAULTS = {
 }
 """What botocore is told where `config_kwargs` in the storage options says nothing."""
 
-_READ_TIMEOUTS = 20
-"""How many times `read_timeout` an operation may take, with all its retries: 5 minutes, where nothing else is said."""
-_MOST_REDIRECTS = 3
-
 _PRECONDITION_FAILED = 412
 _NOT_IMPLEMENTED = 501
-_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired"}
 _NO_CHECKSUMS = (
     "the server may not take checksums: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required, or storage_options="
     '{"config_kwargs": {"request_checksum_calculation": "when_required"}}'
@@ -62,9 +47,7 @@ class S3Store(RemoteStore):
     `config_kwargs` in the storage options is merged over this store's time limits.
 
     An object's key is the prefix and its name, whatever is in them: s3fs makes the client and signs, and parses no path
-    of an object. What is throttled, refused, reset, broken off or silent is tried again here and nowhere else: neither
-    botocore, which does not see a body break off, nor s3fs repeats a request. (aiohttp alone sends one again, at once,
-    whose connection turns out to be dead.)
+    of an object. `Requests` tries again.
     """
 
     def __init__(self, url: str, fs_class: Any, storage_options: Mapping[str, Any]) -> None:
@@ -78,8 +61,6 @@ class S3Store(RemoteStore):
         self._retries = dict(config.get("retries") or {})
         rest = {name: value for name, value in self._retries.items() if name == "mode"}
         self._options["config_kwargs"] = config | {"retries": rest | {"total_max_attempts": 1}}
-        patience = config["read_timeout"]
-        self._limit_s = None if patience is None else _READ_TIMEOUTS * patience
 
     def _make_fs(self) -> Any:
         fs = super()._make_fs()
@@ -87,80 +68,29 @@ class S3Store(RemoteStore):
         if fs.session is None:
             fs.session = make_session(fs.kwargs)
             check_certificates(self._options, fs.session)
-        self._attempts = attempts(self._retries, fs.session)
-        self._bucket, key, _ = fs.split_path(self._prefix)
+        bucket, key, _ = fs.split_path(self._prefix)
         self._keys = f"{key}/" if key else ""
+        patience = self._options["config_kwargs"]["read_timeout"]
+        self._requests = Requests(fs, bucket, attempts(self._retries, fs.session), patience)
         return fs
 
     def child(self, name: str) -> Self:
         """Return the store of the keys below a name, with this one's client."""
         below = super().child(name)
-        below._keys = f"{self._keys}{name}/"  # noqa: SLF001 - its own
+        below._keys = f"{self._keys}{name}/"
         return below
 
-    async def _connect(self) -> None:
-        self._redirects = Redirects()
-        await self._fs.set_session()
+    async def _connect(self, fs: Any) -> None:
         if "session" in self._options:
-            use_here(await self._fs.session.get_credentials())
-        self._client = await self._persist(lambda: self._fs.get_s3(self._bucket))
-        hook(self._client, self._redirects)
+            use_here(await fs.session.get_credentials())
+        await self._requests.connect()
         # A setting of the options, the environment or the profile.
-        how = getattr(self._client.meta.config, "request_checksum_calculation", None)
+        how = getattr(self._requests.client.meta.config, "request_checksum_calculation", None)
         self._checksums = how != "when_required"
 
     async def _disconnect(self, fs: Any) -> None:
         if creator := getattr(fs, "_s3creator", None):
             await creator.__aexit__(None, None, None)
-
-    async def _request(self, operation: str, **parameters: Any) -> dict[str, Any]:
-        """Send a request for something in the bucket, until it succeeds or will not; a body in the answer is read."""
-        return await self._persist(lambda: self._send(operation, parameters))
-
-    async def _persist(self, call: Callable[[], Awaitable[R]]) -> R:
-        """End in time: `read_timeout` alone would wait for ever for a server that does not take the whole body."""
-        try:
-            async with asyncio.timeout(self._limit_s) as limit:
-                return await self._repeat(call)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise TimeoutError(f"not done within {self._limit_s:g} s ({_READ_TIMEOUTS} times read_timeout)") from error
-
-    async def _repeat(self, call: Callable[[], Awaitable[R]]) -> R:
-        attempt = timeouts = redirects = 0
-        while True:
-            try:
-                return await call()
-            except MovedError:
-                redirects += 1
-                if redirects > _MOST_REDIRECTS:
-                    raise
-                continue
-            except Exception as error:
-                attempt += 1
-                timeouts += is_timeout(error)
-                if attempt >= self._attempts or timeouts == MOST_TIMEOUTS or not is_transient(error):
-                    self._forget_credentials(error)
-                    raise
-            await asyncio.sleep(pause(attempt))
-
-    async def _send(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
-        sent = parameters.get("Body")
-        if sent is not None:
-            sent.seek(0)  # the try before has read it
-        answer: dict[str, Any] = await self._fs._call_s3(operation, Bucket=self._bucket, **parameters)  # noqa: SLF001
-        if stream := answer.get("Body"):
-            try:
-                answer["Body"] = await stream.read()
-            finally:
-                stream.close()
-        return answer
-
-    def _forget_credentials(self, error: Exception) -> None:
-        provider = self._fs.session.get_component("credential_provider")
-        if error_code(error) in _EXPIRED and isinstance(provider, Credentials):
-            provider.forget()
 
     def _path(self, name: str) -> str:
         """Return the key of an object."""
@@ -213,9 +143,8 @@ class S3Store(RemoteStore):
             await self._write(path, io.BytesIO(data))
 
     def _only_over(self, over: str | None) -> dict[str, str]:
-        known = self._client.meta.service_model.operation_model("PutObject").input_shape.members
         header, value = ("IfNoneMatch", "*") if over == ABSENT else ("IfMatch", over)
-        return {header: value} if value is not None and header in known else {}
+        return {header: value} if value is not None and self._requests.takes("PutObject", header) else {}
 
     async def _held(self, path: str) -> bytes | None:
         try:
@@ -231,11 +160,11 @@ class S3Store(RemoteStore):
         botocore would compute it on the event loop's thread.
         """
         if not self._checksums:
-            await self._request("put_object", Key=path, Body=body, **conditions)
+            await self._requests.send("put_object", Key=path, Body=body, **conditions)
             return
         checksum = b64encode((await asyncio.to_thread(_crc32, body)).to_bytes(4, "big")).decode()
         try:
-            await self._request("put_object", Key=path, Body=body, ChecksumCRC32=checksum, **conditions)
+            await self._requests.send("put_object", Key=path, Body=body, ChecksumCRC32=checksum, **conditions)
         except Exception as error:
             if not _refuses_checksums(error):
                 raise
@@ -244,7 +173,7 @@ class S3Store(RemoteStore):
     async def _read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         ranged = {} if start is None or stop is None else {"Range": f"bytes={start}-{stop - 1}"}
         try:
-            data: bytes = (await self._request("get_object", Key=path, **ranged))["Body"]
+            data: bytes = (await self._requests.send("get_object", Key=path, **ranged))["Body"]
         except Exception as error:
             if not is_denied(error):
                 raise
@@ -252,20 +181,20 @@ class S3Store(RemoteStore):
         return data
 
     async def _info(self, path: str) -> dict[str, Any]:
-        answer = await self._request("head_object", Key=path)
+        answer = await self._requests.send("head_object", Key=path)
         return {"type": "file", "size": answer["ContentLength"], "ETag": answer.get("ETag")}
 
     async def _ends_before(self, path: str, start: int) -> bool:  # noqa: ARG002 - S3 answers 416
         return False
 
     async def _remove(self, path: str) -> None:
-        await self._request("delete_object", Key=path)
+        await self._requests.send("delete_object", Key=path)
 
-    async def _list_entries(self) -> Iterable[dict[str, Any]]:
+    async def _list_entries(self) -> Iterable[Mapping[str, Any]]:
         entries: list[dict[str, Any]] = []
         more: dict[str, str] = {}
         while True:
-            page = await self._request("list_objects_v2", Prefix=self._keys, Delimiter="/", **more)
+            page = await self._requests.send("list_objects_v2", Prefix=self._keys, Delimiter="/", **more)
             entries += ({"type": "directory", "name": each["Prefix"]} for each in page.get("CommonPrefixes", ()))
             entries += ({"type": "file", "name": f["Key"], "size": f["Size"], **f} for f in page.get("Contents", ()))
             if not page.get("IsTruncated"):

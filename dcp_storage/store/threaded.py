@@ -2,9 +2,9 @@
 
 import asyncio
 import io
-from collections.abc import Iterable
+from collections.abc import Awaitable, Iterable, Mapping
 from contextlib import suppress
-from typing import Any
+from typing import Any, TypeVar
 
 from fsspec import AbstractFileSystem
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
@@ -12,6 +12,8 @@ from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 from dcp_storage.errors import ObjectNotFound
 from dcp_storage.format.names import temporary_name
 from dcp_storage.store.remote import RemoteStore
+
+R = TypeVar("R")
 
 
 class ThreadedStore(RemoteStore):
@@ -24,29 +26,30 @@ class ThreadedStore(RemoteStore):
     def _make_fs(self) -> Any:
         self._turn = asyncio.Lock()
         self._blocking_fs = self._fs_class(**{**self._options, "skip_instance_cache": True})
-        return AsyncFileSystemWrapper(self._blocking_fs, asynchronous=True)
+        self._wrapped = AsyncFileSystemWrapper(self._blocking_fs, asynchronous=True)
+        return self._wrapped
 
-    async def _call(self, method: str, *args: Any, **kwargs: Any) -> Any:
+    async def _ask(self, answer: Awaitable[R]) -> R:
         async with self._turn:
-            return await super()._call(method, *args, **kwargs)
+            return await answer
 
     async def _write(self, path: str, body: io.BytesIO) -> None:
         temporary = temporary_name(path)
-        await self._call("_makedirs", self._prefix, exist_ok=True)
+        await self._ask(self._wrapped._makedirs(self._prefix, exist_ok=True))
         try:
-            await self._call("_pipe_file", temporary, body.getvalue())
+            await self._ask(self._fs._pipe_file(temporary, body.getvalue()))
             await self._rename(temporary, path)
         except BaseException:
             # What made the write fail is raised, not what fails here.
             with suppress(Exception):
-                await self._call("_rm_file", temporary)
+                await self._ask(self._fs._rm_file(temporary))
             raise
 
     async def remove_directory(self) -> None:
         """Remove the directory, unless something is in it, or it is not there."""
         with self._failures.mapped("remove"):
             try:
-                await self._call("_rmdir", self._prefix)
+                await self._ask(self._wrapped._rmdir(self._prefix))
             except FileNotFoundError:
                 return
             except OSError:  # each system has an error of its own for what is not empty
@@ -55,11 +58,11 @@ class ThreadedStore(RemoteStore):
 
     async def _rename(self, temporary: str, path: str) -> None:
         if type(self._blocking_fs).mv is not AbstractFileSystem.mv:
-            await self._call("_mv", temporary, path)
+            await self._ask(self._wrapped._mv(temporary, path))
             return
         # fsspec's own way would take `?`, `*` and `[` in a path for a pattern.
-        await self._call("_cp_file", temporary, path)
-        await self._call("_rm_file", temporary)
+        await self._ask(self._wrapped._cp_file(temporary, path))
+        await self._ask(self._fs._rm_file(temporary))
 
     async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
         """Write the object under another name, rename it, and see that it came: some servers refuse silently.
@@ -78,7 +81,7 @@ class ThreadedStore(RemoteStore):
         except ObjectNotFound:
             return None
 
-    async def _list_entries(self) -> Iterable[dict[str, Any]]:
+    async def _list_entries(self) -> Iterable[Mapping[str, Any]]:
         self._blocking_fs.invalidate_cache()
         return await super()._list_entries()
 
