@@ -15,8 +15,9 @@ from upath import UPath
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter
 from dcp_storage.errors import StoreError
+from dcp_storage.testing.place import NAME, Place, put, run
+from dcp_storage.testing.suite import StoreSuite
 from integration.servers import S3Server, azurite, gcs_emulator
-from tests.store_suite import NAME, Place, StoreSuite, put, run
 
 # gcsfs asks Google by gRPC what kind a bucket is, which the emulator does not answer.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"

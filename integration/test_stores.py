@@ -7,8 +7,9 @@ import pytest
 
 from dcp_storage.errors import ObjectNotFound, StoreError
 from dcp_storage.store.base import Store
+from dcp_storage.testing.place import NAME, Place, batches_of, put, run, sizes
+from dcp_storage.testing.suite import StoreSuite
 from integration.servers import S3Server
-from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run, sizes
 
 
 @pytest.fixture

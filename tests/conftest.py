@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from moto.server import ThreadedMotoServer
 
-from tests.store_suite import Place
+from dcp_storage.testing.place import Place
 
 _ACCESS_KEY = "AKIATESTACCESSKEY"
 _SECRET_KEY = "moto-secret-access-key"

@@ -16,7 +16,7 @@ from dcp_storage import AsyncStorageReader, AsyncStorageWriter
 from dcp_storage.errors import AccessDenied, CheckpointNotFound, ObjectNotFound, StoreError
 from dcp_storage.store import files, reads
 from dcp_storage.store.base import Store
-from tests.store_suite import NAME, Place, put, run
+from dcp_storage.testing.place import NAME, Place, put, run
 
 READS: dict[str, Callable[[Store], Any]] = {
     "get": lambda store: store.get(NAME),

@@ -13,9 +13,9 @@ from torch.distributed.checkpoint import CheckpointException
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Transfer
 from dcp_storage.errors import BlockCorrupt, ManifestCorrupt, ObjectNotFound, StoreError
 from dcp_storage.store import s3, s3_retry
+from dcp_storage.testing.place import NAME, Place, put, run, sizes
 from tests.faulty_s3 import FaultyS3, faulty_s3
 from tests.states import assert_same, blank_like
-from tests.store_suite import NAME, Place, put, run, sizes
 
 ATTEMPTS = 4  # s3fs waits for 0.1 s whenever it sees a failure
 DATA = bytes(range(256)) * 40

@@ -23,9 +23,9 @@ from dcp_storage.prune import prune
 from dcp_storage.store import s3_client, s3_retry
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
+from dcp_storage.testing.place import NAME, Place, put, run
 from dcp_storage.verify import verify
 from tests.faulty_s3 import FaultyS3, faulty_s3
-from tests.store_suite import NAME, Place, put, run
 
 URL = "s3://bucket/run/step-1"
 KEY = f"bucket/run/step-1/{NAME}"

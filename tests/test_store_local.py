@@ -15,7 +15,8 @@ from dcp_storage.errors import StoreError
 from dcp_storage.store import files
 from dcp_storage.store.base import Batch, Store
 from dcp_storage.store.local import LocalStore
-from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run, sizes
+from dcp_storage.testing.place import NAME, Place, batches_of, put, run, sizes
+from dcp_storage.testing.suite import StoreSuite
 
 
 class TestLocalStore(StoreSuite):

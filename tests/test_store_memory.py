@@ -9,7 +9,8 @@ import pytest
 from fsspec.implementations.local import LocalFileSystem
 
 from dcp_storage.errors import StoreError
-from tests.store_suite import NAME, Place, StoreSuite, put, run
+from dcp_storage.testing.place import NAME, Place, put, run
+from dcp_storage.testing.suite import StoreSuite
 
 
 class TestMemoryStore(StoreSuite):

@@ -25,7 +25,8 @@ from dcp_storage.store import s3_requests
 from dcp_storage.store.base import ABSENT, Store
 from dcp_storage.store.open import open_store
 from dcp_storage.store.s3_requests import Requests
-from tests.store_suite import NAME, Place, StoreSuite, batches_of, put, run, sizes
+from dcp_storage.testing.place import NAME, Place, batches_of, put, run, sizes
+from dcp_storage.testing.suite import StoreSuite
 
 OPERATIONS: dict[str, Callable[[Store], Any]] = {
     "put": lambda store: put(store, NAME, b"x"),

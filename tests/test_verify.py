@@ -18,9 +18,9 @@ from dcp_storage.errors import CheckpointNotFound, ConfigError, ManifestCorrupt,
 from dcp_storage.format.manifest.manifest import decode
 from dcp_storage.prune import prune
 from dcp_storage.store.local import LocalStore
+from dcp_storage.testing.place import Place, put, run
 from dcp_storage.verify import verify
 from tests.states import assert_same, blank_like
-from tests.store_suite import Place, put, run
 
 STATE = {"weight": torch.arange(3 << 18, dtype=torch.float32), "half": torch.ones(99, dtype=torch.bfloat16), "step": 7}
 TRANSFER = Transfer(object_bytes=1 << 20)

@@ -3,7 +3,7 @@
 import builtins
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterable, Mapping, Sequence
-from typing import ClassVar, NamedTuple, Self
+from typing import NamedTuple, Self
 
 from dcp_storage.config import KIB
 from dcp_storage.errors import ObjectNotFound, StoreError
@@ -84,9 +84,9 @@ class Store(ABC):
     """
 
     url: str
-    put_bytes: ClassVar[int]
-    read_bytes: ClassVar[int]
-    remote: ClassVar[bool]
+    put_bytes: int
+    read_bytes: int
+    remote: bool
 
     @abstractmethod
     async def __aenter__(self) -> Self: ...

@@ -1,4 +1,12 @@
-"""What every store must do, whatever is behind it. A subclass says where: its `place` is an empty prefix."""
+"""What every store must do, whatever is behind it.
+
+A subclass says where, in a test file of yours:
+
+    class TestMyStore(StoreSuite):
+        @pytest.fixture
+        def place(self) -> Place:
+            return Place("my://bucket/an-empty-prefix")
+"""
 
 import asyncio
 import gc
@@ -8,94 +16,43 @@ import pickle
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 
-from dcp_storage.errors import ConfigError, ObjectExists, ObjectNotFound, StoreError
+from dcp_storage.errors import ConfigError, ObjectNotFound, StoreError
 from dcp_storage.store.base import ABSENT, Batch, Store
-from dcp_storage.store.open import open_store
-
-NAMES = ["0a1b2c3d4e5f6071-0-0.distcp.zst", "0a1b2c3d4e5f6071-1023-65535.distcp.zst", ".metadata", "__3.metadata"]
-NAME = NAMES[0]
+from dcp_storage.testing.commits import CommitSuite
+from dcp_storage.testing.place import NAME, NAMES, Place, batches_of, put, run, sizes
 
 
-@dataclass(frozen=True)
-class Place:
-    """An empty prefix: what `open_store` needs."""
-
-    url: str
-    storage_options: dict[str, Any] = field(default_factory=dict)
-
-    def open(self, **config_kwargs: Any) -> Store:
-        """Return the store; keyword arguments become botocore's settings."""
-        extra = {"config_kwargs": config_kwargs} if config_kwargs else {}
-        return open_store(self.url, self.storage_options | extra)
-
-    def beside(self, url: str, **options: Any) -> "Place":
-        """Return another place on the same server."""
-        return Place(url, self.storage_options | options)
-
-
-async def batches_of(*batches: Batch) -> AsyncIterator[Batch]:
-    for batch in batches:
-        await asyncio.sleep(0)
-        yield batch
-
-
-def run(place: Place, use: Callable[[Store], Any]) -> Any:
-    """Open the store in a fresh event loop, use it and close it."""
-
-    async def main() -> Any:
-        async with place.open() as store:
-            return await use(store)
-
-    return asyncio.run(main(), debug=False)
-
-
-async def put(store: Store, name: str, data: bytes) -> int:
-    return await store.put(name, batches_of(data))
-
-
-async def sizes(store: Store) -> dict[str, int]:
-    return {name: listed.size for name, listed in (await store.list()).items()}
-
-
-class StoreSuite:
+class StoreSuite(CommitSuite):
     """Conformance of one kind of store."""
-
-    creates_at_once = False
-    """Whether of several that create an object at the same time one succeeds alone."""
 
     server_in_process = False
 
     remembers_directories = False
     """Whether the server goes on to list prefixes below which nothing is left."""
 
-    @pytest.fixture
-    def place(self) -> Place:
-        raise NotImplementedError
-
-    def test_round_trip_in_another_loop(self, place: Place):
+    def test_round_trip_in_another_loop(self, place: Place) -> None:
         batches: Sequence[Batch] = [b"one", memoryview(b"-two-")[1:4], b"", b"three"]
         assert run(place, lambda store: store.put(NAME, batches_of(*batches))) == 11
         assert run(place, lambda store: store.get(NAME)) == b"onetwothree"
         assert run(place, lambda store: store.size(NAME)) == 11
 
-    def test_many_batches(self, place: Place):
+    def test_many_batches(self, place: Place) -> None:
         batches = [memoryview(bytearray([n]) * (70_001 + n)) for n in range(40)]
         expected = b"".join(batches)
 
-        async def use(store: Store):
+        async def use(store: Store) -> None:
             assert await store.put(NAME, batches_of(*batches)) == len(expected)
             assert await store.get(NAME) == expected
 
         run(place, use)
 
     @pytest.mark.parametrize("batches", [[], [b""], [b"", b""]])
-    def test_empty_object(self, place: Place, batches: list[Batch]):
-        async def use(store: Store):
+    def test_empty_object(self, place: Place, batches: list[Batch]) -> None:
+        async def use(store: Store) -> None:
             assert await store.put(NAME, batches_of(*batches)) == 0
             assert await store.get(NAME) == b""
             assert await store.get_range(NAME, 0, 10) == b""
@@ -104,10 +61,10 @@ class StoreSuite:
 
         run(place, use)
 
-    def test_ranges(self, place: Place):
+    def test_ranges(self, place: Place) -> None:
         data = bytes(range(256)) * 5
 
-        async def use(store: Store):
+        async def use(store: Store) -> None:
             await put(store, NAME, data)
             size = len(data)
             edges = [(0, 1), (0, size), (0, size + 1), (1, 2), (7, 700), (size - 1, size), (size - 1, size + 99)]
@@ -116,10 +73,10 @@ class StoreSuite:
 
         run(place, use)
 
-    def test_concurrent_ranges(self, place: Place):
+    def test_concurrent_ranges(self, place: Place) -> None:
         data = bytes(n * 7 % 251 for n in range(100_000))
 
-        async def use(store: Store):
+        async def use(store: Store) -> None:
             await put(store, NAME, data)
             starts = range(0, len(data), 1999)
             parts = await asyncio.gather(*(store.get_range(NAME, start, start + 1999) for start in starts))
@@ -128,8 +85,8 @@ class StoreSuite:
         run(place, use)
 
     @pytest.mark.parametrize("sibling", [True, False], ids=["beside-others", "in-nothing"])
-    def test_absent_object(self, place: Place, sibling: bool):
-        async def use(store: Store):
+    def test_absent_object(self, place: Place, sibling: bool) -> None:
+        async def use(store: Store) -> None:
             if sibling:
                 await put(store, "other.distcp.zst", b"x")
             for read in (store.get, lambda name: store.get_range(name, 0, 5), store.size):
@@ -141,7 +98,7 @@ class StoreSuite:
 
         run(place, use)
 
-    def test_errors_pickle(self, place: Place):
+    def test_errors_pickle(self, place: Place) -> None:
         with pytest.raises(ObjectNotFound) as caught:
             run(place, lambda store: store.get(NAME))
         copy = pickle.loads(pickle.dumps(caught.value))
@@ -150,45 +107,13 @@ class StoreSuite:
         assert (copy.url, copy.object_name) == (caught.value.url, NAME)
         assert isinstance(copy, FileNotFoundError)
 
-    def test_create_makes_what_is_not_there_and_replaces_nothing(self, place: Place):
-        async def use(store: Store):
-            await store.commit(".metadata", b"first", over=ABSENT)
-            for data in (b"second", b""):
-                with pytest.raises(ObjectExists, match=r"cannot commit .*/\.metadata: it is there already") as caught:
-                    await store.commit(".metadata", data, over=ABSENT)
-                assert caught.value.url == store.url
-            assert await store.get(".metadata") == b"first"
-            assert set(await store.list()) == {".metadata"}
-            await store.commit(".metadata", b"third")
-            assert await store.get(".metadata") == b"third"
-            await store.delete([".metadata"])
-            await store.commit(".metadata", b"fourth", over=ABSENT)
-            assert await store.get(".metadata") == b"fourth"
-
-        run(place, use)
-
-    def test_of_several_that_create_one_succeeds(self, place: Place):
-        """Where the store can do that at once; else what is there is of one of them, whole."""
-
-        async def use(store: Store):
-            made = [bytes([65 + n]) * 50_000 for n in range(6)]
-            results = await asyncio.gather(
-                *(store.commit(".metadata", data, over=ABSENT) for data in made), return_exceptions=True
-            )
-            assert all(result is None or isinstance(result, ObjectExists) for result in results), results
-            winners = [data for data, result in zip(made, results, strict=True) if result is None]
-            assert await store.get(".metadata") in winners
-            assert not self.creates_at_once or len(winners) == 1
-
-        run(place, use)
-
     @pytest.mark.parametrize(
         "part", ["a?b", "a*b", "a[1]b", "a#b", "a b", "100%", "a%20b", "ä", "a;b&c=d", "a'b", "a{b}|c"]
     )
-    def test_a_path_is_a_path_whatever_is_in_it(self, place: Place, part: str):
+    def test_a_path_is_a_path_whatever_is_in_it(self, place: Place, part: str) -> None:
         inner, beside = (Place(f"{place.url}/{name}", place.storage_options) for name in (part, "aXb"))
 
-        async def use(store: Store):
+        async def use(store: Store) -> None:
             for data in (b"first", b"second"):
                 await store.commit(".metadata", data)
                 assert await store.get(".metadata") == data
@@ -203,39 +128,13 @@ class StoreSuite:
         assert run(inner, sizes) == {}
         assert run(beside, lambda store: store.get(".metadata")) == b"of another"
 
-    def test_commit_creates_and_replaces(self, place: Place):
-        async def use(store: Store):
-            for data in (b"first, and longer", b"second", b""):
-                await store.commit(".metadata", data)
-                assert await store.get(".metadata") == data
-            assert await sizes(store) == {".metadata": 0}
-
-        run(place, use)
-
-    def test_reader_sees_whole_commits_only(self, place: Place):
-        versions = [bytes([n]) * (40_000 + n) for n in range(8)]
-
-        async def use(store: Store):
-            await store.commit(".metadata", versions[0])
-
-            async def read():
-                for _ in range(20):
-                    assert await store.get(".metadata") in versions
-
-            async with asyncio.TaskGroup() as group:
-                group.create_task(read())
-                for version in versions:
-                    await store.commit(".metadata", version)
-
-        run(place, use)
-
-    def test_overlapping_puts(self, place: Place):
+    def test_overlapping_puts(self, place: Place) -> None:
         async def slow(n: int) -> AsyncIterator[Batch]:
             for step in range(5):
                 await asyncio.sleep(0.001)
                 yield bytes([n, step]) * 1000
 
-        async def use(store: Store):
+        async def use(store: Store) -> None:
             names = [f"aa-{n}-0.distcp.zst" for n in range(12)]
             sizes = await asyncio.gather(*(store.put(name, slow(n)) for n, name in enumerate(names)))
             assert sizes == [10_000] * 12
@@ -244,8 +143,8 @@ class StoreSuite:
 
         run(place, use)
 
-    def test_list(self, place: Place):
-        async def use(store: Store):
+    def test_list(self, place: Place) -> None:
+        async def use(store: Store) -> dict[str, int]:
             assert await sizes(store) == {}
             for size, name in enumerate(NAMES):
                 await put(store, name, b"x" * size)
@@ -254,7 +153,7 @@ class StoreSuite:
         assert run(place, use) == {name: size for size, name in enumerate(NAMES)}
         assert run(place, sizes) == {name: size for size, name in enumerate(NAMES)}
 
-    def test_list_is_flat_and_keeps_to_its_prefix(self, place: Place):
+    def test_list_is_flat_and_keeps_to_its_prefix(self, place: Place) -> None:
         for below in ("deeper", "deeper/still"):
             run(place.beside(f"{place.url}/{below}"), lambda store: put(store, "below", b"1"))
         run(place.beside(f"{place.url}-2"), lambda store: put(store, "beside", b"1"))
@@ -263,8 +162,8 @@ class StoreSuite:
         assert run(place, sizes) == {NAME: 4}
         assert run(place.beside(f"{place.url}/deeper"), sizes) == {"below": 1}
 
-    def test_list_sees_what_other_stores_do(self, place: Place):
-        async def use(store: Store):
+    def test_list_sees_what_other_stores_do(self, place: Place) -> None:
+        async def use(store: Store) -> None:
             async with place.open() as other:
                 await put(store, NAMES[0], b"1")
                 assert await sizes(other) == {NAMES[0]: 1}
@@ -275,8 +174,8 @@ class StoreSuite:
 
         run(place, use)
 
-    def test_times_of_the_last_write(self, place: Place):
-        async def use(store: Store):
+    def test_times_of_the_last_write(self, place: Place) -> None:
+        async def use(store: Store) -> None:
             assert await store.modified() == {}
             before = time.time()
             await put(store, NAME, b"1")
@@ -290,8 +189,8 @@ class StoreSuite:
 
         run(place, use)
 
-    def test_delete(self, place: Place):
-        async def use(store: Store):
+    def test_delete(self, place: Place) -> None:
+        async def use(store: Store) -> None:
             for name in NAMES:
                 await put(store, name, b"x")
             await store.delete([])
@@ -303,15 +202,15 @@ class StoreSuite:
 
         run(place, use)
 
-    def test_trailing_slash_changes_nothing(self, place: Place):
+    def test_trailing_slash_changes_nothing(self, place: Place) -> None:
         run(place.beside(f"{place.url}/"), lambda store: put(store, NAME, b"data"))
         assert run(place, lambda store: store.get(NAME)) == b"data"
 
     @pytest.mark.parametrize("prefix", ["with space", "sch\u00f6n \u2713", "a+b=c&d", "100%25", "step-1.0_~!"])
-    def test_odd_prefixes(self, place: Place, prefix: str):
+    def test_odd_prefixes(self, place: Place, prefix: str) -> None:
         odd = place.beside(f"{place.url}/{prefix}")
 
-        async def use(store: Store):
+        async def use(store: Store) -> None:
             await put(store, NAME, b"data")
             await store.commit(".metadata", b"{}")
             assert await store.get_range(NAME, 1, 3) == b"at"
@@ -322,7 +221,7 @@ class StoreSuite:
         run(odd, use)
 
     @pytest.mark.parametrize("first", [[], [b"some"]], ids=["at-once", "midway"])
-    def test_batches_that_fail_leave_nothing(self, place: Place, first: list[Batch]):
+    def test_batches_that_fail_leave_nothing(self, place: Place, first: list[Batch]) -> None:
         class BoomError(Exception):
             pass
 
@@ -331,7 +230,7 @@ class StoreSuite:
                 yield batch
             raise BoomError
 
-        async def use(store: Store):
+        async def use(store: Store) -> None:
             with pytest.raises(BoomError):
                 await store.put(NAME, failing())
             assert await sizes(store) == {}
@@ -340,13 +239,13 @@ class StoreSuite:
 
         run(place, use)
 
-    def test_cancelled_put_leaves_nothing(self, place: Place):
+    def test_cancelled_put_leaves_nothing(self, place: Place) -> None:
         async def endless(started: asyncio.Event) -> AsyncIterator[Batch]:
             yield b"x" * 100_000
             started.set()
             await asyncio.sleep(3600)
 
-        async def use(store: Store):
+        async def use(store: Store) -> None:
             started = asyncio.Event()
             task = asyncio.create_task(store.put(NAME, endless(started)))
             await started.wait()
@@ -358,8 +257,8 @@ class StoreSuite:
         run(place, use)
 
     @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", "a\0b"])
-    def test_names_that_leave_the_prefix(self, place: Place, name: str):
-        async def use(store: Store):
+    def test_names_that_leave_the_prefix(self, place: Place, name: str) -> None:
+        async def use(store: Store) -> None:
             calls: list[Callable[[], Any]] = [
                 lambda: store.get(name),
                 lambda: store.get_range(name, 0, 1),
@@ -374,14 +273,14 @@ class StoreSuite:
 
         run(place, use)
 
-    def test_read_of_a_prefix(self, place: Place):
+    def test_read_of_a_prefix(self, place: Place) -> None:
         run(place.beside(f"{place.url}/deeper"), lambda store: put(store, "below", b"1"))
         for read in (lambda s: s.get("deeper"), lambda s: s.size("deeper")):
             with pytest.raises(StoreError, match="deeper"):
                 run(place, read)
 
-    def test_enter_twice_and_unused(self, place: Place):
-        async def main():
+    def test_enter_twice_and_unused(self, place: Place) -> None:
+        async def main() -> None:
             store = place.open()
             async with store:
                 pass
@@ -392,8 +291,8 @@ class StoreSuite:
 
         asyncio.run(main())
 
-    def test_a_prefix_below_it(self, place: Place):
-        async def use(store: Store):
+    def test_a_prefix_below_it(self, place: Place) -> None:
+        async def use(store: Store) -> None:
             below = store.child("step-7")
             assert below.url == f"{store.url.rstrip('/')}/step-7"
             assert await store.directories() == []
@@ -420,11 +319,11 @@ class StoreSuite:
         run(place, use)
 
     @pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
-    def test_nothing_stays_open(self, place: Place, fails: bool):
+    def test_nothing_stays_open(self, place: Place, fails: bool) -> None:
         """Descriptors and threads over 100 calls, without the garbage collector's help; and no task is left."""
         numbers = itertools.count()
 
-        async def use(store: Store):
+        async def use(store: Store) -> None:
             name = f"aa-0-{next(numbers)}.distcp.zst"
             await put(store, name, b"data")
             await store.commit(".metadata", b"{}")
@@ -432,7 +331,7 @@ class StoreSuite:
             if fails:
                 await store.get("absent")
 
-        async def main():
+        async def main() -> None:
             try:
                 async with place.open() as store:
                     await use(store)
@@ -440,7 +339,7 @@ class StoreSuite:
                 assert fails
             assert asyncio.all_tasks() == {asyncio.current_task()}
 
-        def call():
+        def call() -> tuple[int, int]:
             asyncio.run(main(), debug=False)
             return len(os.listdir("/proc/self/fd")), threading.active_count()
 

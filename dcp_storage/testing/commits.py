@@ -1,0 +1,79 @@
+"""What a commit must do, whatever the store: all of it or nothing, and never over what was not meant."""
+
+import asyncio
+
+import pytest
+
+from dcp_storage.errors import ObjectExists
+from dcp_storage.store.base import ABSENT, Store
+from dcp_storage.testing.place import Place, run, sizes
+
+
+class CommitSuite:
+    """Conformance of a store's commits; part of `StoreSuite`."""
+
+    creates_at_once = False
+    """Whether of several that create an object at the same time one succeeds alone."""
+
+    @pytest.fixture
+    def place(self) -> Place:
+        """Return an empty prefix."""
+        raise NotImplementedError
+
+    def test_create_makes_what_is_not_there_and_replaces_nothing(self, place: Place) -> None:
+        async def use(store: Store) -> None:
+            await store.commit(".metadata", b"first", over=ABSENT)
+            for data in (b"second", b""):
+                with pytest.raises(ObjectExists, match=r"cannot commit .*/\.metadata: it is there already") as caught:
+                    await store.commit(".metadata", data, over=ABSENT)
+                assert caught.value.url == store.url
+            assert await store.get(".metadata") == b"first"
+            assert set(await store.list()) == {".metadata"}
+            await store.commit(".metadata", b"third")
+            assert await store.get(".metadata") == b"third"
+            await store.delete([".metadata"])
+            await store.commit(".metadata", b"fourth", over=ABSENT)
+            assert await store.get(".metadata") == b"fourth"
+
+        run(place, use)
+
+    def test_of_several_that_create_one_succeeds(self, place: Place) -> None:
+        """Where the store can do that at once; else what is there is of one of them, whole."""
+
+        async def use(store: Store) -> None:
+            made = [bytes([65 + n]) * 50_000 for n in range(6)]
+            results = await asyncio.gather(
+                *(store.commit(".metadata", data, over=ABSENT) for data in made), return_exceptions=True
+            )
+            assert all(result is None or isinstance(result, ObjectExists) for result in results), results
+            winners = [data for data, result in zip(made, results, strict=True) if result is None]
+            assert await store.get(".metadata") in winners
+            assert not self.creates_at_once or len(winners) == 1
+
+        run(place, use)
+
+    def test_commit_creates_and_replaces(self, place: Place) -> None:
+        async def use(store: Store) -> None:
+            for data in (b"first, and longer", b"second", b""):
+                await store.commit(".metadata", data)
+                assert await store.get(".metadata") == data
+            assert await sizes(store) == {".metadata": 0}
+
+        run(place, use)
+
+    def test_reader_sees_whole_commits_only(self, place: Place) -> None:
+        versions = [bytes([n]) * (40_000 + n) for n in range(8)]
+
+        async def use(store: Store) -> None:
+            await store.commit(".metadata", versions[0])
+
+            async def read() -> None:
+                for _ in range(20):
+                    assert await store.get(".metadata") in versions
+
+            async with asyncio.TaskGroup() as group:
+                group.create_task(read())
+                for version in versions:
+                    await store.commit(".metadata", version)
+
+        run(place, use)

@@ -1,0 +1,131 @@
+"""Stores that fail when they are told to: what a full disk, lost rights or a broken network do to a program."""
+
+import builtins
+from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Self, TypeVar
+
+from dcp_storage.checkpoint.place import Opener
+from dcp_storage.store.base import Batch, Listed, Room, Store
+from dcp_storage.store.open import open_store
+from dcp_storage.store.urls import Address
+
+R = TypeVar("R")
+
+
+class Operation(NamedTuple):
+    """An operation of a store: its method, the prefix, and the object (empty for all of the prefix)."""
+
+    method: str
+    url: str
+    name: str
+
+
+Hook = Callable[[Operation], Awaitable[None]]
+"""Is called around operations; what it raises is what the operation raises."""
+
+
+async def _nothing(operation: Operation) -> None:
+    """Let an operation be."""
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """Opens stores whose operations are told to hooks.
+
+    ```python
+    async def full(operation):
+        if operation.method == "put":
+            raise StoreError(f"{operation.url}: no space left on device")
+
+    writer = AsyncStorageWriter(Location("/runs/step-1", opener=Faulty(before=full)))
+    ```
+
+    Attributes:
+        before: Is called before each operation.
+        after: Is called after each one that succeeded.
+        opener: Opens the stores that do the work.
+    """
+
+    before: Hook = _nothing
+    after: Hook = _nothing
+    opener: Opener = open_store
+
+    def __call__(
+        self, path: Address, storage_options: Mapping[str, Any] | None = None, *, sync_files: bool = True
+    ) -> "FaultyStore":
+        """Be an `Opener`."""
+        return FaultyStore(self.opener(path, storage_options, sync_files=sync_files), self)
+
+
+class FaultyStore(Store):
+    """A store that tells the hooks of a `Faulty` of each operation, and leaves the work to another."""
+
+    def __init__(self, store: Store, faulty: Faulty) -> None:
+        self._store = store
+        self._faulty = faulty
+        self.url = store.url
+        self.remote, self.put_bytes, self.read_bytes = store.remote, store.put_bytes, store.read_bytes
+
+    async def __aenter__(self) -> Self:
+        await self._store.__aenter__()
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        await self._store.__aexit__(*exc_info)
+
+    def child(self, name: str) -> "FaultyStore":
+        """Return the store of a prefix below, with the same hooks."""
+        return FaultyStore(self._store.child(name), self._faulty)
+
+    async def _told(self, method: str, name: str, work: Callable[[], Awaitable[R]]) -> R:
+        operation = Operation(method, self.url, name)
+        await self._faulty.before(operation)
+        done = await work()
+        await self._faulty.after(operation)
+        return done
+
+    async def remove_directory(self) -> None:
+        """Tell the hooks, and do it."""
+        await self._told("remove_directory", "", self._store.remove_directory)
+
+    async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
+        """Tell the hooks, and do it."""
+        return await self._told("put", name, lambda: self._store.put(name, batches))
+
+    async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
+        """Tell the hooks, and do it."""
+        await self._told("commit", name, lambda: self._store.commit(name, data, over))
+
+    async def probe(self, name: str) -> bool:
+        """Tell the hooks, and do it."""
+        return await self._told("probe", name, lambda: self._store.probe(name))
+
+    async def version(self, name: str) -> str | None:
+        """Tell the hooks, and do it."""
+        return await self._told("version", name, lambda: self._store.version(name))
+
+    async def get(self, name: str) -> bytes:
+        """Tell the hooks, and do it."""
+        return await self._told("get", name, lambda: self._store.get(name))
+
+    async def get_range(self, name: str, start: int, stop: int, room: Room | None = None) -> bytes | memoryview:
+        """Tell the hooks, and do it."""
+        return await self._told("get_range", name, lambda: self._store.get_range(name, start, stop, room))
+
+    async def size(self, name: str) -> int:
+        """Tell the hooks, and do it."""
+        return await self._told("size", name, lambda: self._store.size(name))
+
+    async def list(self) -> dict[str, Listed]:
+        """Tell the hooks, and do it."""
+        return await self._told("list", "", self._store.list)
+
+    async def directories(self) -> builtins.list[str]:
+        """Tell the hooks, and do it."""
+        return await self._told("directories", "", self._store.directories)
+
+    async def delete(self, names: Sequence[str]) -> None:
+        """Tell the hooks of each object, and delete it."""
+        for name in names:
+            await self._told("delete", name, lambda name=name: self._store.delete([name]))  # type: ignore[misc]
