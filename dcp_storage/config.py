@@ -15,6 +15,10 @@ GIB = 1 << 30
 class Codec:
     """How tensors are encoded on disk. A reader needs none of it: the manifest says what each block is.
 
+    ```python
+    writer = AsyncStorageWriter("s3://bucket/run/step-100", codec=Codec(digest="sha256"))
+    ```
+
     Attributes:
         compression: `"zstd"` (one standard zstd frame a block) or `"none"` (raw bytes).
         level: zstd level, 1 to 22. Level 1 skips the search for matches in floating-point planes, which finds
@@ -53,6 +57,10 @@ class Transfer:
     Memory in flight is at most about `2 * concurrency * object_bytes` on an object store (an object is gathered before
     it is put; 16 MiB each unless `object_bytes` is less), and 8 MiB for each of `concurrency` files on local disk.
     Beside training it is 16 MiB for a file, and about 80 MiB for each process that encodes.
+
+    ```python
+    reader = AsyncStorageReader("s3://bucket/run/step-100", transfer=Transfer(concurrency=32))  # a far store
+    ```
 
     Attributes:
         object_bytes: The most raw bytes in a data object and in a single read, 1 MiB to 1 GiB; a store that prefers

@@ -22,6 +22,10 @@ def prune(
 ) -> Pruning:
     """Remove the objects of this package that no manifest names, and temporary files of commits that died.
 
+    ```python
+    print(prune("s3://bucket/run/step-100", dry_run=True).removed)
+    ```
+
     Only the objects of saves whose last write is at least `older_than` ago, by the times that the store tells and this
     machine's clock: the objects of a save under way are named by no manifest either. Nothing that the manifest names
     and no foreign file is ever removed. Where nothing was committed, what a dead first save left is removed too.

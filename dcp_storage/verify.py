@@ -25,6 +25,11 @@ def verify(
 ) -> Verification:
     """Read and check every block of a checkpoint, and find all that is damaged, missing or left over.
 
+    ```python
+    found = verify("s3://bucket/run/step-100")
+    print(found.sound, found.damage)
+    ```
+
     With `expect`, the `sha256` that an earlier `verify` told, what is read has to be that same checkpoint: nobody can
     have changed a bit of it. It must have been saved with `Codec(digest="sha256")`.
 

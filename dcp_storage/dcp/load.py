@@ -26,6 +26,10 @@ def load(
     This is `dcp.load`, up to 5 times: it begins anew where every rank that failed was overtaken by another save. DCP
     tells all ranks of the same failures, so they do so together. The default `planner` is a `ShardedLoadPlanner`.
 
+    ```python
+    load(state, AsyncStorageReader("s3://bucket/run/step-100"))
+    ```
+
     Raises:
         CheckpointException: As `dcp.load` does. After the fifth time its `failures` are `CheckpointReplaced`.
     """

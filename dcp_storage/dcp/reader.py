@@ -40,6 +40,13 @@ class AsyncStorageReader(StorageReader):
     Pass it to `dcp.load` as `storage_reader=`. Only the blocks that a rank needs are read; each is verified, and
     decoded once. It holds no loop, thread, connection or file between calls, and pickles.
 
+    ```python
+    state = {"model": model.state_dict()}
+    reader = AsyncStorageReader("s3://bucket/run/step-100")
+    dcp.load(state, storage_reader=reader, planner=ShardedLoadPlanner())
+    model.load_state_dict(state["model"])
+    ```
+
     Args:
         path: A directory (`str` or `os.PathLike`) or a URL that fsspec knows, such as `s3://bucket/run/step-100`.
         storage_options: Go to the fsspec file system as they are (`key`, `secret`, `endpoint_url`, `profile`, ...).

@@ -59,6 +59,11 @@ class AsyncStorageWriter(StorageWriter):
     several threads: each save's state is its thread's own. Saves of `dcp.async_save` that overlap follow one another in
     the order of the calls. What fails one is raised by its future's `result()`, and logged.
 
+    ```python
+    writer = AsyncStorageWriter("s3://bucket/run/step-100", info={"step": 100})
+    dcp.save({"model": model.state_dict()}, storage_writer=writer, planner=ShardedSavePlanner())
+    ```
+
     Args:
         path: A directory (`str` or `os.PathLike`) or a URL that fsspec knows, such as `s3://bucket/run/step-100`.
         storage_options: Go to the fsspec file system as they are (`key`, `secret`, `endpoint_url`, `profile`, ...).

@@ -36,7 +36,12 @@ class _Either(Policy):
 
 @dataclass(frozen=True)
 class KeepLatest(Policy):
-    """Keeps the newest steps: `KeepLatest(3)`."""
+    """Keeps the newest steps.
+
+    ```python
+    checkpoints = Checkpoints("s3://bucket/run", keep=KeepLatest(3))
+    ```
+    """
 
     count: int
 
@@ -50,7 +55,12 @@ class KeepLatest(Policy):
 
 @dataclass(frozen=True)
 class KeepEvery(Policy):
-    """Keeps the steps that a number divides: `KeepEvery(1000)`."""
+    """Keeps the steps that a number divides.
+
+    ```python
+    checkpoints = Checkpoints("s3://bucket/run", keep=KeepLatest(3) | KeepEvery(1000))
+    ```
+    """
 
     interval: int
 
@@ -64,7 +74,12 @@ class KeepEvery(Policy):
 
 @dataclass(frozen=True)
 class KeepBest(Policy):
-    """Keeps the steps of the best values of a metric: `KeepBest(2, "loss", mode="min")`.
+    """Keeps the steps of the best values of a metric.
+
+    ```python
+    checkpoints = Checkpoints("s3://bucket/run", keep=KeepLatest(3) | KeepBest(2, "loss", mode="min"))
+    checkpoints.save(200, state, metrics={"loss": 0.31})
+    ```
 
     Steps without it, or where it is NaN, are not best; of equal ones the newer is better.
     """
@@ -88,7 +103,12 @@ class KeepBest(Policy):
 
 @dataclass(frozen=True)
 class KeepYounger(Policy):
-    """Keeps steps that were committed lately: `KeepYounger(timedelta(days=7))`. Where nothing tells, they are kept."""
+    """Keeps steps that were committed lately, by the clock of the machine that committed; where none tells, all.
+
+    ```python
+    checkpoints = Checkpoints("s3://bucket/run", keep=KeepYounger(timedelta(days=7)))
+    ```
+    """
 
     age: timedelta
 

@@ -33,6 +33,12 @@ if TYPE_CHECKING:
 class ShardedLoadPlanner(DefaultLoadPlanner):
     """Plans a load into any sharding, `LocalShardsWrapper` included, and proves it complete before data is read.
 
+    ```python
+    planner = ShardedLoadPlanner(allow_missing=("optim.*",))
+    dcp.load(state, storage_reader=AsyncStorageReader("s3://bucket/run/step-100"), planner=planner)
+    print("not in the checkpoint:", planner.skipped)
+    ```
+
     Args:
         allow_missing: Patterns (`fnmatch`) of names that the checkpoint need not hold, such as `("optim.*",)`: what it
             lacks of these stays as it is, a warning says so, and `skipped_by` names it afterwards.

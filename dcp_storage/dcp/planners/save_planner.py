@@ -36,6 +36,11 @@ class ShardedSavePlanner(DefaultSavePlanner):
     Chunks that several ranks hold alike (replicas) are written by one of them, chosen so that all ranks write about as
     many bytes; entries that are not tensors by the lowest rank that has them.
 
+    ```python
+    planner = ShardedSavePlanner(replica_policy="error")  # ranks that drifted apart commit nothing
+    dcp.save(state, storage_writer=AsyncStorageWriter("s3://bucket/run/step-100"), planner=planner)
+    ```
+
     Args:
         flatten_state_dict: Flatten nested dicts and lists into names; `False` stores each top-level value as it is.
         replica_policy: What to do where ranks hold different data under one name, of which one rank's copy is saved:
