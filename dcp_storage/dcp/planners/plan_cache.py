@@ -1,15 +1,14 @@
 """Plans of earlier saves, so that ranks whose plan has not changed need not send it again, nor get it back.
 
 A rank claims its part of the last global plan by that plan's number; the coordinator, which made the number, either
-answers with the same or plans anew. An entry belongs to one planner, by a token that the planner pickles along: the
-process that saves for `async_save` unpickles a new planner for every save.
+answers with the same or plans anew.
 """
 
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Protocol
 from uuid import uuid4
 
 from torch.distributed.checkpoint.metadata import Metadata
@@ -38,7 +37,7 @@ class Answer:
 
 
 @dataclass(frozen=True)
-class Planned:
+class LocalMemory:
     """What a rank remembers of its last save: its local plan, what became of it, and the claim to both."""
 
     local: SavePlan
@@ -47,7 +46,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Made:
+class GlobalMemory:
     """What a coordinator remembers of the last global plan that it made."""
 
     plan_id: str
@@ -59,94 +58,125 @@ class Made:
 class Entry:
     """What one planner remembers."""
 
-    planned: Planned | None = None
-    made: Made | None = None
+    local: LocalMemory | None = None
+    whole: GlobalMemory | None = None
     pending: bool = field(default=False)  # between a local plan and its global one: if that fails, so must the entry
 
 
 _entries: OrderedDict[str, Entry] = OrderedDict()
 _lock = threading.Lock()
 
-
-def entry_of(token: str) -> Entry:
-    """Return the entry of the planner with this token."""
-    with _lock:
-        entry = _entries.setdefault(token, Entry())
-        _entries.move_to_end(token)
-        while len(_entries) > MOST_PLANNERS:
-            _entries.popitem(last=False)
-        return entry
+GlobalPlan = tuple[list[SavePlan], Metadata]
 
 
-def begin(token: str, local: SavePlan) -> SavePlan:
-    """Return what a rank sends: its plan, or a claim if it is the same as last time."""
-    entry = entry_of(token)
-    if entry.pending:  # the last save was never planned: nobody knows what the others remember of it
-        entry.planned = entry.made = None
-    entry.pending = True
-    if entry.planned is None or entry.planned.local != local:
+class Plans(Protocol):
+    """How plans get to the coordinator and back."""
+
+    def send(self, local: SavePlan) -> SavePlan:
+        """Return what a rank sends of its local plan."""
+
+    def plan(self, sent: list[SavePlan], make: Callable[[list[SavePlan]], GlobalPlan]) -> GlobalPlan:
+        """Return what the coordinator sends each rank, and the metadata; `make` plans anew, from local plans."""
+
+    def receive(self, local: SavePlan, answered: SavePlan) -> SavePlan:
+        """Return the plan that a rank follows, from what the coordinator sent."""
+
+
+class Uncached:
+    """Plans go there and back as they are."""
+
+    def send(self, local: SavePlan) -> SavePlan:
+        """Send the plan."""
         return local
-    return SavePlan([], planner_data=entry.planned.claim, usable=False)
+
+    def plan(self, sent: list[SavePlan], make: Callable[[list[SavePlan]], GlobalPlan]) -> GlobalPlan:
+        """Plan anew."""
+        return make(sent)
+
+    def receive(self, local: SavePlan, answered: SavePlan) -> SavePlan:  # noqa: ARG002
+        """Follow what was sent."""
+        return answered
 
 
-def complete(token: str, sent: Sequence[SavePlan]) -> list[SavePlan]:
-    """Return the ranks' local plans, those of claims from memory.
+class PlanCache:
+    """Plans are remembered, and claims go there and back where nothing has changed.
 
-    Raises:
-        ConfigError: A claim is on a plan that this coordinator did not make last.
+    The memory belongs to one planner, by a token that pickles along: the process that saves for `async_save` unpickles
+    a new planner for every save.
     """
-    made = entry_of(token).made
-    return [_resolve(made, plan, part) for part, plan in enumerate(sent)]
+
+    def __init__(self) -> None:
+        self._token = uuid4().hex
+
+    @property
+    def _entry(self) -> Entry:
+        with _lock:
+            entry = _entries.setdefault(self._token, Entry())
+            _entries.move_to_end(self._token)
+            while len(_entries) > MOST_PLANNERS:
+                _entries.popitem(last=False)
+            return entry
+
+    def send(self, local: SavePlan) -> SavePlan:
+        """Send the plan, or a claim if it is the same as last time."""
+        entry = self._entry
+        if entry.pending:  # the last save was never planned: nobody knows what the others remember of it
+            entry.local = entry.whole = None
+        entry.pending = True
+        if entry.local is None or entry.local.local != local:
+            return local
+        return SavePlan([], planner_data=entry.local.claim, usable=False)
+
+    def plan(self, sent: list[SavePlan], make: Callable[[list[SavePlan]], GlobalPlan]) -> GlobalPlan:
+        """Answer with claims if every rank sent one, else plan anew.
+
+        Raises:
+            ConfigError: A claim is on a plan that this coordinator did not make last.
+        """
+        entry = self._entry
+        local_plans = [_local_plan(entry.whole, plan, part) for part, plan in enumerate(sent)]
+        whole = entry.whole
+        if whole and len(sent) == len(whole.local_plans) and not any(plan.usable for plan in sent):
+            claims = (Claim(whole.plan_id, part) for part in range(len(sent)))
+            # A copy, because writers put what is theirs into the metadata.
+            return [SavePlan([], planner_data=claim, usable=False) for claim in claims], replace(whole.metadata)
+        plans, metadata = make(local_plans)
+        entry.whole = whole = GlobalMemory(uuid4().hex, local_plans, replace(metadata))
+        answers = [
+            SavePlan(plan.items, plan.storage_data, Answer(Claim(whole.plan_id, part), plan.planner_data), plan.usable)
+            for part, plan in enumerate(plans)
+        ]
+        return answers, metadata
+
+    def receive(self, local: SavePlan, answered: SavePlan) -> SavePlan:
+        """Follow the plan that was sent, or the one of last time, and remember it.
+
+        Raises:
+            ConfigError: The coordinator answered to another claim than this rank's.
+        """
+        entry = self._entry
+        if answered.usable:
+            given: Answer = answered.planner_data
+            final = SavePlan(answered.items, answered.storage_data, given.planner_data)
+            entry.local = LocalMemory(local, final, given.claim)
+        elif entry.local is None or entry.local.claim != answered.planner_data:
+            raise ConfigError("the coordinator refers to a plan that this rank does not have: use a new planner")
+        else:
+            # Storage data is the writer's, and of this save.
+            final = replace(entry.local.final, storage_data=answered.storage_data)
+            entry.local = LocalMemory(local, final, entry.local.claim)
+        entry.pending = False
+        return entry.local.final
 
 
-def _resolve(made: Made | None, plan: SavePlan, part: int) -> SavePlan:
+def _local_plan(whole: GlobalMemory | None, plan: SavePlan, part: int) -> SavePlan:
+    """Return the local plan that a rank sent, or the one that its claim stands for."""
     if plan.usable:
         return plan
-    if made is None or plan.planner_data != Claim(made.plan_id, part):
+    if whole is None or plan.planner_data != Claim(whole.plan_id, part):
         raise ConfigError(
             f"rank {part} of the process group refers to a plan that the coordinator did not make: with "
             "enable_plan_caching=True, keep one ShardedSavePlanner on each rank for each process group and use it for "
             "all saves of that group. The next save with these planners plans anew"
         )
-    return made.local_plans[part]
-
-
-def unchanged(token: str, sent: Sequence[SavePlan]) -> Made | None:
-    """Return the last global plan if every rank claims its part of it."""
-    made = entry_of(token).made
-    return made if made and len(sent) == len(made.local_plans) and not any(plan.usable for plan in sent) else None
-
-
-def answer_unchanged(made: Made) -> list[SavePlan]:
-    """Return what the coordinator sends where every rank's claim holds."""
-    return [SavePlan([], planner_data=Claim(made.plan_id, part), usable=False) for part in range(len(made.local_plans))]
-
-
-def answer(token: str, local_plans: Sequence[SavePlan], plans: Sequence[SavePlan], metadata: Metadata) -> list[Any]:
-    """Return what the coordinator sends of a new global plan: each rank's part, and its claim to it."""
-    made = Made(uuid4().hex, local_plans, metadata)
-    entry_of(token).made = made
-    return [
-        SavePlan(plan.items, plan.storage_data, Answer(Claim(made.plan_id, part), plan.planner_data), plan.usable)
-        for part, plan in enumerate(plans)
-    ]
-
-
-def finish(token: str, local: SavePlan, answered: SavePlan) -> SavePlan:
-    """Return the plan that a rank follows, and remember it.
-
-    Raises:
-        ConfigError: The coordinator answered to another claim than this rank's.
-    """
-    entry = entry_of(token)
-    if answered.usable:
-        given: Answer = answered.planner_data
-        entry.planned = Planned(local, SavePlan(answered.items, answered.storage_data, given.planner_data), given.claim)
-    elif entry.planned is None or entry.planned.claim != answered.planner_data:
-        raise ConfigError("the coordinator refers to a plan that this rank does not have: use a new planner")
-    else:
-        # Storage data is the writer's, and of this save.
-        final = replace(entry.planned.final, storage_data=answered.storage_data)
-        entry.planned = Planned(local, final, entry.planned.claim)
-    entry.pending = False
-    return entry.planned.final
+    return whole.local_plans[part]

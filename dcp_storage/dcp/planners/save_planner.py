@@ -1,9 +1,7 @@
 """`ShardedSavePlanner`: every chunk written once, by one of its owners, and the bytes shared out evenly."""
 
-import dataclasses
 import io
 from typing import TYPE_CHECKING, Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor
@@ -15,9 +13,9 @@ from dcp_storage.collector import uncollected
 from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.kinds.boxes import item_box
 from dcp_storage.dcp.kinds.of import kind_of
-from dcp_storage.dcp.planners import plan_cache
 from dcp_storage.dcp.planners.flatten import flatten
 from dcp_storage.dcp.planners.global_plan import make_global_plan
+from dcp_storage.dcp.planners.plan_cache import GlobalPlan, PlanCache, Plans, Uncached
 from dcp_storage.dcp.replicas.compare import Fingerprints, ReplicaPolicy
 from dcp_storage.dcp.replicas.fingerprint import fingerprint, item_place
 from dcp_storage.dcp.undocumented import rank_alone, world_size_of_save
@@ -71,7 +69,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
         if replica_policy not in {"warn", "error", "trust"}:
             raise ConfigError(f'replica_policy is {replica_policy!r}; choose "warn", "error" or "trust"')
         self._replica_policy = replica_policy
-        self._token = uuid4().hex if enable_plan_caching else None
+        self._plans: Plans = PlanCache() if enable_plan_caching else Uncached()
         self._places: dict[tuple[str, Box], int] = {}
         self._kinds: dict[str, Kind] = {}
 
@@ -104,32 +102,19 @@ class ShardedSavePlanner(DefaultSavePlanner):
                 self._places |= {(fqn, item_box(item)): n for n, item in enumerate(held) if item.tensor_data}
             items += held
         self._local_plan = SavePlan(items, planner_data=self.mappings if self.flatten_state_dict else None)
-        self.plan = plan_cache.begin(self._token, self._local_plan) if self._token else self._local_plan
+        self.plan = self._plans.send(self._local_plan)
         return self.plan
 
     @hook
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
         """Return what each rank writes, and what the whole checkpoint will hold."""
-        made = plan_cache.unchanged(self._token, all_plans) if self._token else None
-        local_plans = plan_cache.complete(self._token, all_plans) if self._token else all_plans
-        if made:
-            # A copy, because writers put what is theirs into the metadata.
-            self.metadata = dataclasses.replace(made.metadata)
-            self.global_plan = plan_cache.answer_unchanged(made)
-            return self.global_plan, self.metadata
-        # A save without collectives plans each rank by itself, and cannot tell a gap from what others hold.
-        is_all = len(local_plans) >= world_size_of_save() and rank_alone() is None
-        self.global_plan, self.metadata = make_global_plan(local_plans, is_all=is_all)
-        if self._token:
-            self.global_plan = plan_cache.answer(
-                self._token, local_plans, self.global_plan, dataclasses.replace(self.metadata)
-            )
+        self.global_plan, self.metadata = self._plans.plan(all_plans, _plan_all)
         return self.global_plan, self.metadata
 
     @hook
     def finish_plan(self, new_plan: SavePlan) -> SavePlan:
         """Take the plan that the coordinator made for this rank."""
-        self.plan = plan_cache.finish(self._token, self._local_plan, new_plan) if self._token else new_plan
+        self.plan = self._plans.receive(self._local_plan, new_plan)
         return self.plan
 
     def resolve_data(self, write_item: WriteItem) -> Tensor | io.BytesIO:
@@ -183,3 +168,9 @@ class ShardedSavePlanner(DefaultSavePlanner):
 
 def _entry_item(fqn: str) -> WriteItem:
     return WriteItem(MetadataIndex(fqn), WriteItemType.BYTE_IO)
+
+
+def _plan_all(local_plans: list[SavePlan]) -> GlobalPlan:
+    # A save without collectives plans each rank by itself, and cannot tell a gap from what others hold.
+    is_all = len(local_plans) >= world_size_of_save() and rank_alone() is None
+    return make_global_plan(local_plans, is_all=is_all)
