@@ -10,7 +10,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def uncollected(function: Callable[P, R]) -> Callable[P, R]:
+def gc_paused(function: Callable[P, R]) -> Callable[P, R]:
     """Pause the collector while a function runs that makes many objects and no cycles.
 
     Each time that their number has grown by a quarter it would walk over all that the process holds: a third of the

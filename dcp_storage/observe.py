@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,24 @@ each with a context manager of its own.
         yield lambda raw_bytes, stored_bytes: None
         print(f"{operation} {url}: {raw_bytes / (time.monotonic() - began):.0f} bytes/s")
 """
+
+
+@dataclass
+class Moved:
+    """Counts what transfers moved, in memory and in the store, in bytes."""
+
+    raw_bytes: int = 0
+    stored_bytes: int = 0
+
+    def counted(self, advance: Advance) -> Advance:
+        """Return what counts, and then tells `advance`."""
+
+        def count(raw_bytes: int, stored_bytes: int) -> None:
+            self.raw_bytes += raw_bytes
+            self.stored_bytes += stored_bytes
+            advance(raw_bytes, stored_bytes)
+
+        return count
 
 
 @contextmanager

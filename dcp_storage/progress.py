@@ -3,7 +3,7 @@
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 
@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn, TransferSpeedColumn
 
 from dcp_storage.errors import ConfigError
-from dcp_storage.observe import Advance, Observer, Operation, silent
+from dcp_storage.observe import Advance, Moved, Observer, Operation, silent
 from dcp_storage.words import transfer_text
 
 
@@ -44,31 +44,21 @@ def _show(then: Observer, operation: Operation, url: str, raw_bytes: int) -> Ite
         if os.environ.get("LOCAL_RANK", "0") != "0":
             yield tell
             return
-        moved, begun = _Moved(tell), time.monotonic()
-        with _bar(operation, url, raw_bytes) if sys.stderr.isatty() else nullcontext() as bar:
-            moved.bar = bar
-            yield moved.advance
-        print(f"{operation} {url}: {transfer_text(moved.raw, moved.stored, time.monotonic() - begun)}", file=sys.stderr)  # noqa: T201
-
-
-class _Moved:
-    """Counts what is moved, and tells of it."""
-
-    def __init__(self, tell: Advance) -> None:
-        self._tell = tell
-        self.raw = self.stored = 0
-        self.bar: Callable[[int], None] | None = None
-
-    def advance(self, raw_bytes: int, stored_bytes: int) -> None:
-        self._tell(raw_bytes, stored_bytes)
-        self.raw, self.stored = self.raw + raw_bytes, self.stored + stored_bytes
-        if self.bar:
-            self.bar(raw_bytes)
+        moved, begun = Moved(), time.monotonic()
+        with _bar(operation, url, raw_bytes, tell) if sys.stderr.isatty() else nullcontext(tell) as advance:
+            yield moved.counted(advance)
+        text = transfer_text(moved.raw_bytes, moved.stored_bytes, time.monotonic() - begun)
+        print(f"{operation} {url}: {text}", file=sys.stderr)  # noqa: T201
 
 
 @contextmanager
-def _bar(operation: Operation, url: str, raw_bytes: int) -> Iterator[Callable[[int], None]]:
+def _bar(operation: Operation, url: str, raw_bytes: int, tell: Advance) -> Iterator[Advance]:
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(f"{operation} {url}", total=raw_bytes)
-        yield partial(bar.advance, task)
+
+        def advance(raw_bytes: int, stored_bytes: int) -> None:
+            tell(raw_bytes, stored_bytes)
+            bar.advance(task, raw_bytes)
+
+        yield advance

@@ -34,7 +34,7 @@ from dcp_storage.steps import pins, retention
 from dcp_storage.steps.catalog import latest_step
 from dcp_storage.steps.names import directory_of, parse_step
 from dcp_storage.steps.policies import KeepLatest
-from dcp_storage.store.base import ABSENT, Listed, Store
+from dcp_storage.store.base import ABSENT, ObjectInfo, Store
 from tests.drafts import columns_of
 from tests.first_steps import KINDS, damaged
 
@@ -165,7 +165,7 @@ class ModelStore(Store):
 
     async def list(self):
         await self.world.turn(self.who)
-        return {name: Listed(len(data), at) for name, (data, at) in self.held.items()}
+        return {name: ObjectInfo(len(data), at) for name, (data, at) in self.held.items()}
 
     async def directories(self):
         await self.world.turn(self.who)

@@ -252,7 +252,7 @@ class Encoders:
 @pytest.fixture
 def encoders(monkeypatch):
     """Apart from training, from the first byte."""
-    monkeypatch.setattr("dcp_storage.transfer.encoders._APART_BYTES", 0)
+    monkeypatch.setattr("dcp_storage.transfer.encoders._LEAST_BYTES", 0)
     return Encoders(monkeypatch)
 
 

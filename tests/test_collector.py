@@ -6,7 +6,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 
 
 @pytest.fixture(params=[True, False], ids=["collecting", "not collecting"])
@@ -18,12 +18,12 @@ def enabled(request):
 
 
 def test_is_off_while_the_function_runs_and_then_as_before(enabled):
-    @uncollected
+    @gc_paused
     def inner():
         assert not gc.isenabled()
         return 1
 
-    @uncollected
+    @gc_paused
     def outer():
         return inner() + (not gc.isenabled())
 
@@ -33,12 +33,12 @@ def test_is_off_while_the_function_runs_and_then_as_before(enabled):
 
 def test_is_let_be_in_other_threads(enabled):
     with ThreadPoolExecutor(1) as thread:
-        assert thread.submit(uncollected(gc.isenabled)).result() == enabled
+        assert thread.submit(gc_paused(gc.isenabled)).result() == enabled
 
 
 def test_is_as_before_after_an_error(enabled):
     with pytest.raises(ZeroDivisionError):
-        uncollected(lambda: 1 / 0)()
+        gc_paused(lambda: 1 / 0)()
     assert gc.isenabled() == enabled
 
 

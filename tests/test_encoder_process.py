@@ -18,7 +18,7 @@ from dcp_storage.format.codecs.blocks import CODECS as BLOCK_CODECS
 from dcp_storage.format.codecs.blocks import ItemEncoder
 from dcp_storage.transfer import encoder_process, encoders
 from dcp_storage.transfer.encoder_process import EncoderProcess
-from dcp_storage.transfer.encoders import encoder_apart
+from dcp_storage.transfer.encoders import encoder_in_process
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory is shared by Linux's memfd")
 
@@ -65,7 +65,7 @@ ITEMS = slices(1, [(1000, 4), (3, 1), (20_000, 2)])
 @pytest.mark.parametrize("at", ["start", "later"])
 def test_a_process_that_dies_costs_a_warning_and_no_byte(caplog, at):
     expected = encoded(ItemEncoder(CODECS[0]), ITEMS)
-    with encoder_apart(CODECS[0]) as encoder:
+    with encoder_in_process(CODECS[0]) as encoder:
         process = encoder._encoder._process
         if at == "later":
             assert encoded(encoder, ITEMS) == expected
@@ -94,7 +94,7 @@ def test_where_no_process_can_be_had_the_thread_encodes(monkeypatch, caplog, sab
     before = os.listdir("/proc/self/fd")
     sabotage(monkeypatch)
     for _ in range(3):
-        with encoder_apart(CODECS[0]) as encoder:
+        with encoder_in_process(CODECS[0]) as encoder:
             assert encoded(encoder, ITEMS) == encoded(ItemEncoder(CODECS[0]), ITEMS)
     [record] = caplog.records
     assert says in record.message
@@ -113,7 +113,7 @@ def test_what_is_no_text_in_sys_path_does_no_harm(monkeypatch, caplog):
 
 def test_a_process_that_stops_without_dying_is_given_up(monkeypatch, caplog):
     monkeypatch.setattr(encoder_process, "_PATIENCE_S", 0.5)
-    with encoder_apart(CODECS[0]) as encoder:
+    with encoder_in_process(CODECS[0]) as encoder:
         process = encoder._encoder._process
         process.send_signal(signal.SIGSTOP)
         assert encoded(encoder, ITEMS) == encoded(ItemEncoder(CODECS[0]), ITEMS)

@@ -14,7 +14,7 @@ from dcp_storage.format.manifest.frames import StoredCodec
 from dcp_storage.format.manifest.manifest import Manifest, StoredObject, decode
 from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.format.names import MANIFEST, data_object
-from dcp_storage.store.base import ABSENT, Listed, Store
+from dcp_storage.store.base import ABSENT, ObjectInfo, Store
 from tests.drafts import columns_of
 
 
@@ -80,7 +80,7 @@ class SteppedStore(Store):
 
     async def list(self):
         await Turn()
-        return {name: Listed(len(data), None) for name, data in self.objects.items()}
+        return {name: ObjectInfo(len(data), None) for name, data in self.objects.items()}
 
     async def delete(self, names):
         for name in names:

@@ -90,14 +90,14 @@ LAYOUTS = {
 }
 
 
-def memories(value):
+def buffers(value):
     kind = kind_of("w", value)
     return [(box, kind.shard(MetadataIndex("w", box.offsets, n))) for n, box in enumerate(kind.boxes())]
 
 
 def filled(values):
     for value in values:
-        for box, memory in memories(value):
+        for box, memory in buffers(value):
             memory.copy_(WHOLE[box.slices])
         yield value
 
@@ -122,7 +122,7 @@ def test_shards_by_attributes_reshard_into_every_kind(tmp_path, source, target):
 
 def assert_holds_what_it_should_and_no_more(value):
     held = 0
-    for box, memory in memories(value):
+    for box, memory in buffers(value):
         assert torch.equal(memory, WHOLE[box.slices]), box
         held += box.numel
     if type(value) is torch.Tensor:
@@ -247,7 +247,7 @@ def test_meta_destinations_keep_their_attributes(tmp_path):
     fake_ranks.load(loaded, lambda: AsyncStorageReader(tmp_path))
     for state in loaded:
         assert isinstance(kind_of("w", state["w"]), Checkpointable)
-        for box, memory in memories(state["w"]):
+        for box, memory in buffers(state["w"]):
             assert torch.equal(memory, WHOLE[box.slices])
 
 
@@ -285,7 +285,7 @@ def test_hooks_of_a_local_tensor_survive_saves_and_meta_destinations(tmp_path, a
             staged = AsyncStorageWriter(tmp_path).stage({"w": value})
             assert staged.error is None
             assert kind_of("w", staged["w"]).boxes() == [box]
-            assert torch.equal(memories(staged["w"])[0][1], WHOLE[:10][box.slices])
+            assert torch.equal(buffers(staged["w"])[0][1], WHOLE[:10][box.slices])
         meta = with_hooks(dtensor(torch.empty(5, 6, device="meta"), rank, 2, shape=shape), box)
         made = kind_of("w", meta).materialized()
         assert kind_of("w", made).boxes() == [box]

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
-from dcp_storage.checkpoint.leftovers import split
 from dcp_storage.checkpoint.manifests import read_manifest
+from dcp_storage.checkpoint.orphans import orphans_and_foreign
 from dcp_storage.errors import CheckpointNotFound
 from dcp_storage.format.names import save_of
 from dcp_storage.store.base import Store, times_of
@@ -48,9 +48,9 @@ async def prune_store(store: Store, older_than: timedelta, *, dry_run: bool = Fa
 
 async def _orphans(store: Store, names: Iterable[str]) -> list[str]:
     try:
-        return split(names, await read_manifest(store))[0]
+        return orphans_and_foreign(names, await read_manifest(store))[0]
     except CheckpointNotFound:
-        left_by_the_first_save = split(names, None)[0]
+        left_by_the_first_save = orphans_and_foreign(names, None)[0]
         if not left_by_the_first_save:
             raise
         return left_by_the_first_save

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dcp_storage.checkpoint.leftovers import split
 from dcp_storage.checkpoint.manifests import read_manifest
+from dcp_storage.checkpoint.orphans import orphans_and_foreign
 from dcp_storage.errors import CheckpointNotFound, ConfigError, StoreError
 from dcp_storage.format.contents import CheckedItem, Contents, HeldObject
 from dcp_storage.format.names import MANIFEST
 from dcp_storage.store.base import Store
-from dcp_storage.transfer.check import Fault, check_runs, runs_of
+from dcp_storage.transfer.check import BlockFault, check_runs, runs_of
 from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.ranges import Block
 
@@ -85,7 +85,7 @@ async def verify_store(context: Context, expect: str | None) -> Verification:
     damage += _unexpected(store.url, contents.proof, expect)
     if damage:
         await _require_unchanged(store, contents)
-    orphans, foreign = split(sizes, contents)
+    orphans, foreign = orphans_and_foreign(sizes, contents)
     return Verification(
         url=store.url,
         stock=contents.stock,
@@ -139,7 +139,7 @@ async def _block_damage(
     return blocks, [_damage(fault, items, names) for fault in faults]
 
 
-def _damage(fault: Fault, items: Sequence[CheckedItem], names: Sequence[str]) -> Damage:
+def _damage(fault: BlockFault, items: Sequence[CheckedItem], names: Sequence[str]) -> Damage:
     run = fault.run
     block = fault.block or run.blocks[0]
     what = f"a damaged block of {block.length} bytes"

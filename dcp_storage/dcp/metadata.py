@@ -6,7 +6,7 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.dcp.kinds.boxes import chunk_box
 from dcp_storage.dcp.stored import StoredEntries
 from dcp_storage.errors import CoverageError
@@ -21,7 +21,7 @@ def is_whole(metadata: Metadata) -> bool:
     return all(tiling_fault(tuple(entry.size), list(map(chunk_box, entry.chunks))) is None for entry in entries)
 
 
-@uncollected
+@gc_paused
 def to_metadata(manifest: Contents) -> Metadata:
     """Return what DCP's planners read; the manifest itself is its `storage_data`.
 

@@ -22,7 +22,7 @@ from dcp_storage.dcp.planners.default_plans import check_default_plan
 from dcp_storage.errors import CheckpointReplaced, ConfigError, DcpStorageError, ObjectNotFound
 from dcp_storage.format.contents import Contents
 from dcp_storage.format.names import new_token
-from dcp_storage.observe import Advance, Observer, Operation, observed
+from dcp_storage.observe import Advance, Moved, Observer, Operation, observed
 from dcp_storage.progress import choose_observer
 from dcp_storage.store.urls import Address
 from dcp_storage.transfer.context import Context
@@ -169,9 +169,11 @@ class AsyncStorageReader(StorageReader):
         return future
 
     def _read(self, plan: LoadPlan, planner: LoadPlanner) -> None:
-        contents, moved = self._contents(), _Moved(self._observer)
+        contents, moved = self._contents(), Moved()
         self._location.run(
-            lambda store: load_plan(Context(store, self._transfer, moved.observer), contents, plan, planner)
+            lambda store: load_plan(
+                Context(store, self._transfer, _counting(self._observer, moved)), contents, plan, planner
+            )
         )
         if self._logs:
             url, seconds = self._location.url, time.monotonic() - self._begun
@@ -219,21 +221,12 @@ def _layout(contents: Contents) -> Metadata:
     return replace(to_metadata(contents), storage_data=None)
 
 
-class _Moved:
-    """Counts what a load moves, and tells an observer."""
-
-    def __init__(self, told: Observer) -> None:
-        self.raw_bytes = self.stored_bytes = 0
-        self._told = told
+def _counting(observer: Observer, moved: Moved) -> Observer:
+    """Return an observer that tells another, and counts."""
 
     @contextmanager
-    def observer(self, operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
-        """Be an `Observer`."""
-        with observed(self._told, operation, url, raw_bytes) as advance:
+    def told(operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
+        with observed(observer, operation, url, raw_bytes) as advance:
+            yield moved.counted(advance)
 
-            def count(raw_bytes: int, stored_bytes: int) -> None:
-                self.raw_bytes += raw_bytes
-                self.stored_bytes += stored_bytes
-                advance(raw_bytes, stored_bytes)
-
-            yield count
+    return told

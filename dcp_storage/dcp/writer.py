@@ -19,7 +19,7 @@ from dcp_storage.dcp.dtypes import check_text, dtype_name
 from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.metadata import is_whole
 from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
-from dcp_storage.dcp.replicas.compare import judge
+from dcp_storage.dcp.replicas.compare import report_mismatches
 from dcp_storage.dcp.saves.attempt import name_attempt
 from dcp_storage.dcp.saves.commit import check_place, commit
 from dcp_storage.dcp.saves.draft import build_draft
@@ -29,7 +29,7 @@ from dcp_storage.dcp.saves.items import plan_sources
 from dcp_storage.dcp.saves.order import begin, leave_save
 from dcp_storage.dcp.saves.put import put
 from dcp_storage.dcp.saves.results import Results, index_items
-from dcp_storage.dcp.saves.save import Part, Save
+from dcp_storage.dcp.saves.save import Role, Save
 from dcp_storage.dcp.saves.summary import log_saved
 from dcp_storage.dcp.staging.stage import stage
 from dcp_storage.dcp.staging.staged import StagedState, redeem
@@ -145,11 +145,11 @@ class AsyncStorageWriter(StorageWriter):
         with ending_on_error(save):
             alone = rank_alone()
             if alone is not None:
-                save.part = Part(alone, dist.get_world_size(), is_coordinator, alone=True)
+                save.role = Role(alone, dist.get_world_size(), is_coordinator, alone=True)
                 return
             size = world_size_of_save()
             attempt = None if kwargs.get("use_collectives", True) else name_attempt(save, size)
-            save.part = Part(kwargs.get("rank") or 0, size, is_coordinator, attempt)
+            save.role = Role(kwargs.get("rank") or 0, size, is_coordinator, attempt)
 
     @hook
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
@@ -160,14 +160,14 @@ class AsyncStorageWriter(StorageWriter):
             CheckpointExists: A checkpoint stands here and may not be replaced.
             AccessDenied: ... or may not be read by whoever saves.
         """
-        save, part = self._current()
+        save, role = self._current()
         with ending_on_error(save):
             for item in plan.items:
                 check_text(item.index.fqn)
                 if item.tensor_data is not None:
                     dtype_name(item.tensor_data.properties.dtype, item.index.fqn)
-            if part.commits:
-                save.location.run(partial(check_place, overwrite=self._overwrite, part=part.attempt is not None))
+            if role.commits:
+                save.location.run(partial(check_place, overwrite=self._overwrite, part=role.attempt is not None))
         return plan
 
     @hook
@@ -185,28 +185,28 @@ class AsyncStorageWriter(StorageWriter):
             UnsupportedTensor: An item is not plain strided memory.
             StoreError: The store failed.
         """
-        save, part = self._current()
+        save, role = self._current()
         with ending_on_error(save):
             begun = time.monotonic()
             sources = plan_sources(plan, planner, self._codec)
-            objects, stored = self._put(save, part, sources, group_items(plan, planner)) if sources else ([], NOTHING)
+            objects, stored = self._put(save, role, sources, group_items(plan, planner)) if sources else ([], NOTHING)
             names, items = index_items([item.index for item in plan.items], [source.nbytes for source in sources])
             seconds, fingerprints = time.monotonic() - begun, None
             if isinstance(planner, ShardedSavePlanner):
                 fingerprints = planner.fingerprints()
                 planner.release()
             results = Results(names, items, objects, stored, self._codec, seconds, fingerprints)
-        save.done = not part.commits
+        save.done = not role.commits
         future: Future[Any] = Future()
         future.set_result(results)
         return future
 
     def _put(
-        self, save: Save, part: Part, sources: Sequence[Source], groups: Sequence[str]
+        self, save: Save, role: Role, sources: Sequence[Source], groups: Sequence[str]
     ) -> tuple[list[str], Columns]:
         return save.location.run(
             lambda store: put(
-                Context(store, self._transfer, self._observer), save, part, sources, groups=groups, codec=self._codec
+                Context(store, self._transfer, self._observer), save, role, sources, groups=groups, codec=self._codec
             )
         )
 
@@ -223,18 +223,18 @@ class AsyncStorageWriter(StorageWriter):
             CheckpointReplaced: Another save committed here in the same moment.
             StoreError: The manifest could not be written; the checkpoint that was there before still stands.
         """
-        save, part = self._current()
+        save, role = self._current()
         with ending_on_error(save):
-            judge([told.fingerprints for told in results], metadata, save.location.url)
-            is_part = part.attempt is not None or (part.alone and not is_whole(metadata))
+            report_mismatches([told.fingerprints for told in results], metadata, save.location.url)
+            is_part = role.attempt is not None or (role.alone and not is_whole(metadata))
             draft = build_draft(
                 metadata,
                 results,
                 self._codec,
                 save_id=save.token,
-                world_size=part.world_size if is_part else len(results),
-                rank=part.rank if is_part else None,
-                attempt=part.attempt,
+                world_size=role.world_size if is_part else len(results),
+                rank=role.rank if is_part else None,
+                attempt=role.attempt,
                 info=self._info,
             )
         # DCP sends the metadata to all ranks, and `dcp.save` returns it.
@@ -253,15 +253,15 @@ class AsyncStorageWriter(StorageWriter):
 
     def _begun(self) -> Save:
         """Return the save that `reset` has begun in this thread, or begin one."""
-        if self._thread.save is None or self._thread.save.part:
+        if self._thread.save is None or self._thread.save.role:
             self._thread.save = self._begin()
         return self._thread.save
 
-    def _current(self) -> tuple[Save, Part]:
+    def _current(self) -> tuple[Save, Role]:
         save = self._thread.save
-        if save is None or save.part is None:
+        if save is None or save.role is None:
             raise ConfigError("the writer was not set up in this thread: pass it to dcp.save")
-        return save, save.part
+        return save, save.role
 
     def stage(self, state_dict: dict[str, Any]) -> StagedState:
         """Copy what may be written of a state, before training changes it: DCP saves the copy beside training.

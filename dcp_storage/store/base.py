@@ -30,7 +30,7 @@ class Room(NamedTuple):
     final: memoryview | None = None
 
 
-class Listed(NamedTuple):
+class ObjectInfo(NamedTuple):
     """An object in a listing.
 
     Attributes:
@@ -43,7 +43,7 @@ class Listed(NamedTuple):
     modified: float | None
 
 
-def times_of(url: str, listed: Mapping[str, Listed]) -> dict[str, float]:
+def times_of(url: str, listed: Mapping[str, ObjectInfo]) -> dict[str, float]:
     """Return when each object of a listing was last written.
 
     Raises:
@@ -153,7 +153,7 @@ class Store(ABC):
         """Return the size of an object in bytes."""
 
     @abstractmethod
-    async def list(self) -> dict[str, Listed]:
+    async def list(self) -> dict[str, ObjectInfo]:
         """Return every object directly below the prefix, by name; nothing where there is none."""
 
     async def directories(self) -> builtins.list[str]:

@@ -13,7 +13,7 @@ from aiofiles.os import wrap
 from dcp_storage.config import MIB
 from dcp_storage.errors import ObjectExists, ObjectNotFound
 from dcp_storage.store import files, reads
-from dcp_storage.store.base import ABSENT, Batch, Listed, Room, Store
+from dcp_storage.store.base import ABSENT, Batch, ObjectInfo, Room, Store
 from dcp_storage.store.failures import Failures
 from dcp_storage.store.names import check_name
 
@@ -101,11 +101,11 @@ class LocalStore(Store):
         with self._failures.mapped("look up", name, absent=ObjectNotFound):
             return await wrap(reads.reopening(files.file_size))(path)
 
-    async def list(self) -> dict[str, Listed]:
+    async def list(self) -> dict[str, ObjectInfo]:
         """Return the regular files in the directory."""
         with self._failures.mapped("list"):
             statuses = await wrap(reads.reopening(files.stat_files))(self._directory)
-        return {name: Listed(status.st_size, status.st_mtime) for name, status in statuses.items()}
+        return {name: ObjectInfo(status.st_size, status.st_mtime) for name, status in statuses.items()}
 
     async def directories(self) -> builtins.list[str]:
         """Return the directories in the directory."""

@@ -13,7 +13,7 @@ from fsspec.config import apply_config
 
 from dcp_storage.config import MIB
 from dcp_storage.errors import ConfigError, ObjectExists, ObjectNotFound, StoreError
-from dcp_storage.store.base import ABSENT, Batch, Listed, Room, Store
+from dcp_storage.store.base import ABSENT, Batch, ObjectInfo, Room, Store
 from dcp_storage.store.bodies import Bodies
 from dcp_storage.store.closing import close_opened
 from dcp_storage.store.failures import Failures, is_range_beyond_end
@@ -168,14 +168,14 @@ class RemoteStore(Store):
             raise self._failures.error("look up", name, f"it is a {info['type']}", ObjectNotFound)
         return self._size(name, info)
 
-    async def list(self) -> dict[str, Listed]:
+    async def list(self) -> dict[str, ObjectInfo]:
         """Return the objects directly below the prefix."""
         with self._failures.mapped("list"):
             entries = await self._list_entries()
         files = (entry for entry in entries if entry["type"] == "file" and entry["name"] != self._prefix)
         found = {entry["name"].rpartition("/")[2]: entry for entry in files}
         found.pop("", None)  # the marker that some tools put for an empty directory
-        return {name: Listed(self._size(name, entry), _modified(entry)) for name, entry in found.items()}
+        return {name: ObjectInfo(self._size(name, entry), _modified(entry)) for name, entry in found.items()}
 
     async def directories(self) -> builtins.list[str]:
         """Return the prefixes directly below this one."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, TypeVar
 
 from dcp_storage.checkpoint.place import Opener
-from dcp_storage.store.base import Batch, Listed, Room, Store
+from dcp_storage.store.base import Batch, ObjectInfo, Room, Store
 from dcp_storage.store.open import open_store
 from dcp_storage.store.urls import Address
 
@@ -117,7 +117,7 @@ class FaultyStore(Store):
         """Tell the hooks, and do it."""
         return await self._told("size", name, lambda: self._store.size(name))
 
-    async def list(self) -> dict[str, Listed]:
+    async def list(self) -> dict[str, ObjectInfo]:
         """Tell the hooks, and do it."""
         return await self._told("list", "", self._store.list)
 

@@ -14,8 +14,8 @@ from dcp_storage.format.manifest.frames import StoredCodec
 from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.observe import Advance
 from dcp_storage.store.base import Room, Store, room_bytes
+from dcp_storage.transfer.buffers import Buffers
 from dcp_storage.transfer.context import Context
-from dcp_storage.transfer.memory import Memories
 from dcp_storage.transfer.ranges import Block, locate
 from dcp_storage.transfer.workers import CodecThreads, for_each
 
@@ -46,7 +46,7 @@ class Run(NamedTuple):
         return self.blocks[-1].offset + self.blocks[-1].length
 
 
-class Fault(NamedTuple):
+class BlockFault(NamedTuple):
     """A block that is not what was written, or all of a run, whose blocks are sound."""
 
     run: Run
@@ -81,7 +81,7 @@ def _checked_size(item: CheckedItem, blocks: Sequence[Block]) -> Sequence[Block]
 
 async def check_runs(
     context: Context, runs: Sequence[Run], object_names: Sequence[str], codec: StoredCodec, algorithm: str | None
-) -> list[Fault]:
+) -> list[BlockFault]:
     """Read and decode all runs, and return what failed its check in two readings.
 
     Raises:
@@ -119,7 +119,7 @@ class _Checks:
         self._raw = memoryview(bytearray(codec.block_bytes))
         self._algorithm = algorithm
 
-    def faults(self, run: Run, stored: memoryview) -> list[Fault]:
+    def faults(self, run: Run, stored: memoryview) -> list[BlockFault]:
         digest = make_digest(self._algorithm) if self._algorithm and run.digest else None
         faults = []
         for block in run.blocks:
@@ -128,12 +128,12 @@ class _Checks:
                 planes = run.planes if digest else 1
                 self._decoder.decode(stored[at : at + block.length], block.check, planes, raw)
             except BlockCorrupt:
-                faults.append(Fault(run, block))
+                faults.append(BlockFault(run, block))
                 continue
             if digest:
                 digest.update(raw)
         if digest and not faults and digest.hexdigest() != run.digest:
-            faults.append(Fault(run, None))
+            faults.append(BlockFault(run, None))
         return faults
 
 
@@ -141,12 +141,12 @@ class _Checker:
     def __init__(
         self, store: Store, object_names: Sequence[str], threads: CodecThreads[_Checks], advance: Advance
     ) -> None:
-        self.faults: list[Fault] = []
+        self.faults: list[BlockFault] = []
         self._store = store
         self._names = object_names
         self._threads = threads
         self._advance = advance
-        self._memories = Memories()
+        self._buffers = Buffers()
 
     async def check(self, runs: Sequence[Run]) -> None:
         again = dict.fromkeys(id(fault.run) for fault in await self._find_faults(runs))
@@ -156,17 +156,17 @@ class _Checker:
         blocks = [block for run in runs for block in run.blocks]
         self._advance(sum(b.stop - b.start for b in blocks), sum(b.length for b in blocks))
 
-    async def _find_faults(self, runs: Sequence[Run]) -> list[Fault]:
+    async def _find_faults(self, runs: Sequence[Run]) -> list[BlockFault]:
         start, stop = runs[0].start, runs[-1].stop
         try:
-            with self._memories.hold(room_bytes(stop - start)) as pages:
+            with self._buffers.hold(room_bytes(stop - start)) as pages:
                 name = self._names[runs[0].object]
                 data = memoryview(await self._store.get_range(name, start, stop, Room(pages)))
                 return await self._threads.run(partial(_find_faults, runs, data))
         except ObjectNotFound:
-            return [Fault(run, block) for run in runs for block in run.blocks]
+            return [BlockFault(run, block) for run in runs for block in run.blocks]
 
 
-def _find_faults(runs: Sequence[Run], data: memoryview, checks: _Checks) -> list[Fault]:
+def _find_faults(runs: Sequence[Run], data: memoryview, checks: _Checks) -> list[BlockFault]:
     start = runs[0].start
     return [fault for run in runs for fault in checks.faults(run, data[run.start - start : run.stop - start])]

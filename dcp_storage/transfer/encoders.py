@@ -1,4 +1,4 @@
-"""Where a save encodes: in the threads that ask or, beside training, apart from it: in processes."""
+"""Where a save encodes: in threads or, beside training, in processes of its own."""
 
 import logging
 import sys
@@ -14,10 +14,10 @@ from dcp_storage.transfer.encoder_process import EncoderProcess
 
 logger = logging.getLogger(__name__)
 
-_APART_BYTES = 64 * MIB
+_LEAST_BYTES = 64 * MIB
 """Less is encoded before a process has started."""
 
-APART_UNIT_BYTES = 16 * MIB
+PROCESS_UNIT_BYTES = 16 * MIB
 """Raw bytes that a process encodes at a time. Each time takes Python's lock from training more than once."""
 
 
@@ -28,19 +28,19 @@ class Encoder(Protocol):
         """Encode slices of items, each with its number of byte planes, one behind the other into `out`."""
 
 
-def pays_apart(nbytes: int) -> bool:
+def is_worth_a_process(nbytes: int) -> bool:
     """Tell whether so many bytes are worth a process. The memory that it shares is Linux's."""
-    return nbytes >= _APART_BYTES and sys.platform == "linux"
+    return nbytes >= _LEAST_BYTES and sys.platform == "linux"
 
 
 @contextmanager
-def encoder_here(codec: Codec) -> Iterator[Encoder]:
+def encoder_in_thread(codec: Codec) -> Iterator[Encoder]:
     """Lend an encoder that works in the calling thread."""
     yield ItemEncoder(codec)
 
 
 @contextmanager
-def encoder_apart(codec: Codec) -> Iterator[Encoder]:
+def encoder_in_process(codec: Codec) -> Iterator[Encoder]:
     """Lend an encoder that works in a process, which ends with the `with` block, and leaves Python's lock to training.
 
     Where no process can be had, or it dies, the calling thread encodes, and a warning says so: the bytes are the same.
@@ -52,10 +52,10 @@ def encoder_apart(codec: Codec) -> Iterator[Encoder]:
         yield ItemEncoder(codec)
         return
     with closing(process):
-        yield _Apart(process, codec)
+        yield _ProcessEncoder(process, codec)
 
 
-class _Apart:
+class _ProcessEncoder:
     def __init__(self, process: EncoderProcess, codec: Codec) -> None:
         self._codec = codec
         self._encoder: Encoder = process

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 
 from msgspec import Struct
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.config import MIB
 
 MIN_OBJECT_BYTES = 8 * MIB
@@ -30,7 +30,7 @@ def target_bytes(total: int, object_bytes: int, concurrency: int, least: int | N
     return min(object_bytes, max(MIN_OBJECT_BYTES if least is None else least, share + share // 8))
 
 
-@uncollected
+@gc_paused
 def lay_out(sizes: Sequence[int], block_bytes: int, target: int, groups: Sequence[str] = ()) -> list[list[Piece]]:
     """Fill objects with the items of these sizes, in order, to `target` raw bytes each; large items span several.
 
@@ -74,7 +74,7 @@ def _fill(members: Iterable[int], sizes: Sequence[int], block_bytes: int, target
     return objects
 
 
-@uncollected
+@gc_paused
 def split_units(pieces: Sequence[Piece], block_bytes: int, unit_bytes: int) -> list[list[Piece]]:
     """Cut an object's pieces, in order, into units of about `unit_bytes`: what one thread encodes at a time."""
     units: list[list[Piece]] = [[]]

@@ -14,9 +14,9 @@ from dcp_storage.format.manifest.frames import StoredCodec
 from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.observe import Advance
 from dcp_storage.store.base import Room, Store, room_bytes
+from dcp_storage.transfer.buffers import Buffers
 from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.layout import target_bytes
-from dcp_storage.transfer.memory import Memories
 from dcp_storage.transfer.ranges import Block, Fetch, coalesce, locate
 from dcp_storage.transfer.workers import UNIT_BYTES, CodecThreads, for_each, useful_threads
 
@@ -87,7 +87,7 @@ async def load_items(
         context.observed("load", raw_bytes) as advance,
         CodecThreads(count, lambda: nullcontext(blocks_codec.make_decoder(codec.block_bytes))) as threads,
     ):
-        loader = _Loader(store, items, object_names, threads, advance, memories=Memories(), raw=blocks_codec.verbatim)
+        loader = _Loader(store, items, object_names, threads, advance, buffers=Buffers(), raw=blocks_codec.verbatim)
         loader.finish_empty()
         await for_each(transfer.concurrency, fetches, loader.load)
 
@@ -101,7 +101,7 @@ class _Loader:
         threads: CodecThreads[BlockDecoder],
         advance: Advance,
         *,
-        memories: Memories,
+        buffers: Buffers,
         raw: bool,
     ) -> None:
         self._store = store
@@ -109,7 +109,7 @@ class _Loader:
         self._names = object_names
         self._raw = raw
         self._threads = threads
-        self._memories = memories
+        self._buffers = buffers
         self._advance = advance
         self._waiting = [len(item.wanted) for item in items]  # blocks still to come
         self._opened: set[int] = set()
@@ -125,7 +125,7 @@ class _Loader:
         for number in {block.item for block in fetch.blocks} - self._opened:
             self._opened.add(number)
             self._items[number].target.open()
-        with self._memories.hold(room_bytes(fetch.stop - fetch.start)) as pages:
+        with self._buffers.hold(room_bytes(fetch.stop - fetch.start)) as pages:
             room = Room(pages, self._destination(fetch))
             data = memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop, room))
             for unit in _units(fetch.blocks):

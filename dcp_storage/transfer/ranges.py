@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.format.codecs.blocks import CODECS
 from dcp_storage.format.manifest.frames import StoredCodec
 from dcp_storage.format.manifest.schema import Segment
@@ -93,7 +93,7 @@ def locate(
         first += len(segment.lengths)
 
 
-@uncollected
+@gc_paused
 def coalesce(blocks: Iterable[Block], max_gap_bytes: int, max_bytes: int) -> list[Fetch]:
     """Join blocks into few requests.
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.config import Codec
 from dcp_storage.format.codecs.blocks import CODECS, Encoded
 from dcp_storage.format.codecs.digests import DIGEST_CHARS
@@ -16,10 +16,16 @@ from dcp_storage.format.manifest.columns import NOTHING, Columns, numbers, texts
 from dcp_storage.observe import Advance
 from dcp_storage.raw import Raw
 from dcp_storage.store.base import PAGE_BYTES, Batch
+from dcp_storage.transfer.buffers import Buffers
 from dcp_storage.transfer.context import Context
-from dcp_storage.transfer.encoders import APART_UNIT_BYTES, Encoder, encoder_apart, encoder_here, pays_apart
+from dcp_storage.transfer.encoders import (
+    PROCESS_UNIT_BYTES,
+    Encoder,
+    encoder_in_process,
+    encoder_in_thread,
+    is_worth_a_process,
+)
 from dcp_storage.transfer.layout import Piece, lay_out, split_units, target_bytes
-from dcp_storage.transfer.memory import Memories
 from dcp_storage.transfer.workers import UNIT_BYTES, CodecThreads, for_each, useful_threads
 
 
@@ -45,11 +51,11 @@ async def save_items(
     codec: Codec,
     *,
     groups: Sequence[str] = (),
-    apart: bool = False,
+    in_processes: bool = False,
 ) -> Columns:
     """Encode and put all items; return where they lie, each one's segments in the order of their blocks.
 
-    Encoding goes on in threads, or `apart` from this process where that pays.
+    Threads encode, or with `in_processes` processes, where the bytes are worth it.
     Large items of different `groups` (a name for each item, if given) share no object.
     Objects are named `name(0)`, `name(1)`, ... When one put fails the others are cancelled and the error is raised;
     objects that were put by then stay: nothing names them.
@@ -59,15 +65,15 @@ async def save_items(
     target = target_bytes(sum(sizes), min(transfer.object_bytes, store.put_bytes), transfer.concurrency)
     objects = list(enumerate(lay_out(sizes, codec.block_bytes, target, groups)))
     stored = _Stored(codec)
-    memories = Memories()
-    apart = apart and pays_apart(sum(sizes))
-    encoder, unit_bytes = (encoder_apart, APART_UNIT_BYTES) if apart else (encoder_here, UNIT_BYTES)
+    buffers = Buffers()
+    in_processes = in_processes and is_worth_a_process(sum(sizes))
+    encoder, unit_bytes = (encoder_in_process, PROCESS_UNIT_BYTES) if in_processes else (encoder_in_thread, UNIT_BYTES)
     count = useful_threads(transfer, len(sizes), sum(sizes))
     with context.observed("save", sum(sizes)) as advance, CodecThreads(count, partial(encoder, codec)) as threads:
 
         async def put(numbered: tuple[int, list[Piece]]) -> None:
             number, pieces = numbered
-            writer = _ObjectWriter(sources, codec, threads=threads, memories=memories, advance=advance)
+            writer = _ObjectWriter(sources, codec, threads=threads, buffers=buffers, advance=advance)
             units = split_units(pieces, codec.block_bytes, unit_bytes)
             async with aclosing(writer.batches(units)) as batches:
                 await store.put(name(number), batches)
@@ -96,7 +102,7 @@ class _Stored:
         self._objects.append(np.full(len(sizes), number))
         self._offsets.append(np.cumsum(sizes) - sizes)
 
-    @uncollected
+    @gc_paused
     def by_item(self, items: int) -> Columns:
         """Return where each of so many items lies, in the order of their bytes."""
         if not self._pieces:
@@ -123,7 +129,7 @@ class _ObjectWriter:
         codec: Codec,
         *,
         threads: CodecThreads[Encoder],
-        memories: Memories,
+        buffers: Buffers,
         advance: Advance,
     ) -> None:
         self.pieces: list[Piece] = []
@@ -132,12 +138,12 @@ class _ObjectWriter:
         self._block_bytes = codec.block_bytes
         self._limit = CODECS[codec.compression].limit
         self._threads = threads
-        self._memories = memories
+        self._buffers = buffers
         self._advance = advance
 
     async def batches(self, units: Sequence[Sequence[Piece]]) -> AsyncGenerator[Batch, None]:
         """Yield the object's bytes in whole pages, and what is left at the end."""
-        with self._memories.hold(PAGE_BYTES + max(map(self._room, units))) as memory:
+        with self._buffers.hold(PAGE_BYTES + max(map(self._room, units))) as memory:
             kept = 0
             for unit in units:
                 encoded = await self._threads.run(partial(self._encode, unit, memory[kept:]))

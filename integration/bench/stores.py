@@ -14,7 +14,7 @@ from pathlib import Path
 from s3fs import S3FileSystem
 
 from dcp_storage.config import MIB
-from dcp_storage.transfer.memory import Memories
+from dcp_storage.transfer.buffers import Buffers
 from integration.bench.contestants import Place
 from integration.bench.proxy import far_proxy
 from integration.servers import S3Server, seaweedfs
@@ -77,16 +77,16 @@ class LocalShelf(Shelf):
     def read_past_cache(self, place: Place) -> float:
         """Return the seconds that plain reads of all of it take, as many and as large as those of a load."""
         jobs = [(path, start) for path in _files(place) for start in range(0, path.stat().st_size, _READ_BYTES)]
-        memories = Memories()
+        buffers = Buffers()
         began = time.perf_counter()
         with ThreadPoolExecutor(_READS) as threads:
-            list(threads.map(lambda job: _read_past_cache(*job, memories), jobs))
+            list(threads.map(lambda job: _read_past_cache(*job, buffers), jobs))
         return time.perf_counter() - began
 
 
-def _read_past_cache(path: Path, start: int, memories: Memories) -> None:
+def _read_past_cache(path: Path, start: int, buffers: Buffers) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)
-    with memories.hold(_READ_BYTES) as memory:
+    with buffers.hold(_READ_BYTES) as memory:
         os.preadv(descriptor, [memory], start)
     os.close(descriptor)
 

@@ -14,7 +14,7 @@ from dcp_storage.errors import CoverageError, DcpStorageError, UnsupportedTensor
 from dcp_storage.geometry import Box, Shape
 
 
-class Part(NamedTuple):
+class LocalShard(NamedTuple):
     """A box of the global tensor, and the memory that holds it."""
 
     box: Box
@@ -41,7 +41,7 @@ class Kind(ABC):
     def takes(value: Any) -> bool:
         """Return whether a value is of this kind."""
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[LocalShard]:
         """Return what this rank holds, in the order of its shards.
 
         Raises:

@@ -8,10 +8,10 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.tensor import DTensor
 
-from dcp_storage.dcp.kinds.base import Kind, Part, check_plain
+from dcp_storage.dcp.kinds.base import Kind, LocalShard, check_plain
 from dcp_storage.dcp.kinds.boxes import box_item
 from dcp_storage.dcp.kinds.hooked import Hooked, Wrapper, has_hooks
-from dcp_storage.dcp.kinds.pieces import Piece, pieces_of
+from dcp_storage.dcp.kinds.pieces import LocalPiece, pieces_of
 from dcp_storage.dcp.kinds.plain import Plain
 from dcp_storage.dcp.undocumented import local_tensor, with_local_tensor
 from dcp_storage.geometry import Box
@@ -35,12 +35,12 @@ class Distributed(Hooked):
         return local_tensor(self.value)
 
     @cached_property
-    def _pieces(self) -> list[Piece] | None:
+    def _pieces(self) -> list[LocalPiece] | None:
         return None if has_hooks(self._local) else pieces_of(self.fqn, self.value)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[LocalShard]:
         """Return the pieces of a DTensor that is cut otherwise than `Shard` cuts."""
-        return [Part(piece.box, self._local[piece.local.slices]) for piece in self._pieces or ()]
+        return [LocalShard(piece.box, self._local[piece.local.slices]) for piece in self._pieces or ()]
 
     def write_items(self) -> list[WriteItem]:
         """Return what this rank would write.

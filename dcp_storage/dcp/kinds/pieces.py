@@ -15,14 +15,14 @@ from dcp_storage.geometry import Box
 _Run = tuple[int, int, int]  # first index in the local tensor, first index in the global one, how many
 
 
-class Piece(NamedTuple):
+class LocalPiece(NamedTuple):
     """A box of the global tensor, and the same elements as a box of the local one."""
 
     box: Box
     local: Box
 
 
-def pieces_of(fqn: str, value: DTensor) -> list[Piece] | None:
+def pieces_of(fqn: str, value: DTensor) -> list[LocalPiece] | None:
     """Return the pieces that a DTensor holds whose placements cut it otherwise than `Shard`; `None` for any other.
 
     DCP knows one box a DTensor. For FSDP over TP that is right as long as the rows divide evenly; with the TP dimension
@@ -132,6 +132,6 @@ def _cut(value: DTensor, index: Tensor, mesh_dim: int, placement: Shard | Stride
     return split_as(placement, index, count)[coordinate[mesh_dim]]
 
 
-def _piece(along: tuple[_Run, ...]) -> Piece:
+def _piece(along: tuple[_Run, ...]) -> LocalPiece:
     starts, offsets, sizes = zip(*along, strict=True)
-    return Piece(Box(tuple(offsets), tuple(sizes)), Box(tuple(starts), tuple(sizes)))
+    return LocalPiece(Box(tuple(offsets), tuple(sizes)), Box(tuple(starts), tuple(sizes)))

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.checkpoint.planner import WriteItem, WriteItemType
 
-from dcp_storage.dcp.kinds.base import Kind, Part, check_plain
+from dcp_storage.dcp.kinds.base import Kind, LocalShard, check_plain
 from dcp_storage.dcp.kinds.boxes import box_item, make_box
 from dcp_storage.dcp.undocumented import ShardedTensor
 from dcp_storage.errors import CoverageError
@@ -22,9 +22,9 @@ class Plain(Kind):
         """Take every tensor: this kind comes last."""
         return isinstance(value, Tensor)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[LocalShard]:
         """Return the tensor."""
-        return [Part(whole(tuple(self.value.shape)), self.value)]
+        return [LocalShard(whole(tuple(self.value.shape)), self.value)]
 
     def write_items(self) -> list[WriteItem]:
         """Return one item.
@@ -58,7 +58,7 @@ class Checkpointable(Kind):
         """What the value says."""
         return tuple(map(int, self.value.global_shape))
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[LocalShard]:
         """Return a view of each shard.
 
         Raises:
@@ -80,12 +80,12 @@ class Checkpointable(Kind):
             for at, here, size in zip(offsets, local, sizes, strict=True)
         ]
 
-    def _part(self, box: Box, local: Box) -> Part:
+    def _part(self, box: Box, local: Box) -> LocalShard:
         if not contains(self.shape, box):
             raise ValueError(f"{box} is outside of the global shape {list(self.shape)}")
         if not contains(tuple(self.value.shape), local):
             raise ValueError(f"{local} is outside of the local shape {list(self.value.shape)}")
-        return Part(box, self.value[local.slices])
+        return LocalShard(box, self.value[local.slices])
 
 
 class Sharded(Kind):
@@ -96,16 +96,18 @@ class Sharded(Kind):
         """Take a `ShardedTensor`."""
         return isinstance(value, ShardedTensor)
 
-    def parts(self) -> list[Part]:
+    def parts(self) -> list[LocalShard]:
         """Return the local shards; there may be none."""
         return [part for shard in self.value.local_shards() for part in self._parts(shard)]
 
-    def _parts(self, shard: Any) -> list[Part]:
+    def _parts(self, shard: Any) -> list[LocalShard]:
         box = make_box(shard.metadata.shard_offsets, shard.metadata.shard_sizes)
         if not isinstance(shard.tensor, ShardedTensor):
-            return [Part(box, shard.tensor)]
+            return [LocalShard(box, shard.tensor)]
         inner = Sharded(self.fqn, shard.tensor).parts()
-        return [Part(Box(tuple(map(sum, zip(box.offsets, b.offsets, strict=True))), b.sizes), t) for b, t in inner]
+        return [
+            LocalShard(Box(tuple(map(sum, zip(box.offsets, b.offsets, strict=True))), b.sizes), t) for b, t in inner
+        ]
 
     def materialized(self) -> Any:
         """Return the value, whose memory only torch's own code can make.

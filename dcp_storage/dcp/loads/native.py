@@ -5,7 +5,7 @@ from math import prod
 
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.dcp.dtypes import dtype_from_name
 from dcp_storage.dcp.kinds.boxes import read_box
 from dcp_storage.dcp.loads.targets import BytesTarget, ChunkTarget
@@ -32,7 +32,7 @@ async def load_native(context: Context, manifest: Manifest, plan: LoadPlan, plan
     await load_items(context, items, manifest.object_names, manifest.codec)
 
 
-@uncollected
+@gc_paused
 def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner) -> list[LoadItem]:
     """Group the reads by the stored chunk that they read: resharding aims many at one."""
     items = []

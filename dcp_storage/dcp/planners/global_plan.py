@@ -10,7 +10,7 @@ import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.dcp.kinds.boxes import chunk_box
 from dcp_storage.errors import CoverageError, DtypeMismatch
 from dcp_storage.geometry import Box, contains, find_overlap, tiling_fault
@@ -26,7 +26,7 @@ class Offer:
     nbytes: int = 0  # raw, of the chunk itself; 0 for an entry that is not a tensor, whose size nobody knows yet
 
 
-@uncollected
+@gc_paused
 def make_global_plan(all_plans: Sequence[SavePlan], *, is_all: bool) -> tuple[list[SavePlan], Metadata]:
     """Return what each rank writes, and what the whole checkpoint will hold.
 

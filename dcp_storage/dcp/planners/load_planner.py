@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.kinds.hooked import Wrapper
 from dcp_storage.dcp.kinds.of import kind_of
@@ -95,7 +95,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         self._kinds: dict[str, Kind] = {}
 
     @hook
-    @uncollected
+    @gc_paused
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
@@ -124,7 +124,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
                     self._put(fqn, filled)
 
     @hook
-    @uncollected
+    @gc_paused
     def create_local_plan(self) -> LoadPlan:
         """Return the reads that fill this rank's destinations, and prove that they do."""
         assert self.metadata is not None
@@ -139,7 +139,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
                 except CoverageError as fault:
                     faults.append(fault)
             raise_all(faults)
-            self._judge(casts)
+            self._check_casts(casts)
         return LoadPlan(reads)
 
     def _reads(self, fqn: str, value: object, casts: list[str]) -> list[ReadItem]:
@@ -189,7 +189,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         kind = self._kinds[fqn]
         return kind.value if kind.is_whole else self.lookup_tensor(MetadataIndex(fqn, box.offsets, place))
 
-    def _judge(self, casts: list[str]) -> None:
+    def _check_casts(self, casts: list[str]) -> None:
         if not casts or self._dtype_policy == "cast":
             return
         names = list(dict.fromkeys(casts))

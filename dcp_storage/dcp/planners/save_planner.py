@@ -9,7 +9,7 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
 from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.kinds.boxes import item_box
 from dcp_storage.dcp.kinds.of import kind_of
@@ -74,7 +74,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
         self._kinds: dict[str, Kind] = {}
 
     @hook
-    @uncollected
+    @gc_paused
     def set_up_planner(
         self,
         state_dict: dict[str, Any],
@@ -91,7 +91,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
         self._kinds = {fqn: kind_of(fqn, value) for fqn, value in self.state_dict.items() if isinstance(value, Tensor)}
 
     @hook
-    @uncollected
+    @gc_paused
     def create_local_plan(self) -> SavePlan:
         """Return what this rank could write: all that it holds."""
         items: list[WriteItem] = []

@@ -79,7 +79,7 @@ def _named(differ: set[int], keys: Any, digests: Any, ranks: Any, metadata: Meta
     return found
 
 
-def judge(fingerprints: Sequence[Fingerprints | None], metadata: Metadata, where: str) -> None:
+def report_mismatches(fingerprints: Sequence[Fingerprints | None], metadata: Metadata, where: str) -> None:
     """Say where ranks differ.
 
     Raises:

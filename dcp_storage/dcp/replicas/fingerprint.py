@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.planner import WriteItem
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.dcp.kinds.boxes import item_box
 from dcp_storage.dcp.replicas.compare import Fingerprints, ReplicaPolicy, item_key
 from dcp_storage.dcp.replicas.objects import object_digest
@@ -22,7 +22,7 @@ def item_place(item: WriteItem) -> Place:
     return item.index.fqn, item_box(item) if item.tensor_data else None
 
 
-@uncollected
+@gc_paused
 def fingerprint(policy: ReplicaPolicy, items: Iterable[WriteItem], planner: DefaultSavePlanner) -> Fingerprints:
     """Return the fingerprints of items that a planner holds."""
     keys, digests = [], []

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.config import Codec
 from dcp_storage.dcp.dtypes import dtype_name, planes_of
 from dcp_storage.dcp.saves.results import Items, Results
@@ -25,7 +25,7 @@ from dcp_storage.format.manifest.schema import ListedBoxes
 from dcp_storage.geometry import Box, tiling_fault
 
 
-@uncollected
+@gc_paused
 def build_draft(
     metadata: Metadata,
     results: Sequence[Results],

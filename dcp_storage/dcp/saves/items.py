@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.config import Codec
 from dcp_storage.dcp.device import wait_for_device
 from dcp_storage.dcp.kinds.plain import Checkpointable
@@ -17,7 +17,7 @@ from dcp_storage.geometry import whole
 from dcp_storage.transfer.save import Source
 
 
-@uncollected
+@gc_paused
 def plan_sources(plan: SavePlan, planner: SavePlanner, codec: Codec) -> list[Source]:
     """Return the source of each of a plan's items.
 

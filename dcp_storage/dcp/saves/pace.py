@@ -28,7 +28,7 @@ class Pace(Enum):
         return cls.IN_PROCESS if in_async_process() else cls.WAITED_FOR
 
     @property
-    def encodes_apart(self) -> bool:
+    def encodes_in_processes(self) -> bool:
         """Whether Python's lock is training's, so that the save encodes in processes of its own."""
         return self is Pace.IN_THREAD
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from dcp_storage.config import Codec
-from dcp_storage.dcp.saves.save import Part, Save
+from dcp_storage.dcp.saves.save import Role, Save
 from dcp_storage.format.codecs.blocks import CODECS
 from dcp_storage.format.manifest.columns import Columns
 from dcp_storage.format.names import data_object
@@ -13,7 +13,7 @@ from dcp_storage.transfer.save import Source, save_items
 
 
 async def put(
-    context: Context, save: Save, part: Part, sources: Sequence[Source], *, groups: Sequence[str], codec: Codec
+    context: Context, save: Save, role: Role, sources: Sequence[Source], *, groups: Sequence[str], codec: Codec
 ) -> tuple[list[str], Columns]:
     """Put the sources of a rank; return the names of its objects, by number, and where in them each source lies.
 
@@ -21,13 +21,15 @@ async def put(
     """
 
     def name(number: int) -> str:
-        return data_object(save.token, part.rank, number, CODECS[codec.compression].suffix)
+        return data_object(save.token, role.rank, number, CODECS[codec.compression].suffix)
 
     def begin(number: int) -> str:
         save.objects.append(name(number))
         return save.objects[-1]
 
     transfer = save.pace.transfer(context.transfer, remote=context.store.remote)
-    apart = save.pace.encodes_apart
-    stored = await save_items(replace(context, transfer=transfer), sources, begin, codec, groups=groups, apart=apart)
+    in_processes = save.pace.encodes_in_processes
+    stored = await save_items(
+        replace(context, transfer=transfer), sources, begin, codec, groups=groups, in_processes=in_processes
+    )
     return list(map(name, range(int(stored.objects.max(initial=-1)) + 1))), stored

@@ -10,7 +10,7 @@ from dcp_storage.format.names import new_token
 
 
 @dataclass(frozen=True)
-class Part:
+class Role:
     """What a rank has to do in a save.
 
     Attributes:
@@ -42,7 +42,7 @@ class Save:
         token: Names its objects, as no other save's.
         pace: How it shares the machine with training.
         thread: DCP calls all hooks of a save in one.
-        part: What this rank has to do, once DCP has told.
+        role: What this rank has to do, once DCP has told.
         objects: The names of the objects that it began to put.
         number: Which of this process's saves to that place it is, from 1.
         begun: When, by `time.monotonic`.
@@ -55,7 +55,7 @@ class Save:
     token: str = field(default_factory=new_token)
     pace: Pace = field(default_factory=Pace.here)
     thread: threading.Thread = field(default_factory=threading.current_thread)
-    part: Part | None = None
+    role: Role | None = None
     objects: list[str] = field(default_factory=list)
     number: int = 0
     begun: float = field(default_factory=time.monotonic)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.dcp.device import wait_for_device
 from dcp_storage.dcp.kinds.base import check_plain
 from dcp_storage.dcp.kinds.of import kind_of
@@ -26,7 +26,7 @@ _ALIGNMENT = 64
 _UNCHANGING = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
 
 
-@uncollected
+@gc_paused
 def stage(state_dict: dict[str, Any], *, keep: bool) -> StagedState:
     """Return a copy of a state dict, of the elements that this rank holds and of nothing else of their storages.
 

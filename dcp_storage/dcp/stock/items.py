@@ -21,7 +21,7 @@ _MAX_WINDOW_BYTES = 128 * MIB
 _MAX_RECORDS = 64
 
 
-class Kind(NamedTuple):
+class StoredKind(NamedTuple):
     """What a stored tensor must turn out to be; chunks that begin at one offset (empty ones) share an item."""
 
     dtype: torch.dtype
@@ -34,7 +34,7 @@ class Item(NamedTuple):
     fqn: str
     url: str
     stored: StockItem
-    kind: Kind | None
+    kind: StoredKind | None
 
     @property
     def place(self) -> str:
@@ -107,7 +107,7 @@ def undo_transforms(item: Item, data: bytes, decompressor: zstandard.ZstdDecompr
     return data
 
 
-def load_tensor(item: Item, kind: Kind, data: bytes) -> Tensor:
+def load_tensor(item: Item, kind: StoredKind, data: bytes) -> Tensor:
     """Return the tensor in a `torch.save` container, after checking that it is the one that the manifest describes.
 
     Raises:

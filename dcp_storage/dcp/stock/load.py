@@ -15,7 +15,7 @@ from dcp_storage.dcp.kinds.boxes import read_box
 from dcp_storage.dcp.loads.hand_over import hand_over
 from dcp_storage.dcp.stock.items import (
     Item,
-    Kind,
+    StoredKind,
     check_item,
     load_tensor,
     make_decompressor,
@@ -56,7 +56,7 @@ async def load_stock(context: Context, manifest: StockManifest, plan: LoadPlan, 
         context.observed("load", raw_bytes) as advance,
         CodecThreads(transfer.resolve_threads(), lambda: nullcontext(make_decompressor())) as threads,
     ):
-        loader = _Loader(store, planner, transfer, threads, advance)
+        loader = _StockLoader(store, planner, transfer, threads, advance)
         await for_each(transfer.concurrency, {item.stored.object_name for item, _ in jobs}, loader.measure)
         await for_each(transfer.concurrency, _runs(jobs), loader.load)
 
@@ -88,18 +88,18 @@ def _runs(jobs: Sequence[_Job]) -> list[list[_Job]]:
     return runs
 
 
-def _kinds(manifest: StockManifest, fqns: set[str]) -> dict[StorageKey, Kind]:
-    kinds: dict[StorageKey, Kind] = {}
+def _kinds(manifest: StockManifest, fqns: set[str]) -> dict[StorageKey, StoredKind]:
+    kinds: dict[StorageKey, StoredKind] = {}
     for fqn in fqns & manifest.tensors.keys():
         tensor = manifest.tensors[fqn]
         dtype = dtype_from_name(tensor.dtype)
         for offset, sizes in tensor.chunks:
-            earlier = kinds.get((fqn, offset), Kind(dtype, ())).shapes
-            kinds[fqn, offset] = Kind(dtype, (*earlier, sizes) if sizes not in earlier else earlier)
+            earlier = kinds.get((fqn, offset), StoredKind(dtype, ())).shapes
+            kinds[fqn, offset] = StoredKind(dtype, (*earlier, sizes) if sizes not in earlier else earlier)
     return kinds
 
 
-def _find(url: str, manifest: StockManifest, key: StorageKey, kinds: dict[StorageKey, Kind]) -> Item:
+def _find(url: str, manifest: StockManifest, key: StorageKey, kinds: dict[StorageKey, StoredKind]) -> Item:
     fqn, offset = key
     if key not in manifest.storage or (offset is not None and key not in kinds):
         what = "object" if offset is None else f"part of a tensor that begins at {list(offset)},"
@@ -107,7 +107,7 @@ def _find(url: str, manifest: StockManifest, key: StorageKey, kinds: dict[Storag
     return Item(fqn, url, manifest.storage[key], kinds.get(key))
 
 
-class _Loader:
+class _StockLoader:
     """Fetches a run of items at a time, of which several are in flight."""
 
     def __init__(
@@ -165,7 +165,7 @@ class _Loader:
             raise items[0].damaged(f"only {len(data)} of {end - begin} bytes could be read")
         return data
 
-    def _resolve(self, item: Item, kind: Kind, read: ReadItem) -> Tensor:
+    def _resolve(self, item: Item, kind: StoredKind, read: ReadItem) -> Tensor:
         box = read_box(read)
         if not any(contains(shape, box) for shape in kind.shapes):
             raise CoverageError(f"{item.fqn}: the plan reads {box} of a part without these elements", fqn=item.fqn)

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.config import KIB
 from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.manifest.boxes import grid_of
@@ -84,7 +84,7 @@ class Draft:
         return sum(tensor.raw_bytes for tensor in self.tensors.values()) + sum(self.entries.values())
 
 
-@uncollected
+@gc_paused
 def encode(draft: Draft) -> bytes:
     """Return the manifest as it is stored.
 

@@ -9,7 +9,7 @@ import msgspec
 import numpy as np
 from msgspec import Struct
 
-from dcp_storage.collector import uncollected
+from dcp_storage.collector import gc_paused
 from dcp_storage.errors import ManifestCorrupt
 from dcp_storage.format.codecs.digests import DIGEST_CHARS, digest_of
 from dcp_storage.format.contents import METADATA_VERSION, CheckedItem, HeldObject
@@ -227,7 +227,7 @@ class Manifest:
             self._check_names(number, names)
         return names
 
-    @uncollected
+    @gc_paused
     def _tensors(self, number: int) -> dict[str, TensorEntry]:
         frame = self._frame(number, TensorFrame)
         with self._checked():
@@ -235,7 +235,7 @@ class Manifest:
             digests = self._digests(number)
             return decode_tensors(frame, self.codec, self._object_sizes, digests, partial=self.rank is not None)
 
-    @uncollected
+    @gc_paused
     def _entries(self, number: int) -> dict[str, BytesEntry]:
         frame = self._frame(number, EntryFrame)
         with self._checked():

@@ -6,7 +6,7 @@ from dcp_storage.format.contents import Contents
 from dcp_storage.format.names import MANIFEST, parse_part_manifest, save_of
 
 
-def split(listed: Iterable[str], contents: Contents | None) -> tuple[list[str], list[str]]:
+def orphans_and_foreign(listed: Iterable[str], contents: Contents | None) -> tuple[list[str], list[str]]:
     """Return what is there and not part of the checkpoint: orphans of this package's saves, and foreign objects.
 
     The manifests of single ranks are the checkpoint where there is no `.metadata` and they are of the attempt that is

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
 
-class Memories:
+class Buffers:
     """The memory of one call: as many pieces as are held at once, each as large as the largest that was asked for."""
 
     def __init__(self) -> None:
