@@ -11,11 +11,11 @@ R = TypeVar("R")
 
 
 def gc_paused(function: Callable[P, R]) -> Callable[P, R]:
-    """Pause the collector while a function runs that makes many objects and no cycles.
+    """Pause the collector while a function makes many objects and no cycles.
 
-    Each time that their number has grown by a quarter it would walk over all that the process holds: a third of the
-    time that a save or a load of many small tensors takes. Only in the main thread: the collector is the process's,
-    and a save beside training must not turn it on while training has it off.
+    It would walk the whole heap each time that has grown by a quarter, which takes a third of the time of a save or a
+    load of many small tensors. Only in the main thread: the collector is the process's, and a save beside training
+    must not turn it on while training has it off.
     """
 
     @wraps(function)

@@ -1,4 +1,4 @@
-"""What a save or a load tells of itself while it runs. No user interface: `progress.py` is one observer of many."""
+"""Observers: what a save or a load reports while it runs. `progress.py` is one of them."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -49,13 +49,13 @@ class Moved:
 
 @contextmanager
 def silent(operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:  # noqa: ARG001 - an `Observer`
-    """Tell nobody: the observer where none is given."""
+    """Do nothing: the default observer."""
     yield lambda raw_bytes, stored_bytes: None  # noqa: ARG005
 
 
 @contextmanager
 def observed(observer: Observer, operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
-    """Tell an observer of a transfer, as long as it raises nothing: that is logged, and the transfer goes on."""
+    """Report a transfer to an observer. What it raises is logged once, and the transfer goes on."""
     told = _Told(observer, operation, url, raw_bytes)
     failure: BaseException | None = None
     try:

@@ -1,4 +1,4 @@
-"""`prune`: what dead saves left in a checkpoint's directory, removed. No torch."""
+"""`prune` removes what dead saves left in a checkpoint's directory. No torch."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -26,14 +26,14 @@ def prune(
     print(prune("s3://bucket/run/step-100", dry_run=True).removed)
     ```
 
-    Only the objects of saves whose last write is at least `older_than` ago, by the times that the store tells and this
-    machine's clock: the objects of a save under way are named by no manifest either. Nothing that the manifest names
-    and no foreign file is ever removed. Where nothing was committed, what a dead first save left is removed too.
+    A save's objects are removed only if its last write is at least `older_than` ago, by the store's times and this
+    machine's clock: no manifest names the objects of a save under way either. What the manifest names is never removed,
+    and no foreign file is. Where nothing was committed, what a dead first save left is removed too.
 
     Raises:
         CheckpointNotFound: Nothing of this package is there: neither a checkpoint nor what a save left.
-        ManifestCorrupt: The manifest is damaged, so that nothing tells what may be removed; nothing was.
-        UnsupportedFormat: It is of a later format, or a pickle that names what no stock checkpoint does; the same.
+        ManifestCorrupt: The manifest is damaged, so that nothing says what may be removed. Nothing was.
+        UnsupportedFormat: It is of a later format, or a pickle that names what no stock checkpoint does.
         StoreError: The store failed, or does not tell when objects were written.
         ConfigError: An argument is impossible.
     """

@@ -1,4 +1,4 @@
-"""`verify`: every block of a checkpoint, read and checked without loading it. No torch."""
+"""`verify` reads and checks every block of a checkpoint without loading it. No torch."""
 
 import re
 from collections.abc import Mapping

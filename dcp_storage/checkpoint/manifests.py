@@ -54,7 +54,7 @@ async def read_manifest(store: Store) -> Contents:
 
 
 async def write_manifest(store: Store, draft: Draft, *, over: str | None) -> None:
-    """Make a checkpoint of the objects that a manifest names: the last act of a save, and an atomic one.
+    """Commit a manifest atomically: the last act of a save.
 
     `over` is the version of the manifest that may be replaced, `ABSENT`, or `None` for any.
 
@@ -68,9 +68,9 @@ async def write_manifest(store: Store, draft: Draft, *, over: str | None) -> Non
 
 
 async def is_committed(store: Store, *, parts: bool) -> bool:
-    """Return whether a `.metadata` stands here, or parts that no part of this package's may be put beside.
+    """Return whether a checkpoint is committed here: a `.metadata`, or parts of DCP's own writers.
 
-    With `parts`, so does a complete set of this package's own, and one that cannot be read.
+    With `parts`, a complete attempt of this package counts too, and so do parts that cannot be read.
     """
     if await store.probe(MANIFEST):
         return True
@@ -87,7 +87,7 @@ async def is_committed(store: Store, *, parts: bool) -> bool:
 
 
 async def _names(store: Store) -> list[str]:
-    """List, for the sake of manifests of single ranks; whoever may not list has put none that could be read."""
+    """Return the names that are listed; none where listing is denied, since parts could not be read either."""
     try:
         return list(await store.list())
     except AccessDenied:
@@ -95,10 +95,10 @@ async def _names(store: Store) -> list[str]:
 
 
 async def replaced_objects(store: Store) -> list[str]:
-    """Return what a new manifest makes superfluous: objects, and parts, of the checkpoint that it replaces.
+    """Return the objects and parts of the checkpoint that a new manifest replaces.
 
-    A manifest that cannot be read names nothing: what it stood for stays where it is. So does what one names that is
-    not of the form of a save's objects: a manifest must not make a save delete somebody else's file.
+    A manifest that cannot be read names nothing, so its objects stay. Names that no save gives are left out: a manifest
+    must not make a save delete somebody else's file.
     """
     try:
         old = await read_manifest(store)
@@ -113,7 +113,7 @@ async def replaced_objects(store: Store) -> list[str]:
 
 
 async def superseded_objects(store: Store, part: Draft) -> list[str]:
-    """Return what a part makes superfluous if it completes its attempt: the older complete attempts."""
+    """Return the objects of older complete attempts, if this part completes its own."""
     attempts = group_parts(await _names(store))
     complete = [first.attempt for first in await complete_attempts(store, attempts)]
     if part.attempt not in complete:

@@ -1,4 +1,4 @@
-"""What lies in a checkpoint's directory beside the checkpoint: left by a save that died, or somebody else's."""
+"""What else lies in a checkpoint's directory: objects that a dead save left, and foreign ones."""
 
 from collections.abc import Iterable
 
@@ -7,10 +7,9 @@ from dcp_storage.format.names import MANIFEST, parse_part_manifest, save_of
 
 
 def orphans_and_foreign(listed: Iterable[str], contents: Contents | None) -> tuple[list[str], list[str]]:
-    """Return what is there and not part of the checkpoint: orphans of this package's saves, and foreign objects.
+    """Return what is listed but not part of the checkpoint: orphans of this package's saves, and foreign objects.
 
-    The manifests of single ranks are the checkpoint where there is no `.metadata` and they are of the attempt that is
-    loaded, and left over elsewhere.
+    Without a `.metadata`, the part manifests of the attempt that is loaded are the checkpoint; all others are orphans.
     """
     listed = set(listed)
     named = set() if contents is None else set(contents.object_names)

@@ -1,4 +1,4 @@
-"""The checkpoint of a save without collectives: manifests of single ranks, told apart by attempt, and merged."""
+"""Checkpoints of saves without collectives: each rank's part manifest, grouped by attempt, and merged."""
 
 import asyncio
 import logging
@@ -62,12 +62,12 @@ async def _not_found(store: Store, objects: int) -> CheckpointNotFound:
 
 
 def _by_number(name: str) -> list[str | int]:
-    """Return what sorts `step-9` before `step-10`."""
+    """Return a key that sorts `step-9` before `step-10`."""
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
 def group_parts(names: Iterable[str]) -> Attempts:
-    """Return the manifests of single ranks that are among some names."""
+    """Return the part manifests among some names, by attempt and rank."""
     attempts: defaultdict[str | None, dict[int, str]] = defaultdict(dict)
     for name in names:
         if part := parse_part_manifest(name):

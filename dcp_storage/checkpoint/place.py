@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 class Opener(Protocol):
-    """Makes the store of a place, as `open_store` does; one that pickles may cross into `async_save`'s process."""
+    """Makes stores, as `open_store` does. It must pickle for `async_save` in a process."""
 
     def __call__(
         self, path: Address, storage_options: Mapping[str, Any] | None = None, *, sync_files: bool = True
@@ -27,7 +27,7 @@ class Opener(Protocol):
 
 @dataclass(frozen=True)
 class Location:
-    """A place for one checkpoint, or for a directory of them: plain values, so that it pickles.
+    """Where one checkpoint is, or a directory of them. Plain values, so that it pickles.
 
     Whatever takes a path takes a `Location` too, and opens its stores with `opener`.
 
@@ -63,10 +63,10 @@ class Location:
         *,
         sync_files: bool = True,
     ) -> "Location":
-        """Return the location that a path with these options means; a location stays what it is.
+        """Return the location of a path, or the location that is given.
 
         Raises:
-            ConfigError: A location is given options beside its own.
+            ConfigError: Options are given beside a location, which has its own.
         """
         if not isinstance(place, Location):
             return cls(place, storage_options, sync_files)

@@ -1,4 +1,4 @@
-"""What dead saves left in a checkpoint's directory, removed."""
+"""Removes what dead saves left in a checkpoint's directory."""
 
 import time
 from collections import defaultdict
@@ -57,7 +57,7 @@ async def _orphans(store: Store, names: Iterable[str]) -> list[str]:
 
 
 def _old_enough(orphans: Iterable[str], times: Mapping[str, float], before: float) -> set[str]:
-    """Return the orphans of those saves that wrote nothing since."""
+    """Return the orphans whose save has written nothing since then."""
     by_save: defaultdict[str | None, list[str]] = defaultdict(list)
     for name in orphans:
         by_save[save_of(name)].append(name)

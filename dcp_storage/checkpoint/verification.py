@@ -1,4 +1,4 @@
-"""Every block of a checkpoint, read and checked without loading it, and what else lies there."""
+"""Reads and checks every block of a checkpoint, and finds what else lies there."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -128,7 +128,7 @@ def _object_fault(expected: HeldObject, size: int | None) -> Damage | None:
 async def _block_damage(
     context: Context, contents: Contents, sizes: Mapping[str, int]
 ) -> tuple[list[Block], list[Damage]]:
-    """Check what is there of a checkpoint's blocks; return it, and what of it is damaged."""
+    """Check the blocks that are there; return them, and what is damaged."""
     codec = contents.codec
     if codec is None:
         return [], []
@@ -151,7 +151,7 @@ def _damage(fault: BlockFault, items: Sequence[CheckedItem], names: Sequence[str
 
 
 async def _require_unchanged(store: Store, contents: Contents) -> None:
-    """Tell damage from a checkpoint that was replaced, its objects deleted, while it was read."""
+    """Raise if another save replaced the checkpoint meanwhile: then its objects are gone, not damaged."""
     try:
         now = await read_manifest(store)
     except CheckpointNotFound:

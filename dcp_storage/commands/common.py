@@ -1,4 +1,4 @@
-"""What the sub-commands share: where the checkpoint is, how to get there, and how to say what was found."""
+"""What the sub-commands share: arguments for the checkpoint's place, and output."""
 
 import argparse
 import json
@@ -22,7 +22,7 @@ def add_place(parser: argparse.ArgumentParser) -> None:
 
 
 def storage_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return what the file system is to be opened with."""
+    """Return the options to open the file system with."""
     options: dict[str, Any] = args.storage_options
     return options | ({"endpoint_url": args.endpoint_url} if args.endpoint_url else {})
 

@@ -1,4 +1,4 @@
-"""`dcp-storage prune`: what dead saves left behind is removed."""
+"""`dcp-storage prune` removes what dead saves left behind."""
 
 import argparse
 import re

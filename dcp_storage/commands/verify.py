@@ -1,4 +1,4 @@
-"""`dcp-storage verify`: every block of a checkpoint, read and checked."""
+"""`dcp-storage verify` reads and checks every block of a checkpoint."""
 
 import argparse
 from dataclasses import asdict

@@ -22,18 +22,18 @@ def wait_for_device(tensor: Tensor) -> None:
 
 
 def host_memory(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return memory of the host, not yet written, for elements that come from a device or go there.
+    """Return uninitialized host memory for copies from or to a device.
 
-    Where it is pinned, torch keeps it when it is dropped, and lends it again.
+    Pinned memory goes back to torch's cache when it is dropped.
     """
     return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=device.type == _PINNED)
 
 
 @contextmanager
 def copying_from(device: torch.device) -> Iterator[bool]:
-    """Give copies to `host_memory` a stream that waits for no other; at the end they are done.
+    """Run copies to `host_memory` on a stream of their own, and wait for them at the end.
 
-    Yields whether they may go on behind the caller's back until then (`non_blocking`).
+    Yields what to pass to `copy_` as `non_blocking`.
     """
     if device.type != _PINNED:
         yield False

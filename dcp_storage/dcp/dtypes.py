@@ -29,7 +29,7 @@ def check_text(fqn: str) -> None:
     """Refuse a name that the manifest, which is UTF-8, cannot hold.
 
     Raises:
-        UnsupportedTensor: It has half a surrogate pair in it.
+        UnsupportedTensor: It contains a lone surrogate.
     """
     try:
         fqn.encode()

@@ -11,7 +11,7 @@ R = TypeVar("R")
 
 
 def hook(function: Callable[P, R]) -> Callable[P, R]:
-    """Leave the frames of this package out of the traceback of a typed error: its message says what they cannot.
+    """Drop this package's frames from the traceback of a typed error, whose message says more.
 
     DCP sends the traceback to all ranks, and prints it once for each. What caused the error keeps its own.
     """

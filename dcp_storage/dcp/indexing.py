@@ -1,4 +1,4 @@
-"""Basic indexing, as tensors take it, as the box that it reaches over."""
+"""Basic tensor indexing as the box that it reads."""
 
 from numbers import Integral
 from types import EllipsisType
@@ -9,7 +9,7 @@ Index = int | slice | EllipsisType
 
 
 def box_of(shape: Shape, index: tuple[Index, ...]) -> tuple[Box, tuple[int | slice, ...]]:
-    """Return the box that an index reaches over, and the index that is left to take within it."""
+    """Return the bounding box of an index, and the index to apply within that box."""
     offsets: list[int] = []
     sizes: list[int] = []
     rest: list[int | slice] = []

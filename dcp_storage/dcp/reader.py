@@ -185,13 +185,13 @@ class AsyncStorageReader(StorageReader):
         return self._manifest
 
     def _follow(self, error: ObjectNotFound, *, last: bool) -> None:
-        """Turn to the save that replaced the one whose object is gone, if the plan is as good for it.
+        """Switch to the save that replaced this one, if the plan fits it too.
 
         Other ranks may have read theirs of the old save already, and DCP has no way to call them back.
 
         Raises:
             ObjectNotFound: `error`: the manifest is the same, and names an object that is not there.
-            CheckpointReplaced: There are other ranks, the new save is laid out otherwise, or this is enough.
+            CheckpointReplaced: There are other ranks, the new save has another layout, or this was the last try.
         """
         old, new = self._contents(), self._location.run(read_manifest)
         if new.identity == old.identity:
@@ -217,12 +217,12 @@ class AsyncStorageReader(StorageReader):
 
 
 def _layout(contents: Contents) -> Metadata:
-    """Return all that plans are made of."""
+    """Return all that a plan depends on."""
     return replace(to_metadata(contents), storage_data=None)
 
 
 def _counting(observer: Observer, moved: Moved) -> Observer:
-    """Return an observer that tells another, and counts."""
+    """Return an observer that counts what moves, and tells another."""
 
     @contextmanager
     def told(operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:

@@ -77,7 +77,7 @@ class AsyncStorageWriter(StorageWriter):
         observer: Is told of every transfer of this rank.
 
     Raises:
-        ConfigError: An argument is impossible: an unknown protocol, options for a local path, `info` that is no JSON.
+        ConfigError: An argument is impossible: an unknown protocol, options for a local path, `info` that is not JSON.
 
     What a save raises reaches the caller of `dcp.save`, on every rank, inside of DCP's `CheckpointException`, whose
     `failures` hold the typed errors: `CheckpointExists`, `UnsupportedTensor`, `CoverageError`, `DtypeMismatch`,
@@ -136,7 +136,7 @@ class AsyncStorageWriter(StorageWriter):
 
     @hook
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Take this rank's part: DCP passes `rank` and `use_collectives` to a parameter that is named `kwargs`.
+        """Note this rank's role. DCP passes `rank` and `use_collectives` only if a parameter is named `kwargs`.
 
         Raises:
             ConfigError: Without collectives, nothing tells the ranks what the parts of one save are to share.

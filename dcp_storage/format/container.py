@@ -78,7 +78,7 @@ def _read(data: bytes, most_records: int) -> Container:
 
 
 def _is_stored(record: zipfile.ZipInfo, available: int) -> bool:
-    """Say whether a record is stored as it is: torch would inflate a compressed one to any size."""
+    """Return whether a record is uncompressed: torch would inflate a compressed one to any size."""
     plain = record.compress_type == zipfile.ZIP_STORED and record.file_size == record.compress_size
     return plain and 0 <= record.header_offset <= available - record.file_size
 

@@ -59,11 +59,11 @@ class Contents(Protocol):
 
     @property
     def identity(self) -> str:
-        """Tells it from every other."""
+        """Unique to it."""
 
     @property
     def save_id(self) -> str | None:
-        """Names its save, where it does."""
+        """Unique to its save, if it is known."""
 
     @property
     def version(self) -> str | None:

@@ -1,4 +1,4 @@
-"""What cannot be in a manifest, of this format or a stock one: found deep below, and blamed on a place above."""
+"""Faults: what a manifest, of this format or a stock one, must not say."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Names of the objects of a checkpoint: what a save makes, what a reader accepts, and what is whose. The only place."""
+"""Names of objects: the only place that makes, parses and judges them."""
 
 import re
 import secrets
@@ -62,7 +62,7 @@ def part_manifest(part: Part) -> str:
 
 
 def parse_part_manifest(name: str) -> Part | None:
-    """Return whose part this name is that of, or `None`."""
+    """Return the part that a manifest of this name is, or `None`."""
     match = _PART.fullmatch(name)
     return Part(match[2], int(match[1])) if match else None
 

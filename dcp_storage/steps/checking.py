@@ -1,4 +1,4 @@
-"""A step is checked after its commit: each rank looks at what it wrote, and tells the others when they next meet."""
+"""Checks of committed steps: each rank checks what it wrote, and tells the others when they next meet."""
 
 import logging
 from collections.abc import Mapping, Sequence

@@ -125,7 +125,7 @@ class Checkpoints:
             step: A whole number from 0.
             state: What DCP saves, and `PerRank`s.
             metrics: Numbers by name, for `KeepBest` and for `steps`; those of rank 0 count.
-            overwrite: Replace a step that is committed. One that `load` or a check found damaged needs no leave.
+            overwrite: Replace a step that is committed. One that `load` or a check found damaged is replaced without it.
 
         Returns:
             The step, or `None` where the save failed and `on_error` is `"log"`.
@@ -187,7 +187,7 @@ class Checkpoints:
             ManifestCorrupt: It, or with `strict` the newest one, is damaged; or so are several.
             BlockCorrupt: Likewise.
             MissingKeys: The state asks for what the step does not hold.
-            CoverageError: Another number of ranks saved a `PerRank`, which says not how to regroup.
+            CoverageError: Another number of ranks saved a `PerRank` that has no `regroup`.
             StoreError: The store failed.
         """
         self._check_open()
@@ -255,10 +255,10 @@ class Checkpoints:
         return self._ranks.on_first(partial(self._upkeep.prune, dry_run=dry_run))
 
     def should_save(self, step: int) -> bool:
-        """Return on all ranks whether any of them was asked for a save since the last time (collective, and cheap).
+        """Return on all ranks whether a save was requested on any of them since the last call (collective, and cheap).
 
-        It is asked by a signal (SIGTERM, unless `signals` says otherwise) or by `request_save`. The first call in the
-        main thread installs the handlers. They call those that were there before, and let a second signal pass.
+        A save is requested by a signal (SIGTERM, unless `signals` says otherwise) or by `request_save`. The first call
+        in the main thread installs the handlers. They call those that they replace, and let a second signal pass.
 
         Raises:
             ConfigError: The ranks are not at the same step, or it is not a valid one.
@@ -274,7 +274,7 @@ class Checkpoints:
 
     @property
     def failed_saves(self) -> int:
-        """How many saves failed, and were logged because of `on_error="log"`."""
+        """How many saves failed and were only logged, because of `on_error="log"`."""
         return self._saver.failed
 
     @property

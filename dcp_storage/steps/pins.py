@@ -1,4 +1,4 @@
-"""Pins: small objects beside a step that keep it from every prune, and the tombstones that keep pins from crossing one.
+"""Pins, small objects that keep a step from every prune; and tombstones, which keep a pin and a prune from crossing.
 
 A prune puts a tombstone, looks for pins, and deletes; a pin puts its object, and looks for a tombstone. Whichever is
 first, one of them sees the other. A tombstone names what is to be deleted, so that the next prune finishes one that was
@@ -62,12 +62,12 @@ async def put_pin(step: Store, pin: str) -> None:
 
 
 async def refresh_pin(step: Store, pin: str) -> None:
-    """Make a pin young again."""
+    """Renew a pin."""
     await step.commit(pin, b"{}")
 
 
 async def remove_pin(step: Store, pin: str) -> None:
-    """Let a step go."""
+    """Remove a pin."""
     await step.delete([pin])
 
 
@@ -96,9 +96,9 @@ async def bury(step: Store) -> bool:
 
 
 async def unearth(step: Store) -> None:
-    """Delete what the tombstones of a step name, but for what a manifest names that stands there now.
+    """Delete what the tombstones of a step name, except what the manifest that stands there now names.
 
-    That is a step which was saved anew: another prune may have put a tombstone for it, and withdraw because of a pin.
+    Such a step was saved anew, and the prune that buried it may still withdraw because of a pin.
     """
     there = await step.list()
     buried = {tombstone: await _named(step, tombstone) for tombstone in sorted(filter(is_tombstone, there))}

@@ -1,4 +1,4 @@
-"""Old steps go only for steps that passed their check."""
+"""Old steps are removed only for steps that passed their check."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""The newest sound step, into a state: all ranks take the same."""
+"""Loads the newest sound step: all ranks take the same."""
 
 import logging
 from collections.abc import Sequence

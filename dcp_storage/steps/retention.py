@@ -1,4 +1,4 @@
-"""Old steps go: what stays is decided on what the store tells, then manifests are deleted, and then objects."""
+"""Removes old steps: decides by what the store lists, deletes the manifests, and then the objects."""
 
 import logging
 import time

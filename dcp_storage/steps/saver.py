@@ -1,4 +1,4 @@
-"""Saves steps, in the training's thread or beside it: all ranks alike, and no failure unheard."""
+"""Saves steps, in the training's thread or beside it. All ranks do the same, and every failure is reported."""
 
 import logging
 from concurrent.futures import Future

@@ -81,7 +81,7 @@ def check_step(step: object) -> int:
 
 
 def check_alike(told: Sequence[Told]) -> None:
-    """See that all ranks save the same step, and have `PerRank`s of the same names.
+    """Check that all ranks save the same step, and have `PerRank`s of the same names.
 
     Raises:
         ConfigError: They do not.

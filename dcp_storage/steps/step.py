@@ -18,7 +18,7 @@ class Step:
     Attributes:
         step: Its number.
         url: Where it is, without credentials.
-        created: When it was committed; `None` where nothing tells: stock checkpoints do not, nor do damaged heads.
+        created: When it was committed; `None` for stock checkpoints and damaged heads, which do not say.
         raw_bytes: Size of what it holds in memory, likewise.
         stored_bytes: Size of its objects, likewise.
         metrics: What its save said.

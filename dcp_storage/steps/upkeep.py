@@ -1,4 +1,4 @@
-"""What follows a commit, beside training: the step is checked, and old ones go."""
+"""What follows a commit, beside training: the step is checked, and old ones are removed."""
 
 import logging
 from collections import Counter
@@ -40,13 +40,13 @@ class Upkeep:
         self._pruning = Lock()
 
     def hold(self, step: int) -> None:
-        """Keep a step, which this process is about to write or read, from being removed; wait if it is just now."""
+        """Keep a step from being removed while this process writes or reads it; wait if it is being removed."""
         with self._turn:
             self._turn.wait_for(lambda: self._removing != step)
             self._in_use[step] += 1
 
     def release(self, step: int) -> None:
-        """Let a step go again."""
+        """Release a step."""
         with self._turn:
             self._in_use[step] -= 1
 

@@ -1,4 +1,4 @@
-"""What a checkpoint asks of a storage system, and nothing more: a few operations below one prefix."""
+"""`Store`: the few operations below one prefix that a checkpoint needs of a storage system."""
 
 import builtins
 from abc import ABC, abstractmethod
@@ -78,8 +78,8 @@ class Store(ABC):
 
     Attributes:
         url: Where the prefix is, for messages; never with credentials.
-        put_bytes: The size that an object is best put in, or less.
-        read_bytes: The most that is best read at once.
+        put_bytes: The largest size that objects are best put in.
+        read_bytes: The largest size that is best read at once.
         remote: Whether operations wait for a network, which more of them in flight hide.
     """
 
@@ -95,11 +95,11 @@ class Store(ABC):
     async def __aexit__(self, *exc_info: object) -> None: ...
 
     def child(self, name: str) -> "Store":
-        """Return the store of the prefix of a name directly below this one: open as long as this one is."""
+        """Return the store of a prefix directly below this one, which is open as long as this one is."""
         raise NotImplementedError(f"{type(self).__name__} has no prefixes below its own ({name})")
 
     async def remove_directory(self) -> None:  # noqa: B027 - where there are directories
-        """Take away the directory of this prefix, if nothing is in it; nothing where prefixes are names alone."""
+        """Remove this prefix's directory if it is empty; do nothing where prefixes are only names."""
 
     @abstractmethod
     async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
@@ -133,7 +133,7 @@ class Store(ABC):
         return True
 
     async def version(self, name: str) -> str | None:  # noqa: ARG002 - where there are versions
-        """Return what tells an object from all that may replace it, for `commit`; `None` where nothing does."""
+        """Return the version of an object, for `commit`; `None` where the system has none."""
         return None
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The bodies of requests: gathered in memory that is used again, since new memory costs its page faults."""
+"""Request bodies, gathered in memory that is reused: new memory costs page faults."""
 
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator

@@ -1,4 +1,4 @@
-"""Closes what an fsspec file system opened: its classes have no one way to be asked for that."""
+"""Closes what an fsspec file system opened; fsspec has no common way to do that."""
 
 import asyncio
 import inspect
@@ -12,7 +12,7 @@ from fsspec import AbstractFileSystem
 
 
 async def close_opened(fs: AbstractFileSystem, given: Mapping[str, Any]) -> None:
-    """Close the clients, sessions, connections and threads that a file system holds, but for those that it was given.
+    """Close the clients, sessions, connections and threads that a file system opened, not those that it was given.
 
     Raises:
         Exception: The first that a close raised, after all were tried.

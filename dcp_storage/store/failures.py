@@ -92,7 +92,7 @@ def is_range_beyond_end(error: BaseException) -> bool:
 
 
 def is_denied(error: BaseException) -> bool:
-    """Tell whether an operation failed for a lack of rights, and not for want of a key that is one."""
+    """Tell whether an operation was denied."""
     if code := error_code(error):
         return code in _DENIED
     return isinstance(error, PermissionError) or any(not _DENIED.isdisjoint(_codes(link)) for link in chain(error))

@@ -79,7 +79,7 @@ class NewFile:
 
 
 def sync_directory(directory: Path) -> None:
-    """Make the entries of a directory last, where its file system can be asked to."""
+    """Sync the entries of a directory, where its file system can."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
     except PermissionError:  # it may be written, but not listed

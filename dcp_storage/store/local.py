@@ -118,7 +118,7 @@ class LocalStore(Store):
             await wrap(files.remove_directory)(self._directory)
 
     async def delete(self, names: Sequence[str]) -> None:
-        """Remove files; what was renamed before is made to last first, since it may have replaced them."""
+        """Remove files, after a sync of the directory: what was renamed before may have replaced them."""
         paths = [(name, self._path(name)) for name in names]
         if paths and self._sync_files:
             with self._failures.mapped("delete", names[0]), suppress(FileNotFoundError):
@@ -155,7 +155,7 @@ async def _in_thread(call: Callable[P, R], *args: P.args, **kwargs: P.kwargs) ->
 
 
 async def _unbroken(work: Awaitable[R]) -> R:
-    """Await work in a thread to its end even if cancelled meanwhile: a thread cannot be stopped half-way."""
+    """Await work in a thread to its end, even if cancelled: a thread cannot be stopped."""
     task = asyncio.ensure_future(work)
     try:
         return await asyncio.shield(task)

@@ -1,4 +1,4 @@
-"""Blocking reads of local files: from the page cache what is in it, and past it what is not.
+"""Blocking reads of local files: what the page cache holds from there, the rest past it.
 
 A first read through the page cache costs a copy and memory, and on virtual machines page faults: up to 20 times the CPU
 time of one that goes past it, and half of its speed.

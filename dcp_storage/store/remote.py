@@ -224,7 +224,7 @@ class RemoteStore(Store):
         await close_opened(fs, self._options)
 
     def _check_paths(self, fs: Any) -> None:
-        """See that the file system takes an object's path for one, and no part of it for a version or a pattern.
+        """Check that the file system takes no part of an object's path for a version.
 
         Raises:
             ConfigError: It does not, so that all objects would be one.

@@ -238,7 +238,7 @@ def _crc32(body: io.BytesIO) -> int:
 
 
 def _has_changed(error: Exception) -> bool:
-    """Tell whether a server refused a request because the object is of another version, or is not there any more."""
+    """Tell whether a server refused a request because the object has changed or is gone."""
     return http_status(error) == _PRECONDITION_FAILED or error_code(error) == "NoSuchKey"
 
 

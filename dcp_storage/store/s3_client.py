@@ -1,4 +1,4 @@
-"""What s3fs and botocore are told before requests go out: whose credentials, which hooks, no redirects of their own."""
+"""What s3fs and botocore are given: a session with shared credentials, hooks, and no redirects of their own."""
 
 import asyncio
 import inspect
@@ -84,7 +84,7 @@ def use_here(credentials: Any) -> None:
 
 
 def check_certificates(options: Mapping[str, Any], session: AioSession | None = None) -> None:
-    """Refuse a bundle of certificates that is not there, which every request would fail on, and not name.
+    """Refuse a bundle of certificates that is not there: every request would fail without naming it.
 
     Raises:
         ConfigError: The storage options, the environment or the profile name a missing file.

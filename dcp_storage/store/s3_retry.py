@@ -1,4 +1,4 @@
-"""Which failures of a request to S3 pass, how often it is tried again, and after how long."""
+"""Which failures of a request to S3 are transient, how often it is retried, and after how long."""
 
 import random
 from collections.abc import Mapping
@@ -52,7 +52,7 @@ def attempts(retries: Mapping[str, int], session: Any) -> int:
 
 
 def pause(attempt: int) -> float:
-    """Return the seconds to wait after an attempt: twice as long each time, and not as long as others that failed."""
+    """Return the seconds to wait after an attempt: exponential, with jitter."""
     longest: float = min(_PAUSE_SECONDS * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS)
     return random.uniform(0.5, 1) * longest  # noqa: S311 - no secret
 

@@ -65,7 +65,7 @@ class ThreadedStore(RemoteStore):
         await self._ask(self._fs._rm_file(temporary))
 
     async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
-        """Write the object under another name, rename it, and see that it came: some servers refuse silently.
+        """Write the object under another name, rename it, and check the result: some servers refuse silently.
 
         Raises:
             StoreError: What was there before is there still.

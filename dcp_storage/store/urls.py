@@ -1,4 +1,4 @@
-"""What people give for a path, taken for what it means: a path object may be a URL, and a string may have lost one."""
+"""What people give as a path: text, path objects, path objects that are URLs, URLs that lost a slash."""
 
 import os
 import re
@@ -67,7 +67,7 @@ def local_path(url: str) -> str:
 
 
 def resolve(address: Address) -> str | Path:
-    """Return what means the same wherever the program changes its directory to: a local path is made absolute.
+    """Return an address that does not depend on the working directory: a local path is made absolute.
 
     Raises:
         ConfigError: As `url_of`.

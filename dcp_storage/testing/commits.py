@@ -1,4 +1,4 @@
-"""What a commit must do, whatever the store: all of it or nothing, and never over what was not meant."""
+"""What every store's commit must do: all or nothing, and over the expected version only."""
 
 import asyncio
 

@@ -26,7 +26,7 @@ Hook = Callable[[Operation], Awaitable[None]]
 
 
 async def _nothing(operation: Operation) -> None:
-    """Let an operation be."""
+    """Do nothing."""
 
 
 @dataclass(frozen=True)

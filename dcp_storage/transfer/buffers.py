@@ -1,4 +1,4 @@
-"""Memory that the pipelines encode in and fetch into, used again: new pages cost their page faults."""
+"""Memory to encode in and fetch into, which is reused: new pages cost page faults."""
 
 import mmap
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 
 
 class Buffers:
-    """The memory of one call: as many pieces as are held at once, each as large as the largest that was asked for."""
+    """The buffers of one call: as many as are held at once, each as large as the largest that was asked for."""
 
     def __init__(self) -> None:
         self._size = 0

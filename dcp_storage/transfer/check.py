@@ -1,4 +1,4 @@
-"""The check pipeline: segments are fetched, `concurrency` reads at once, and decoded in threads to check them alone."""
+"""The check pipeline: segments are fetched, `concurrency` at once, and decoded in threads only to check them."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
@@ -54,7 +54,7 @@ class BlockFault(NamedTuple):
 
 
 def runs_of(items: Sequence[CheckedItem], codec: StoredCodec, there: Sequence[int]) -> Iterator[Run]:
-    """Yield the blocks of items that lie within their objects, which are so long, segment by segment.
+    """Yield the blocks of items, segment by segment, that lie within their objects; `there` are these objects' sizes.
 
     Raises:
         ManifestCorrupt: A digest is of more than what may be held in memory at once.

@@ -10,7 +10,7 @@ from dcp_storage.store.base import Store
 
 @dataclass(frozen=True)
 class Context:
-    """One call's open store, how much may be in flight, and who is told of it."""
+    """A call's open store, its limits, and its observer."""
 
     store: Store
     transfer: Transfer

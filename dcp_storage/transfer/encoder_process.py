@@ -117,7 +117,7 @@ def _python_path() -> str:
 
 
 def _serve(connection: Connection, shared: _SharedMemory) -> None:
-    """Encode what is asked for, until nobody is left to ask."""
+    """Encode what arrives, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; ours ends this one
     os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
     encoder = ItemEncoder(connection.recv())

@@ -97,8 +97,8 @@ def locate(
 def coalesce(blocks: Iterable[Block], max_gap_bytes: int, max_bytes: int) -> list[Fetch]:
     """Join blocks into few requests.
 
-    A gap of unneeded bytes is read along where it is at most `max_gap_bytes` and all gaps read, the smallest first,
-    come to at most a tenth of what is needed. No request is larger than `max_bytes` unless one block is.
+    A gap of unneeded bytes is read too if it is at most `max_gap_bytes` and all such gaps, the smallest first, come to
+    at most a tenth of what is needed. No request is larger than `max_bytes` unless one block is.
     """
     ordered = sorted(blocks, key=lambda block: (block.object, block.offset))
     bridged = _bridge(ordered, max_gap_bytes)

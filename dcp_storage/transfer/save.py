@@ -121,7 +121,7 @@ class _Stored:
 
 
 class _ObjectWriter:
-    """Encodes one object's pieces, in order, and keeps what each became."""
+    """Encodes the pieces of one object, in order, and keeps the results."""
 
     def __init__(
         self,

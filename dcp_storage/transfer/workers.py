@@ -50,7 +50,7 @@ class CodecThreads(Generic[C]):
             self._pool.shutdown(cancel_futures=True)
 
     async def run(self, work: Callable[[C], R]) -> R:
-        """Return what `work` makes of a thread's coder, on that thread."""
+        """Run `work` on a thread, with that thread's coder, and return its result."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._call, work)
 
     def _call(self, work: Callable[[C], R]) -> R:
@@ -62,7 +62,7 @@ class CodecThreads(Generic[C]):
 
 
 async def for_each(concurrency: int, jobs: Iterable[T], do: Callable[[T], Awaitable[None]]) -> None:
-    """Do every job, begun in order, at most `concurrency` at once. The first error cancels the rest and is raised.
+    """Do every job, in order, at most `concurrency` at once. The first error cancels the rest and is raised.
 
     Of several errors the first to happen is raised: those that follow are mostly its consequence.
     """

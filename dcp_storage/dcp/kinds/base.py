@@ -120,7 +120,7 @@ class Kind(ABC):
         return made
 
     def no_memory(self) -> UnsupportedTensor:
-        """Return the error that says that the user has to make the memory."""
+        """Return the error that asks the user to make the memory."""
         kind = type(self.value).__name__
         return UnsupportedTensor(
             f"{self.fqn} is a {kind} on the meta device: give it memory before the load", fqn=self.fqn
@@ -142,7 +142,7 @@ class Kind(ABC):
 
 
 def dispatches(tensor: Tensor) -> bool:
-    """Return whether a tensor's operations are its type's own: then it need not be the memory that it looks like."""
+    """Return whether a tensor's type overrides torch's operations: its memory may then not be what it looks like."""
     # The attribute is the same object for every class that leaves dispatch to torch, Parameter among them.
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 

@@ -54,7 +54,7 @@ def box_item(
 
 
 def reach(boxes: Sequence[Box]) -> Shape:
-    """Return the shape of the least tensor that holds these boxes."""
+    """Return the shape of the smallest tensor that holds these boxes."""
     return tuple(max(o + s for o, s in ends) for ends in zip(*(zip(*box, strict=True) for box in boxes), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""Values that DCP asks by their three hooks: anybody's types, and `LocalShardsWrapper`, which has them too."""
+"""Values with DCP's three hooks: types of any library, and `LocalShardsWrapper`."""
 
 from typing import Any
 

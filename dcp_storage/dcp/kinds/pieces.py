@@ -1,4 +1,4 @@
-"""Which boxes of its global tensor a DTensor holds whose placements are not plain: they are asked, row by row."""
+"""Which boxes of its global tensor a DTensor holds if its placements are not plain `Shard`s: they are asked by row."""
 
 from itertools import product
 from math import prod
@@ -54,7 +54,7 @@ def _has_to_be_asked(fqn: str, placement: Placement) -> bool:
 
 
 def _changed(kind: type) -> set[str]:
-    """Return the methods of torch's placement that a type derived from it has its own way of."""
+    """Return the methods of torch's placement that a subclass overrides."""
     stop = next((base for base in kind.__mro__ if base in {Shard, Replicate, StridedShard}), object)
     derived = kind.__mro__[: kind.__mro__.index(stop)]
     return {name for base in derived for name in vars(base) if hasattr(stop, name) and not name.startswith("__")}
@@ -98,7 +98,7 @@ def _left_to_right(value: DTensor, dim: int) -> Tensor:
 
 
 def _right_to_left(value: DTensor, dim: int) -> Tensor | None:
-    """Cut as FSDP over TP does; `None` where the split factors are not those of that."""
+    """Cut as FSDP over TP does; return `None` where the split factors say otherwise."""
     index, sizes = _all_indices(value, dim), list[int]()
     for mesh_dim, placement in reversed(_shards(value, dim)):
         if getattr(placement, "split_factor", prod(sizes)) != prod(sizes) or (

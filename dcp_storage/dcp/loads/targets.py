@@ -98,7 +98,7 @@ class ChunkTarget:
         return _Part(read, box, tensor, target, start * self._item, stop * self._item, memory)
 
     def direct(self, start: int, stop: int) -> memoryview | None:
-        """Return the destination's memory where exactly one read wants all of this slice, as it lies in the chunk."""
+        """Return the destination's memory if exactly one read wants all of this slice, laid out as in the chunk."""
         touched = [part for part in self._parts if part.start < stop and start < part.stop]
         if len(touched) != 1:
             return None

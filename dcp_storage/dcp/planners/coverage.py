@@ -1,4 +1,4 @@
-"""Which parts of which stored chunks make up a destination: the proof that a load is complete, without any data."""
+"""Which parts of which stored chunks make up a destination: proves that a load is complete before data is read."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Chunk(NamedTuple):
 
 
 def part_note(metadata: Metadata) -> str:
-    """Return what an error should say of a checkpoint that is only one rank's part: nothing of any other."""
+    """Return a note for errors where the checkpoint is only one rank's part, else an empty string."""
     part = getattr(metadata.storage_data, "part", None)  # a stock reader's metadata is loaded, too
     if part is None:
         return ""

@@ -14,10 +14,10 @@ from dcp_storage.geometry import Box, Shape
 
 
 def check_default_plan(plan: LoadPlan, planner: LoadPlanner) -> None:
-    """Refuse a plan of the default planner itself that does not fill each destination that it has a part in.
+    """Refuse a plan of DCP's default planner that does not fill every destination that it reads into.
 
-    It takes what a `LocalShardsWrapper` holds beyond the stored tensor for nothing, and the rows of a DTensor that lie
-    apart for neighbours. Planners derived from it may have their reasons to read less, and are trusted.
+    That planner ignores what a `LocalShardsWrapper` holds beyond the stored tensor, and takes separate rows of a
+    DTensor for neighbours. Subclasses may have reasons to read less, and are trusted.
 
     Raises:
         CoverageError: Names the entry and what `ShardedLoadPlanner` would have to read.

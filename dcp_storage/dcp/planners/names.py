@@ -1,4 +1,4 @@
-"""The names of a state dict as a checkpoint may have them: torch before 2.4 stored containers without tensors whole."""
+"""The names of a state dict as a checkpoint may have them: before 2.4 torch stored containers without tensors whole."""
 
 from collections.abc import Iterable
 

@@ -14,7 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 async def check_place(store: Store, *, overwrite: bool, part: bool) -> None:
-    """See before data moves that nothing here keeps a save from its commit.
+    """Check, before data moves, that a save may commit here.
 
     Raises:
         CheckpointExists: A checkpoint stands here that may not be replaced.
@@ -27,7 +27,7 @@ async def check_place(store: Store, *, overwrite: bool, part: bool) -> None:
 
 
 async def check_vacant(store: Store, *, overwrite: bool) -> None:
-    """See that no checkpoint stands here: with `overwrite`, none that parts of single ranks cannot replace.
+    """Check that no checkpoint stands here; with `overwrite`, none that parts cannot replace.
 
     Raises:
         CheckpointExists: One does.
@@ -85,7 +85,7 @@ async def _create(store: Store, draft: Draft, *, overwrite: bool) -> None:
 
 @contextmanager
 def _warning() -> Iterator[None]:
-    """Only warn of what fails: the new checkpoint stands, and what is named by nothing `prune` removes."""
+    """Log a failure instead of raising it: the new checkpoint stands, and `prune` removes the rest."""
     try:
         yield
     except (StoreError, ManifestCorrupt) as error:

@@ -185,7 +185,7 @@ class _Planned:
 
 
 def _is_all(chunks: Sequence[Any], size: tuple[int, ...]) -> bool:
-    """Tell whether the one chunk that there is, if any, is all of its tensor."""
+    """Return whether a tensor's only chunk, if it has one, is all of it."""
     return len(chunks) == 1 and tuple(chunks[0].sizes) == size and not any(chunks[0].offsets)
 
 

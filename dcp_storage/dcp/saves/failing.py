@@ -79,7 +79,7 @@ def _log(save: Save, why: str) -> None:
 
 
 def _discard(save: Save, *, named_perhaps: bool) -> None:
-    """Delete the save's objects, as far as the store answers: the next save may need the room."""
+    """Delete the save's objects if the store answers: the next save may need the room."""
     if not save.objects:
         return
 

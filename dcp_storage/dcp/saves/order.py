@@ -1,4 +1,4 @@
-"""Saves follow one another in the order of the calls, and what fails in the background is reported."""
+"""Saves run in the order of the calls, and failures in the background are reported."""
 
 import logging
 import os
@@ -36,7 +36,7 @@ os.register_at_fork(after_in_child=_saves.forget)
 
 
 def begin(save: Save) -> None:
-    """Wait for the saves that were asked for before this one, and tell of those in the background that failed.
+    """Wait for the saves that were begun before this one, and report those that failed in the background.
 
     Overlapping saves would mix their collectives, which meet in the order in which each rank happens to begin them;
     they might share a planner; and the older might commit last.

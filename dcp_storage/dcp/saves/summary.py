@@ -30,7 +30,7 @@ def log_saved(save: Save, draft: Draft, results: Sequence[Results]) -> None:
 
 
 def slowest(results: Sequence[Results]) -> str | None:
-    """Say which rank's data took much longer to put than that of the others, and how much that was."""
+    """Return a line on the rank whose data took much longer to put than the others', if one did."""
     spent = [(told.seconds, rank) for rank, told in enumerate(results)]
     seconds, rank = max(spent)
     usual = median(each for each, _ in spent)

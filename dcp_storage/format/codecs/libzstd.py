@@ -55,7 +55,7 @@ def make_compressor(level: int) -> Compressor:
 
 
 def make_glancing_compressor() -> Compressor:
-    """Return a compressor that looks for matches close by and long: in planes of weights there are next to none."""
+    """Return a compressor that finds only long matches nearby, of which planes of weights have hardly any."""
     if _LIB is None:
         return PlainCompressor(1, hash_log=6, chain_log=6, min_match=7)
     return NativeCompressor(1, hashLog=6, chainLog=6, minMatch=7)

@@ -59,7 +59,7 @@ class Head(Struct, frozen=True, kw_only=True):
 
     Attributes:
         requires: Features that a reader must know to read this checkpoint right.
-        save_id: Names this save, as no other.
+        save_id: Unique to this save.
         created: UTC time of the commit, ISO 8601.
         libraries: Versions of the packages that wrote it.
         world_size: Ranks that took part in the save.

@@ -83,7 +83,7 @@ class Manifest:
 
     @property
     def save_id(self) -> str:
-        """Names this save, as no other."""
+        """Unique to this save."""
         return self.head.save_id
 
     @property
@@ -93,7 +93,7 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """Tells this manifest from any other."""
+        """Unique to this manifest."""
         return self.head.save_id
 
     @property
@@ -243,7 +243,7 @@ class Manifest:
             return decode_entries(frame, self.codec, self._object_sizes, self._digests(number))
 
     def _digests(self, number: int) -> Digests:
-        """Return what says the digests of a frame's segments: they have a frame of their own, which few read."""
+        """Return what reads the digests of a frame's segments, which have a frame of their own that few need."""
         listed = self.head.frames[number]
         digest = self.head.digest
         wanted = (f"{listed.kind}_digests", listed.first)

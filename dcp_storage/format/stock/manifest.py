@@ -57,8 +57,8 @@ class StockManifest(Struct, frozen=True):
         planner_data: The path of each fqn in the nested state dict, or `None` where it was not flattened.
         storage: Where each chunk and each bytes entry lies.
         version: The version of DCP's metadata, or `None` before torch had one.
-        save_id: What tells this save from others, or `None` before torch had that.
-        identity: Tells the `.metadata` that it was read from from any other.
+        save_id: Unique to this save, or `None` before torch had that.
+        identity: Unique to the `.metadata` that it was read from.
     """
 
     tensors: dict[str, StockTensor]
@@ -112,7 +112,7 @@ def decode_stock_metadata(data: bytes, *, where: str) -> StockManifest:
     Raises:
         UnsupportedFormat: It asks for a class or function that no stock manifest needs, or holds a kind of tensor or
             object name that this package does not read.
-        ManifestCorrupt: It is truncated, no pickle, or says something that cannot be true.
+        ManifestCorrupt: It is truncated, not a pickle, or says something that cannot be true.
     """
     root = read_pickle(data, KNOWN, where=where)
     try:
