@@ -284,7 +284,7 @@ def leave_alone(rank, config):
     except KeyError:
         rank.report("left", "alone")
     except DcpStorageError as error:
-        rank.report("left", "left its Checkpoints by an error" in str(error))
+        rank.report("left", "left its Checkpoints with an error" in str(error))
     else:
         rank.report("left", None)
     rank.report("saved", checkpoints.latest())

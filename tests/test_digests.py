@@ -150,7 +150,7 @@ def test_one_number_proves_a_checkpoint(tmp_path: Path, capsys):
     assert verify(tmp_path, expect=proof).sound
     assert verify(tmp_path, expect=proof.upper()).sound
     [fault] = verify(tmp_path, expect="0" * 64).damage
-    assert (fault.object_name, "not the one that is expected" in fault.what) == (".metadata", True)
+    assert (fault.object_name, "not the expected one" in fault.what) == (".metadata", True)
     assert main(["verify", str(tmp_path), "--expect", proof]) == 0
     assert f"SHA-256 {proof}" in capsys.readouterr().out
     assert main(["verify", str(tmp_path), "--expect", "1" * 64, "--json"]) == 1

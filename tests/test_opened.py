@@ -160,7 +160,7 @@ def test_names_that_are_not_there(path):
             assert caught.value.fqns == ("model.embde",)
         with pytest.raises(MissingKeys, match=r"optim\.\*"):
             checkpoint.load(["optim.*"])
-        with pytest.raises(ConfigError, match="rename makes x"):
+        with pytest.raises(ConfigError, match="rename turns several names into x"):
             checkpoint.load(["model.half", "step"], rename={"model.half": "x", "step": "x"})
         with pytest.raises(ConfigError, match="give a list"):
             checkpoint.load("model.*")

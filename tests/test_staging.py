@@ -226,7 +226,7 @@ def test_no_memory_of_the_host_is_said(monkeypatch):
         raise RuntimeError("can't allocate memory")
 
     monkeypatch.setattr(pool.torch, "empty", none)
-    assert "the host has no memory for a copy of the state, 64 bytes" in str(keeping({"w": torch.ones(3)}).error)
+    assert "the host has no memory for a copy of the state (64 bytes)" in str(keeping({"w": torch.ones(3)}).error)
 
 
 def test_hooks_are_asked_once_and_their_answers_kept(tmp_path):

@@ -71,7 +71,7 @@ class Location:
         if not isinstance(place, Location):
             return cls(place, storage_options, sync_files)
         if storage_options or not sync_files:
-            raise ConfigError(f"{place.url}: a Location has options of its own; give it these")
+            raise ConfigError(f"{place.url}: the Location has options of its own; pass these to it")
         return place
 
     @property

@@ -107,10 +107,8 @@ def _unexpected(url: str, proof: str | None, expect: str | None) -> list[Damage]
     if expect is None or proof == expect.lower():
         return []
     if proof is None:
-        raise ConfigError(
-            f"{url} has no SHA-256 digests that one number could prove: Codec(digest='sha256') makes them"
-        )
-    return [Damage(MANIFEST, None, (), f"its head's SHA-256 is {proof}, and not the one that is expected")]
+        raise ConfigError(f"{url} has no SHA-256 digests: save with Codec(digest='sha256') to prove it by one number")
+    return [Damage(MANIFEST, None, (), f"its head's SHA-256 is {proof}, not the expected one")]
 
 
 def _object_fault(expected: HeldObject, size: int | None) -> Damage | None:

@@ -172,7 +172,7 @@ class Checkpoint:
         renamed = {name: _rename(name, rename or {}) for name in names}
         if len(set(renamed.values())) < len(renamed):
             twice = next(new for new in renamed.values() if list(renamed.values()).count(new) > 1)
-            raise ConfigError(f"{self.url}: rename makes {twice} of several names")
+            raise ConfigError(f"{self.url}: rename turns several names into {twice}")
         entries = self._metadata.state_dict_metadata
         wanted = {
             name: whole(tuple(entry.size)) if isinstance(entry := entries[name], TensorStorageMetadata) else None

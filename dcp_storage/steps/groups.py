@@ -146,7 +146,7 @@ def _meeting() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise DcpStorageError(
-            f"the ranks could not meet: has one ended, or left its Checkpoints by an error of its own? ({error})"
+            f"the ranks could not meet: has one ended, or left its Checkpoints with an error? ({error})"
         ) from error
 
 

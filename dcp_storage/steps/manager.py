@@ -125,7 +125,7 @@ class Checkpoints:
             step: A whole number from 0.
             state: What DCP saves, and `PerRank`s.
             metrics: Numbers by name, for `KeepBest` and for `steps`; those of rank 0 count.
-            overwrite: Replace a step that is committed. One that `load` or a check found damaged is replaced without it.
+            overwrite: Replace a step that is committed. One that was found damaged is replaced without it.
 
         Returns:
             The step, or `None` where the save failed and `on_error` is `"log"`.
@@ -318,7 +318,9 @@ class Checkpoints:
             self._let_go()
 
     def __reduce__(self) -> NoReturn:
-        raise ConfigError("a Checkpoints holds groups and threads of this process: make one of its own in another")
+        raise ConfigError(
+            "a Checkpoints holds groups and threads of this process: make another one in the other process"
+        )
 
     def _template(self, state: State, step: int | None) -> Template:
         if step is not None:
@@ -346,4 +348,4 @@ class Checkpoints:
         if self._closed:
             raise ConfigError("this Checkpoints is closed: make another one")
         if self._process != os.getpid():
-            raise ConfigError("this process is a fork of the one that made the Checkpoints: make one of its own here")
+            raise ConfigError("this process is a fork of the one that made the Checkpoints: make another one here")

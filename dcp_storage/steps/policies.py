@@ -124,7 +124,7 @@ class KeepYounger(Policy):
 
 def _check_positive(name: str, count: object) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ConfigError(f"{name}({count!r}) keeps nothing that can be told; give a whole number from 1")
+        raise ConfigError(f"{name}({count!r}) keeps no steps; give a whole number from 1")
 
 
 def _because(reason: str, steps: Iterable[Step]) -> dict[int, list[str]]:

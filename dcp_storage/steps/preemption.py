@@ -47,8 +47,8 @@ class Preemption:
         most, highest, lowest = ranks.greatest([news, step, -step])
         if highest != -lowest or -lowest < 0:
             raise ConfigError(
-                f"should_save was called with steps {-lowest} to {highest}, or with what is none: give all ranks the "
-                "same step, a whole number from 0"
+                f"should_save was called with steps from {-lowest} to {highest}, or something else: give all ranks "
+                "the same step, a whole number from 0"
             )
         self._answered, self._signals_told = requests, signals
         self.signalled = self.signalled or most == _SIGNALLED

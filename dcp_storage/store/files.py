@@ -172,9 +172,7 @@ def _link(temporary: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError as error:
-        says = (
-            "this file system takes no hard links, without which nothing can be created atomically: use overwrite=True"
-        )
+        says = "this file system has no hard links, without which nothing can be created atomically: use overwrite=True"
         raise OSError(error.errno, f"{error.strerror}: {says}") from error
     temporary.unlink()
 

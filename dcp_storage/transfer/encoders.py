@@ -72,4 +72,4 @@ class _ProcessEncoder:
 @cache
 def _warn(reason: str) -> None:
     """Say so once: what is so for one thread is so for all of them and in every save."""
-    logger.warning("no process to encode in (%s): a thread does it, which slows training down", reason)
+    logger.warning("no process to encode in (%s): a thread encodes, which slows training down", reason)

@@ -88,7 +88,7 @@ class Hooked(Kind):
         found = self.ask(hook, index)
         if not isinstance(found, Tensor):
             kind = type(self.value).__name__
-            raise CoverageError(f"{self.fqn}: {kind}.{hook} returned {found!r}, no tensor", fqn=self.fqn)
+            raise CoverageError(f"{self.fqn}: {kind}.{hook} returned {found!r}, which is not a tensor", fqn=self.fqn)
         return found
 
     def materialized(self) -> Any:

@@ -60,7 +60,7 @@ def _resolve(item: WriteItem, planner: SavePlanner) -> bytes:
         raise
     except Exception as error:  # what is pickled runs its own code
         raise UnsupportedEntry(
-            f"{fqn} cannot be pickled: {error}. Leave it out of the state dict, or put in its place what makes it anew",
+            f"{fqn} cannot be pickled: {error}. Leave it out of the state dict, or store what it can be made from",
             fqn=fqn,
         ) from error
     assert isinstance(data, io.BytesIO), "DCP's planners resolve tensor items to tensors and others to BytesIO"
@@ -93,8 +93,8 @@ def warn_of_types(asked: Mapping[str, list[str]], most: int = 5) -> None:
     more = f"; and {len(entries) - most} more" if len(entries) > most else ""
     if entries:
         warnings.warn(
-            f"{'; '.join(entries[:most])}{more}. To load that, list the types that you trust: "
+            f"{'; '.join(entries[:most])}{more}. To load them, list the types that you trust: "
             f"ShardedLoadPlanner(allowed_types=[{', '.join(types)}]). Or save their values in dicts and lists "
-            "(vars(namespace), dataclasses.asdict(config)), which load without",
+            "(vars(namespace), dataclasses.asdict(config)), which need no list",
             stacklevel=2,
         )

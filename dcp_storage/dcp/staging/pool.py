@@ -115,6 +115,6 @@ def _make(nbytes: int, where: Where) -> Memory:
         return Memory(torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=where == "pinned").numpy(), where)
     except (OSError, MemoryError, RuntimeError) as error:
         raise StagingError(
-            f"the host has no memory for a copy of the state, {nbytes} bytes: save with dcp.save, which needs none, or "
+            f"the host has no memory for a copy of the state ({nbytes} bytes): use dcp.save, which needs none, or save "
             f"with Transfer(keep_staging=False) once the last save has ended ({error})"
         ) from error

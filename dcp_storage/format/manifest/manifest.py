@@ -300,9 +300,9 @@ class Manifest:
         tensors, others = len(self.tensors), len(self.bytes)
         with self._checked():
             both = self.bytes.keys() & self.tensors.keys()
-            require(not both, f"{next(iter(both), '')} is both a tensor and not")
+            require(not both, f"{next(iter(both), '')} is both a tensor and another entry")
             right = (tensors, others) == (self.head.tensors, self.head.entries)
-            require(right, f"{tensors} tensors and {others} entries, other than its head says")
+            require(right, f"{tensors} tensors and {others} entries, which is not what its head says")
 
 
 def decode(data: bytes, where: str) -> Manifest:

@@ -19,7 +19,9 @@ def merge_stock(parts: Mapping[int, StockManifest], where: str) -> StockManifest
     """
     missing = sorted(set(range(max(parts))) - parts.keys())
     if missing:
-        raise ManifestCorrupt(f"{where} is a save without collectives of which these ranks lack: {missing}", url=where)
+        raise ManifestCorrupt(
+            f"{where} is a save without collectives that lacks the parts of ranks {missing}", url=where
+        )
     tensors: dict[str, StockTensor] = {}
     storage: dict[StorageKey, StockItem] = {}
     planner_data: dict[str, tuple[str | int, ...]] = {}
