@@ -6,6 +6,9 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+_MANY = 50_000
+"""Young objects whose walk would be felt: some 10 ms."""
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -22,10 +25,19 @@ def gc_paused(function: Callable[P, R]) -> Callable[P, R]:
     def paused(*args: P.args, **kwargs: P.kwargs) -> R:
         if not gc.isenabled() or threading.current_thread() is not threading.main_thread():
             return function(*args, **kwargs)
+        gc.collect(0)  # what is garbage now must not grow old below
         gc.disable()
         try:
             return function(*args, **kwargs)
         finally:
+            _age_young_objects()
             gc.enable()
 
     return paused
+
+
+def _age_young_objects() -> None:
+    """Move many young objects to the oldest generation, as the next collection would, without a walk over them."""
+    if gc.get_count()[0] > _MANY and not gc.get_freeze_count():
+        gc.freeze()
+        gc.unfreeze()

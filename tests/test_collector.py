@@ -1,4 +1,5 @@
 import gc
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -48,3 +49,45 @@ def test_saves_and_loads_leave_it_as_it_was(tmp_path, enabled):
     assert gc.isenabled() == enabled
     dcp.load(state, storage_reader=AsyncStorageReader(tmp_path), planner=ShardedLoadPlanner())
     assert gc.isenabled() == enabled
+
+
+@pytest.fixture
+def nothing_frozen():
+    assert gc.get_freeze_count() == 0
+    yield
+    gc.unfreeze()
+
+
+def make_many():
+    return [[] for _ in range(100_000)]
+
+
+def test_many_new_objects_are_not_young_afterwards(nothing_frozen):
+    gc.enable()
+    made = gc_paused(make_many)()
+    assert gc.get_count()[0] < 1000
+    assert (len(made), gc.get_freeze_count()) == (100_000, 0)
+
+
+def test_circles_among_them_are_still_collected(nothing_frozen):
+    class Node:
+        pass
+
+    @gc_paused
+    def make_circle():
+        node = Node()
+        node.itself = node
+        made.append(weakref.ref(node))
+        return make_many()
+
+    made = []
+    make_circle()
+    gc.collect()
+    assert made[0]() is None
+
+
+def test_what_the_program_has_frozen_stays_frozen(nothing_frozen):
+    gc.freeze()
+    frozen = gc.get_freeze_count()
+    gc_paused(make_many)()
+    assert gc.get_freeze_count() >= frozen - 1000  # some have been freed
