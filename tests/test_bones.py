@@ -36,7 +36,7 @@ OUTSIDE = {
     "aiobotocore": ("store/",),
     "botocore": ("store/",),
     "zstandard": ("format/", "dcp/stock/"),
-    "rich": ("progress.py", "commands/"),
+    "rich": ("progress.py", "words.py", "commands/", "dcp/saves/summary.py"),
 }
 
 

@@ -4,9 +4,11 @@ import argparse
 import re
 from datetime import timedelta
 
+from rich.filesize import decimal
+
 from dcp_storage.commands.common import add_place, print_json, show, storage_options
 from dcp_storage.prune import A_DAY, Pruning, prune
-from dcp_storage.words import counted, size_text
+from dcp_storage.words import counted
 
 _AGE = re.compile(r"(\d{1,9})([smhd])")
 _UNITS = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days"}
@@ -35,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
 def _report(done: Pruning, *, dry_run: bool) -> list[str]:
     lines = [f"{'Would remove' if dry_run else 'Removed'}  {name}" for name in done.removed]
     verb = "would be removed" if dry_run else "removed"
-    total = f"{counted(len(done.removed), 'object')} ({size_text(sum(done.removed.values()))}) {verb}"
+    total = f"{counted(len(done.removed), 'object')} ({decimal(sum(done.removed.values()))}) {verb}"
     kept = f"; {counted(len(done.kept), 'object')} too young, perhaps of a save under way" if done.kept else ""
     return [*lines, f"{done.url}: {total}{kept}"]
 

@@ -3,12 +3,13 @@
 import argparse
 from dataclasses import asdict
 
+from rich.filesize import decimal
 from rich.table import Table
 
 from dcp_storage.commands.common import add_place, print_json, show, storage_options
 from dcp_storage.progress import progress_bar
 from dcp_storage.verify import Verification, verify
-from dcp_storage.words import counted, size_text
+from dcp_storage.words import counted
 
 _ROWS = 20
 _NAMES = 3
@@ -37,20 +38,20 @@ def _report(found: Verification) -> list[str | Table]:
     if len(found.damage) > _ROWS:
         parts.append(f"and {len(found.damage) - _ROWS:,} more, which --json lists")
     if found.orphans:
-        orphans = f"{counted(len(found.orphans), 'object')} ({size_text(sum(found.orphans.values()))})"
+        orphans = f"{counted(len(found.orphans), 'object')} ({decimal(sum(found.orphans.values()))})"
         parts.append(f"Beside it: {orphans} of a save that died or is under way; `dcp-storage prune` removes dead ones")
     return parts
 
 
 def _verdict(found: Verification) -> str:
     entries = f"{counted(found.tensors, 'tensor')} and {counted(found.others, 'other entry', 'other entries')}"
-    held = f"{entries} in {counted(found.objects, 'object')}, {size_text(found.stored_bytes)}"
+    held = f"{entries} in {counted(found.objects, 'object')}, {decimal(found.stored_bytes)}"
     if not found.sound:
         return f"DAMAGED  {found.url}: {counted(len(found.damage), 'fault')} in {held}"
     if found.stock:
         return f"UNCHECKED  {found.url}: {held}, all there; stock DCP wrote it, without checks for what is in them"
     part = "; the part of rank {} of {}, which saved it alone".format(*found.part) if found.part else ""
-    checked = f"{counted(found.blocks, 'block')}, {size_text(found.raw_bytes)} raw, all checked"
+    checked = f"{counted(found.blocks, 'block')}, {decimal(found.raw_bytes)} raw, all checked"
     proof = f"; SHA-256 {found.sha256}" if found.sha256 else ""
     return f"SOUND  {found.url}: {held}; {checked}{part}{proof}"
 

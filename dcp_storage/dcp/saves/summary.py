@@ -5,10 +5,12 @@ import time
 from collections.abc import Sequence
 from statistics import median
 
+from rich.filesize import decimal
+
 from dcp_storage.dcp.saves.results import Results
 from dcp_storage.dcp.saves.save import Save
 from dcp_storage.format.manifest.draft import Draft
-from dcp_storage.words import counted, size_text, transfer_text
+from dcp_storage.words import counted, transfer_text
 
 logger = logging.getLogger(__name__)
 
@@ -38,6 +40,6 @@ def slowest(results: Sequence[Results]) -> str | None:
         return None
     nbytes = [told.nbytes for told in results]
     return (
-        f"rank {rank} wrote its {size_text(nbytes[rank])} in {seconds:.1f} s, where half of the ranks took at most "
-        f"{usual:.1f} s for {size_text(int(median(nbytes)))}"
+        f"rank {rank} wrote its {decimal(nbytes[rank])} in {seconds:.1f} s, where half of the ranks took at most "
+        f"{usual:.1f} s for {decimal(int(median(nbytes)))}"
     )
