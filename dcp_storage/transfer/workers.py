@@ -103,5 +103,14 @@ def _runs_a_loop() -> bool:
 
 
 def _run(coroutine: Coroutine[Any, Any, R]) -> R:
-    with asyncio.Runner() as runner:
+    with (
+        ThreadPoolExecutor(thread_name_prefix="dcp_storage_io") as threads,
+        asyncio.Runner(loop_factory=_Loop) as runner,
+    ):
+        runner.get_loop().set_default_executor(threads)
         return runner.run(coroutine)
+
+
+class _Loop(asyncio.SelectorEventLoop):
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:  # noqa: ASYNC109 (asyncio's)
+        """Leave it to `_run`: asyncio would start a thread that waits for the others."""
