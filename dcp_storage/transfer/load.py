@@ -122,17 +122,21 @@ class _Loader:
                 item.target.close()
 
     async def load(self, fetch: Fetch) -> None:
-        for number in {block.item for block in fetch.blocks} - self._opened:
+        self._open(fetch.blocks)
+        with self._buffers.hold(room_bytes(fetch.stop - fetch.start)) as pages:
+            data = await self._fetch(fetch, pages)
+            for unit in _units(fetch.blocks):
+                await self._decode(unit, data, fetch.start)
+                self._deliver(unit)
+
+    def _open(self, blocks: Sequence[Block]) -> None:
+        for number in {block.item for block in blocks} - self._opened:
             self._opened.add(number)
             self._items[number].target.open()
-        with self._buffers.hold(room_bytes(fetch.stop - fetch.start)) as pages:
-            room = Room(pages, self._destination(fetch))
-            data = memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop, room))
-            for unit in _units(fetch.blocks):
-                damaged = await self._threads.run(partial(self._decode, unit, data, fetch.start))
-                for block in damaged:
-                    await self._read_again(block)
-                self._count(unit)
+
+    async def _fetch(self, fetch: Fetch, pages: memoryview) -> memoryview:
+        room = Room(pages, self._destination(fetch))
+        return memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop, room))
 
     def _destination(self, fetch: Fetch) -> memoryview | None:
         """Return the final memory of all that is fetched, where it lies there as it is stored."""
@@ -145,8 +149,15 @@ class _Loader:
             return None
         return self._items[first.item].target.direct(first.start, last.stop)
 
-    def _decode(self, blocks: Sequence[Block], data: memoryview, start: int, decoder: BlockDecoder) -> list[Block]:
-        """Decode blocks out of a fetched range and return those that failed their check."""
+    async def _decode(self, blocks: Sequence[Block], data: memoryview, start: int) -> None:
+        """Decode blocks out of a range that begins at `start`; read once more what fails its check."""
+        for block in await self._threads.run(partial(self._decode_sound, blocks, data, start)):
+            await self._decode_again(block)
+
+    def _decode_sound(
+        self, blocks: Sequence[Block], data: memoryview, start: int, decoder: BlockDecoder
+    ) -> list[Block]:
+        """Decode blocks, and return those that failed their check."""
         damaged = []
         for block in blocks:
             at = block.offset - start
@@ -160,7 +171,7 @@ class _Loader:
         item = self._items[block.item]
         item.target.fill(block.start, block.stop, lambda out: decoder.decode(stored, block.check, item.planes, out))
 
-    async def _read_again(self, block: Block) -> None:
+    async def _decode_again(self, block: Block) -> None:
         name = self._names[block.object]
         data = memoryview(await self._store.get_range(name, block.offset, block.offset + block.length))
         try:
@@ -177,7 +188,8 @@ class _Loader:
                 fqn=fqn,
             ) from error
 
-    def _count(self, unit: Sequence[Block]) -> None:
+    def _deliver(self, unit: Sequence[Block]) -> None:
+        """Hand over the items that are complete now."""
         self._advance(sum(b.stop - b.start for b in unit), sum(b.length for b in unit))
         for block in unit:
             self._waiting[block.item] -= 1
