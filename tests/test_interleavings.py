@@ -188,7 +188,7 @@ def every_order(make: Callable[[], Scene]) -> Iterator[Scene]:
 @pytest.mark.parametrize("old", [True, False], ids=["over-an-old-one", "first"])
 def test_of_two_saves_one_stands_whole_at_every_moment(old):
     scenes = list(every_order(lambda: Scene(old=old, saves="ab", objects=2, loads=False)))
-    assert len(scenes) > 50
+    assert len(scenes) > (50 if old else 5)
     assert {scene.standing().save_id for scene in scenes} == {"a", "b"}
     for scene in scenes:
         assert not any(name.startswith(f"{ord('o'):016x}") for name in scene.store.objects)
@@ -198,7 +198,7 @@ def test_of_two_saves_one_stands_whole_at_every_moment(old):
 @pytest.mark.parametrize("old", [True, False], ids=["over-an-old-one", "first"])
 def test_of_two_conditional_commits_one_stands_whole_though_answers_are_lost(old, sends):
     scenes = list(every_order(lambda: Scene(old=old, saves="ab", objects=1, loads=False, versions=True, sends=sends)))
-    assert len(scenes) > 50
+    assert len(scenes) > (50 if old else 15)
     assert {scene.standing().save_id for scene in scenes} == {"a", "b"}
     for scene in scenes:
         assert scene.standing().save_id not in scene.refused

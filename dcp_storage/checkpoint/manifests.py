@@ -100,6 +100,10 @@ async def replaced_objects(store: Store) -> list[str]:
     A manifest that cannot be read names nothing, so its objects stay. Names that no save gives are left out: a manifest
     must not make a save delete somebody else's file.
     """
+    names = await _names(store)
+    parts = [name for name in names if parse_part_manifest(name) is not None]
+    if names and not parts and MANIFEST not in names:
+        return []
     try:
         old = await read_manifest(store)
         named = old.deletable()
@@ -108,7 +112,6 @@ async def replaced_objects(store: Store) -> list[str]:
     except (ManifestCorrupt, UnsupportedFormat) as error:
         logger.warning("what is replaced or removed cannot be read, so its objects are left for now: %s", error)
         return []
-    parts = [name for name in await _names(store) if parse_part_manifest(name) is not None]
     return [*parts, *named]
 
 

@@ -8,9 +8,13 @@ import stat
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import ParamSpec, TypeVar
 
 from dcp_storage.format.names import temporary_name
 from dcp_storage.store.base import PAGE_BYTES, Batch
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 logger = logging.getLogger(__name__)
 
@@ -129,6 +133,18 @@ def make_directory(directory: Path) -> None:
                 raise
             make_directory(directory.parent)
             directory.mkdir()
+
+
+def in_directory(directory: Path, make: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    """Call what makes a file in a directory; if that is not there, create it and call again.
+
+    On network file systems each look at a directory is a request, and mostly it is there.
+    """
+    try:
+        return make(*args, **kwargs)
+    except FileNotFoundError:
+        make_directory(directory)
+        return make(*args, **kwargs)
 
 
 def check_replaceable(path: Path) -> bool:

@@ -37,7 +37,6 @@ class LocalStore(Store):
     def __init__(self, path: str | os.PathLike[str], *, sync_files: bool = True) -> None:
         self._directory = Path(path).absolute()
         self._sync_files = sync_files
-        self._making: asyncio.Future[None] | None = None
         self.url = str(self._directory)
         self._failures = Failures(self.url)
 
@@ -55,8 +54,6 @@ class LocalStore(Store):
         """Stream the batches into a new file; remove it again if anything fails."""
         path = self._path(name)
         size = 0
-        with self._failures.mapped("write", name):
-            await self._make_directory()
         async with self._new_file(path) as file:
             async for batch in batches:
                 with self._failures.mapped("write", name):
@@ -70,9 +67,8 @@ class LocalStore(Store):
         path = self._path(name)
         write = files.create_file if over == ABSENT else files.replace_file
         with self._failures.mapped("commit", name):
-            await self._make_directory()
             try:
-                await _in_thread(write, path, data, sync=self._sync_files)
+                await _in_thread(files.in_directory, self._directory, write, path, data, sync=self._sync_files)
             except FileExistsError as error:
                 raise self._failures.error("commit", name, "it is there already", ObjectExists) from error
 
@@ -130,16 +126,12 @@ class LocalStore(Store):
     def _path(self, name: str) -> Path:
         return self._directory / check_name(name)
 
-    async def _make_directory(self) -> None:
-        """Make it, once: on network file systems each time is a request."""
-        if self._making is None or (self._making.done() and self._making.exception()):
-            self._making = asyncio.ensure_future(wrap(files.make_directory)(self._directory))
-        await _unbroken(self._making)
-
     @asynccontextmanager
     async def _new_file(self, path: Path) -> AsyncIterator[files.NewFile]:
         """A file that did not exist before: removed if the block ends with an error."""
-        opening = asyncio.ensure_future(wrap(files.NewFile)(path, sync=self._sync_files))
+        opening = asyncio.ensure_future(
+            wrap(files.in_directory)(self._directory, files.NewFile, path, sync=self._sync_files)
+        )
         try:
             with self._failures.mapped("write", path.name):
                 file = await _unbroken(opening)

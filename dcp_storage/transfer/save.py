@@ -149,10 +149,12 @@ class _ObjectWriter:
                 encoded = await self._threads.run(partial(self._encode, unit, memory[kept:]))
                 filled = kept + sum(sum(piece.lengths) for piece in encoded)
                 kept = filled % PAGE_BYTES
-                yield memory[: filled - kept]
+                if filled > kept:
+                    yield memory[: filled - kept]
                 self._note(unit, encoded)
                 memory[:kept] = memory[filled - kept : filled]
-            yield memory[:kept]
+            if kept:
+                yield memory[:kept]
 
     def _room(self, unit: Sequence[Piece]) -> int:
         """Return the most bytes that a unit may be encoded in."""
