@@ -1,6 +1,6 @@
 """Programs that save, prune, pin and read the steps of one run, in any order of their store operations, with kills.
 
-Some runs go on from a stock step, from one of parts, or from one whose manifest is damaged.
+Their machines' clocks differ. Some runs go on from a stock step, from one of parts, or from a damaged manifest.
 """
 
 import asyncio
@@ -43,6 +43,8 @@ FOREIGN = {"step-1": "notes.txt", "step-1.backup": "0123456789abcdef-0-0.distcp"
 FIRST = 1
 PARTS = 2
 _BEGUN = 1_000_000_000.0
+_BEHIND = 3600
+"""Seconds that the clocks of some machines are behind those of others."""
 _SETTLE = 3
 """Rounds of the loop in which whoever had a turn mostly comes to the next operation."""
 _LONGEST = 12
@@ -197,7 +199,7 @@ def draft_of(program: int, step: int) -> Draft:
     segments = [[Segment(number, 0, (1,), xxh3_64_hexdigest(b"x"))] for number in range(2)]
     return Draft(
         save_id=token,
-        created=datetime.fromtimestamp(_BEGUN + 100 * step + program, UTC).isoformat(),
+        created=datetime.fromtimestamp(_BEGUN + 100 * step - _BEHIND * (program % 2), UTC).isoformat(),
         libraries={},
         world_size=2,
         codec=StoredCodec("none", 1 << 20, 1),
