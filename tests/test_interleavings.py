@@ -46,6 +46,9 @@ class SteppedStore(Store):
     async def __aexit__(self, *exc_info):
         pass
 
+    def child(self, name):
+        raise NotImplementedError
+
     async def put(self, name, batches):
         raise NotImplementedError
 

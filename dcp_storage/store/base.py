@@ -94,9 +94,9 @@ class Store(ABC):
     @abstractmethod
     async def __aexit__(self, *exc_info: object) -> None: ...
 
+    @abstractmethod
     def child(self, name: str) -> "Store":
         """Return the store of a prefix directly below this one, which is open as long as this one is."""
-        raise NotImplementedError(f"{type(self).__name__} has no prefixes below its own ({name})")
 
     async def remove_directory(self) -> None:  # noqa: B027 - where there are directories
         """Remove this prefix's directory if it is empty; do nothing where prefixes are only names."""
