@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from dcp_storage.errors import ManifestCorrupt
 
 MAX_INT = (1 << 63) - 1
-"""What an extent, an offset or a size in bytes may be: more is no memory address and no place in a file."""
+"""What an extent, an offset or a size in bytes may be: more is neither a memory address nor a place in a file."""
 
 
 class Fault(Exception):
