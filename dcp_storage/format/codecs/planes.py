@@ -4,6 +4,7 @@ By blosc2's C library where it is installed (the extra `fast`), else by numpy; t
 """
 
 import ctypes
+import logging
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,8 @@ from numpy import array, copyto, empty, frombuffer, left_shift, right_shift, uin
 from numpy.typing import NDArray
 
 from dcp_storage.raw import Raw, address_of
+
+logger = logging.getLogger(__name__)
 
 
 class Planes(Protocol):
@@ -79,8 +82,16 @@ def _shifts(planes: int) -> NDArray[Any]:
 
 @cache
 def _blosc2() -> Any:
-    """Return the C library that blosc2's wheels bring, or `None`; the Python package itself takes long to import."""
-    package = find_spec("blosc2")
+    """Return the C library that blosc2's wheels bring, or `None` without one that can be used."""
+    try:
+        return _load_blosc2()
+    except (OSError, AttributeError) as error:
+        logger.warning("blosc2's library cannot be used (%s): numpy lays out byte planes, which takes longer", error)
+        return None
+
+
+def _load_blosc2() -> Any:
+    package = find_spec("blosc2")  # importing it takes long
     for place in package.submodule_search_locations or () if package else ():
         for path in sorted(Path(place, "lib").glob("libblosc2.*")):
             if path.suffix in {".so", ".dylib"}:
