@@ -26,6 +26,10 @@ class Plain(Kind):
         """Return the tensor."""
         return [LocalShard(whole(tuple(self.value.shape)), self.value)]
 
+    def boxes(self) -> list[Box]:
+        """Return the one box."""
+        return [whole(tuple(self.value.shape))]
+
     def write_items(self) -> list[WriteItem]:
         """Return one item.
 

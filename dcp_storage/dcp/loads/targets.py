@@ -11,7 +11,7 @@ from dcp_storage.dcp.device import host_memory
 from dcp_storage.dcp.kinds.base import dispatches
 from dcp_storage.dcp.kinds.boxes import read_box
 from dcp_storage.dcp.loads.hand_over import hand_over
-from dcp_storage.dcp.memory import as_it_lies, byte_view
+from dcp_storage.dcp.memory import as_it_lies, borrowed_view, byte_view
 from dcp_storage.errors import CoverageError, UnsupportedFormat
 from dcp_storage.geometry import Box, Shape, boxes_of_run, flat_extent, intersect
 
@@ -94,7 +94,7 @@ class ChunkTarget:
         target = torch.empty(box.sizes, dtype=self._dtype, device="cpu") if dispatches(tensor) else tensor
         start, stop = flat_extent(self._shape, box)
         plain = target.device.type == "cpu" and target.dtype == self._dtype and as_it_lies(target)
-        memory = byte_view(target) if plain and stop - start == box.numel else None
+        memory = borrowed_view(target) if plain and stop - start == box.numel else None  # the part holds the target
         return _Part(read, box, tensor, target, start * self._item, stop * self._item, memory)
 
     def direct(self, start: int, stop: int) -> memoryview | None:

@@ -207,9 +207,12 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
             CoverageError: The value's own hook returned no tensor.
             UnsupportedTensor: The hook raised.
         """
-        place = (index.fqn, index.index)
+        kind, place = self._kinds[index.fqn], (index.fqn, index.index)
+        if kind.is_whole:
+            whole: Tensor = kind.value
+            return whole
         if place not in self._shards:
-            self._shards[place] = self._kinds[index.fqn].shard(index)
+            self._shards[place] = kind.shard(index)
         return self._shards[place]
 
     def transform_tensor(self, read_item: ReadItem, tensor: Tensor) -> Tensor:
