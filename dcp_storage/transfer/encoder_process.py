@@ -116,10 +116,15 @@ def _python_path() -> str:
     return os.pathsep.join(os.fspath(entry) for entry in sys.path if isinstance(entry, str | os.PathLike))
 
 
+def give_way() -> None:
+    """Let other processes go first where cores are short; this one's threads inherit that."""
+    os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
+
+
 def _serve(connection: Connection, shared: _SharedMemory) -> None:
     """Encode what arrives, until the other end is closed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; ours ends this one
-    os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
+    give_way()
     encoder = ItemEncoder(connection.recv())
     while True:
         sizes, room = connection.recv()

@@ -1,13 +1,12 @@
 """How a save shares the machine with training."""
 
-import os
 import threading
 from dataclasses import replace
 from enum import Enum
 
 from dcp_storage.config import Transfer
 from dcp_storage.dcp.undocumented import in_async_process, in_async_thread
-from dcp_storage.transfer.encoder_process import NICE
+from dcp_storage.transfer.encoder_process import give_way
 
 _FILES_AHEAD = 2
 """Files in flight beyond those that threads encode: one is written, one waits."""
@@ -38,7 +37,7 @@ class Pace(Enum):
         A thread must not: while it waited for a core it might hold Python's lock, and training wait too.
         """
         if self is Pace.IN_PROCESS:
-            os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
+            give_way()
 
     def transfer(self, transfer: Transfer, *, remote: bool) -> Transfer:
         """Return how bytes move, if nothing else was asked for: a core is left to training, and files are few.
