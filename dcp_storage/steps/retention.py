@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Container, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from functools import cache
 
 from dcp_storage.checkpoint.manifests import is_committed
 from dcp_storage.checkpoint.pruning import A_DAY, prune_store
@@ -113,5 +114,11 @@ async def _clear(store: Store, dead_after: timedelta) -> None:
     except CheckpointNotFound:  # nothing of this package's saves is there
         pass
     except ManifestCorrupt as error:  # parts of some ranks: the others' may lie elsewhere
-        logger.warning("%s is left as it is: %s", store.url, error)
+        _tell_left(store.url, str(error))
     await store.remove_directory()
+
+
+@cache
+def _tell_left(url: str, why: str) -> None:
+    """Say so once: the next prune finds the same."""
+    logger.warning("%s is left as it is: %s", url, why)
