@@ -1,4 +1,7 @@
-"""Servers that more than one test module needs."""
+"""What more than one test module needs.
+
+How long an example of Hypothesis takes says more of the machine than of the code: there is no deadline.
+"""
 
 import itertools
 from collections.abc import Iterator
@@ -8,9 +11,13 @@ import boto3
 import pytest
 import torch
 import torch.distributed as dist
+from hypothesis import settings
 from moto.server import ThreadedMotoServer
 
 from dcp_storage.testing.place import Place
+
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 _ACCESS_KEY = "AKIATESTACCESSKEY"
 _SECRET_KEY = "moto-secret-access-key"

@@ -493,9 +493,7 @@ def run(examples):
         if tried(spec, way):
             check(spec, way)
 
-    options = settings(
-        max_examples=examples, deadline=None, database=None, suppress_health_check=list(HealthCheck), print_blob=False
-    )
+    options = settings(max_examples=examples, database=None, suppress_health_check=list(HealthCheck), print_blob=False)
     options(given(states(), ways)(case))()
 
 

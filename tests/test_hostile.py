@@ -26,7 +26,7 @@ from tests import documents, hostile
 from tests.states import blank_like
 from tests.test_bad_input import rewrite, set_in
 
-several = settings(max_examples=150, deadline=None)
+several = settings(max_examples=150)
 
 
 def picks(data):
@@ -67,7 +67,7 @@ def real(tmp_path_factory):
     return path, state, documents.unpack((path / ".metadata").read_bytes())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_loads_by_changed_manifests(real, data):
     """What is accepted is read with it: a load ends with a typed error, or with values of the right shapes."""
@@ -91,7 +91,7 @@ def test_loads_by_changed_manifests(real, data):
 ENTRY = hostile.container({"a": [1, 2.5, "three"], "t": torch.arange(8)})
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.data())
 def test_changed_entries(data):
     try:

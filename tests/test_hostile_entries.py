@@ -329,7 +329,7 @@ def test_listed_types_are_not_trusted_with_more():
 CONTAINERS = [hostile.container(SAFE[name]) for name in SAFE if name != "int of 300 bytes"]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_changed_entries_of_every_type(data):
     """Bytes of a pickle changed, within an archive whose checksums are right."""

@@ -143,7 +143,7 @@ def with_tensors(value, fill):
     return [with_tensors(inner, fill) for inner in value] if isinstance(value, list) else value
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.dictionaries(st.text("abc", min_size=1, max_size=2), nests, min_size=1, max_size=4), st.booleans())
 def test_what_stock_or_we_saved_loads_as_it_was(tmp_path_factory, nest, stock):
     path = tmp_path_factory.mktemp("nest")

@@ -97,7 +97,7 @@ def indices(extent):
     return pieces | st.integers(-extent, extent - 1) if extent else pieces
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_basic_index_is_as_torch_s(path, data):
     with open_checkpoint(path) as checkpoint:
@@ -191,7 +191,7 @@ def rows(tensor, start, stop):
     return Shards(tuple(tensor.shape), [(box, tensor[start:stop].clone())], tensor.dtype)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_slices_across_shards(tmp_path_factory, data):
     """A tensor that several ranks saved, in any row cuts."""

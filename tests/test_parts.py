@@ -57,7 +57,7 @@ def attempts_in(path):
     return {part.attempt for file in path.iterdir() if (part := parse_part_manifest(file.name))}
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(world=st.integers(1, 5), data=st.data())
 def test_what_ranks_hold_alike_is_merged_to_one(tmp_path_factory, world, data):
     """Rows of a tensor, each on any ranks, and entries and tensors on any ranks."""

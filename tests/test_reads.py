@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner
@@ -69,7 +69,6 @@ edges = st.sampled_from(
 )
 
 
-@settings(deadline=None)
 @given(st.one_of(ranges, edges), st.booleans(), st.one_of(st.none(), st.tuples(st.integers(0, 10), st.integers(1, 11))))
 def test_any_range_is_read_whatever_is_cached(file, wanted, final, dropped):
     start, stop = wanted

@@ -106,13 +106,13 @@ def check(case, wrap_saved, wrap_loaded):
             assert torch.equal(bits(tensor), bits(full[box.slices]) if full.dim() else bits(full))
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(cases())
 def test_any_tiling_loads_into_any_other(case):
     check(case, by_hooks, by_hooks)
 
 
-@settings(max_examples=EXAMPLES, deadline=None)
+@settings(max_examples=EXAMPLES)
 @given(cases(), st.sampled_from([(by_wrapper, by_hooks), (by_hooks, by_wrapper), (by_wrapper, by_wrapper)]))
 def test_local_shards_wrappers_load_into_any_tiling_and_back(case, wraps):
     if prod(case[0]):  # without an element, a wrapper tells nothing of its tensor's shape

@@ -437,7 +437,7 @@ def test_truncation(written):
             decode(written[:length])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.data())
 def test_damage_is_typed_or_harmless(written, data):
     at = data.draw(st.integers(0, len(written) - 1))
@@ -448,7 +448,7 @@ def test_damage_is_typed_or_harmless(written, data):
         assert "s3://bucket/run/.metadata" in str(error)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.binary(max_size=200))
 def test_garbage_is_typed(data):
     refuse(data)
