@@ -8,7 +8,7 @@ import msgspec
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
@@ -155,7 +155,6 @@ def make_draft(seed, cuts, entries=3, objects=2, **said):
     )
 
 
-@settings(deadline=None)
 @given(st.integers(0, 1 << 30), st.lists(grids() | tilings(), max_size=8), st.sampled_from([1, 200, 1 << 20]))
 def test_what_is_written_is_read(seed, cuts, weight):
     draft = make_draft(seed, cuts, info={"step": seed})
