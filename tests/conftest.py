@@ -1,6 +1,6 @@
 """What more than one test module needs.
 
-How long an example of Hypothesis takes says more of the machine than of the code: there is no deadline.
+Hypothesis has no deadline here: a loaded machine would miss it.
 """
 
 import itertools

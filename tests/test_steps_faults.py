@@ -5,7 +5,6 @@ What was saved stays, what fails is told by typed errors, nothing hangs, and onc
 
 import itertools
 import os
-import warnings
 
 import pytest
 import torch
@@ -128,7 +127,6 @@ def check(root, saved):
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("rule", "on_error"), [(full_disk, "raise"), (lost_rights, "log"), (one_failure, "raise")])
 def test_whatever_fails_what_was_saved_stays(begun, rule, on_error):
-    warnings.simplefilter("ignore", ResourceWarning)
     for at in itertools.count():
         counter = Counter(rule, at)
         root = begun(at)

@@ -38,16 +38,17 @@ class CodecThreads(Generic[C]):
     def __init__(self, threads: int, open_coder: Callable[[], AbstractContextManager[C]]) -> None:
         self._local = threading.local()
         self._open_coder = open_coder
-        self._opened = ExitStack()
-        self._opening = threading.Lock()
+        self._opened: list[ExitStack] = []
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="dcp_storage")
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        with self._opened:
-            self._pool.shutdown(cancel_futures=True)
+        self._pool.shutdown(cancel_futures=True)
+        with ExitStack() as closing:
+            for coder in self._opened:
+                closing.push(coder)
 
     async def run(self, work: Callable[[C], R]) -> R:
         """Run `work` on a thread, with that thread's coder, and return its result."""
@@ -56,8 +57,9 @@ class CodecThreads(Generic[C]):
     def _call(self, work: Callable[[C], R]) -> R:
         coder: C | None = getattr(self._local, "coder", None)
         if coder is None:
-            with self._opening:  # a stack is not made for several threads
-                coder = self._local.coder = self._opened.enter_context(self._open_coder())
+            stack = ExitStack()
+            coder = self._local.coder = stack.enter_context(self._open_coder())
+            self._opened.append(stack)
         return work(coder)
 
 
