@@ -38,13 +38,16 @@ def _run(tmp_path, *arguments):
 
 
 def test_local_speed_resharding_and_repeats(tmp_path):
-    arguments = ["--states", "mixed", "small", "--stores", "local", "--parts", "speed", "reshard", "repeats", "steps"]
+    arguments = ["--states", "mixed", "small", "--stores", "local", "--ranks", "2"]
+    arguments += ["--parts", "speed", "ranks", "reshard", "repeats", "steps"]
     output, found = _run(tmp_path, *arguments)
     cells = {(each["state"], each["store"], each["contestant"], each["operation"]) for each in found["timings"]}
     for state in ("mixed", "small"):
         for operation in OPERATIONS:
             assert {(state, "local", name, operation) for name in (OURS, STOCK, STOCK_T2)} <= cells
         assert (state, "local", f"disk: {OURS}", "load cold") in cells
+    for name in (OURS, STOCK):
+        assert ("mixed, 2 ranks", "local", name, "load cold") in cells
     assert {each["round"] for each in found["timings"]} == {0, 1}
     assert {each["contestant"] for each in found["reshards"]} >= {OURS, STOCK}
     assert all(check["passed"] for check in found["checks"] if check["number"] == 7)
@@ -55,7 +58,7 @@ def test_local_speed_resharding_and_repeats(tmp_path):
     assert found["machine"]["cores"] == os.cpu_count()
     assert "stock zstd t2" in output
     assert "Targets" in output
-    assert list(tmp_path.iterdir()) == [tmp_path / "bench.json"]
+    assert not list(tmp_path.glob("dcp-storage-*"))
 
 
 def test_far_s3(tmp_path):

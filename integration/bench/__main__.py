@@ -7,13 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
-from integration.bench import memory, repeats, report, reshard, stall, steps
+from integration.bench import memory, ranks, repeats, report, reshard, stall, steps
 from integration.bench.contestants import missing
 from integration.bench.machine import describe
 from integration.bench.options import Options, parse
 from integration.bench.results import Results
 from integration.bench.rounds import run_cell
-from integration.bench.states import STATES
+from integration.bench.states import STATES, on
 from integration.bench.stores import LocalShelf, open_shelf
 from integration.bench.targets import check
 
@@ -46,15 +46,20 @@ def _write(options: Options, results: Results) -> None:
 def _speed(options: Options, results: Results, directory: Path, console: Console) -> None:
     for name, store in options.cells:
         console.print(f"speed: {name}, {store}")
-        state = STATES[name](options.sizes)
+        state = on(STATES[name](options.sizes), options.device)
         with open_shelf(store, directory) as shelf:
             results.timings.extend(run_cell(name, state, shelf, options.rounds))
         _write(options, results)
 
 
+def _ranks(options: Options, results: Results, directory: Path, console: Console) -> None:
+    console.print(f"speed of {' and '.join(map(str, options.ranks))} ranks")
+    results.timings.extend(ranks.measure(directory, options.sizes, options.rounds, options.ranks, options.device))
+
+
 def _stall(options: Options, results: Results, directory: Path, console: Console) -> None:
     console.print("training beside async_save")
-    results.stalls = stall.measure(LocalShelf(directory), options.sizes, options.rounds, options.alone_seconds)
+    results.stalls = stall.measure(LocalShelf(directory), options)
 
 
 def _reshard(options: Options, results: Results, directory: Path, console: Console) -> None:
@@ -76,11 +81,12 @@ def _repeats(options: Options, results: Results, directory: Path, console: Conso
 
 def _steps(options: Options, results: Results, directory: Path, console: Console) -> None:
     console.print("steps of a run")
-    results.steps = steps.measure(LocalShelf(directory), options.sizes, options.rounds)
+    results.steps = steps.measure(LocalShelf(directory), options)
 
 
 _PARTS = {
     "speed": _speed,
+    "ranks": _ranks,
     "stall": _stall,
     "reshard": _reshard,
     "memory": _memory,

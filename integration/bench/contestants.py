@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
@@ -82,12 +83,16 @@ def _dcp(
     name: str, writer: Callable[[Place], Any], reader: Callable[[Place], Any], *, ours: bool = False
 ) -> Contestant:
     def save(state: State, place: Place) -> None:
-        dcp_save(state, storage_writer=writer(place), planner=ShardedSavePlanner() if ours else None, no_dist=True)
+        dcp_save(state, storage_writer=writer(place), planner=ShardedSavePlanner() if ours else None, no_dist=_alone())
 
     def load(state: State, place: Place) -> None:
-        dcp_load(state, storage_reader=reader(place), planner=ShardedLoadPlanner() if ours else None, no_dist=True)
+        dcp_load(state, storage_reader=reader(place), planner=ShardedLoadPlanner() if ours else None, no_dist=_alone())
 
     return Contestant(name, save, load)
+
+
+def _alone() -> bool:
+    return not dist.is_initialized()
 
 
 def _our_writer(place: Place, codec: Codec = Codec()) -> AsyncStorageWriter:

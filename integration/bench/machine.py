@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dcp_storage.config import GIB, MIB
 from integration.demo.machine import describe_machine
 
@@ -14,11 +16,16 @@ def describe(directory: Path) -> dict[str, Any]:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         **describe_machine(),
+        **_gpu(),
         "memory": f"{memory / GIB:.1f} GiB",
         "load": os.getloadavg()[0],
         "disk": _mount(directory),
         "disk writes": f"{_disk_bytes_per_second(directory) / 1e9:.2f} GB/s",
     }
+
+
+def _gpu() -> dict[str, str]:
+    return {"gpu": torch.cuda.get_device_name()} if torch.cuda.is_available() else {}
 
 
 def _mount(directory: Path) -> str:

@@ -9,7 +9,7 @@ from dcp_storage.config import MIB
 from integration.bench.states import QUICK, STATES, Sizes
 from integration.bench.stores import STORES
 
-PARTS = ("speed", "stall", "reshard", "memory", "repeats", "steps")
+PARTS = ("speed", "ranks", "stall", "reshard", "memory", "repeats", "steps")
 _CELLS = [*product(STATES, ["local"]), *product(["mixed", "minilm", "small", "zeros"], ["s3"]), ("mixed", "far")]
 _QUICK_CELLS = [*product(["mixed", "small", "huge"], ["local"]), ("mixed", "s3"), ("mixed", "far")]
 
@@ -21,6 +21,8 @@ class Options:
     Attributes:
         cells: States and stores to measure the speed of.
         rounds: Counted rounds; one more comes first.
+        ranks: How many of them save and load together.
+        device: Where states are: `cpu` or `cuda`.
         memory_stores: Where to measure the memory of saves and loads.
         saves: How often to save in a row.
         alone_seconds: How long to train alone before each save.
@@ -31,6 +33,8 @@ class Options:
     parts: list[str]
     rounds: int
     sizes: Sizes
+    ranks: list[int]
+    device: str
     memory_stores: list[str]
     saves: int
     alone_seconds: float
@@ -49,6 +53,8 @@ def parse(arguments: list[str] | None = None) -> Options:
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="measure these only")
     parser.add_argument("--rounds", type=int, help="rounds after the one that warms up (5)")
     parser.add_argument("--training-mib", type=int, help="size of a training state (1024); a huge one has twice that")
+    parser.add_argument("--ranks", nargs="+", type=int, default=[4], help="numbers of ranks that work together (4)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where states are, and training is")
     parser.add_argument("--directory", type=Path, help="where local checkpoints go (a temporary directory)")
     parser.add_argument("--json", type=Path, help="write every measurement to this file")
     parser.add_argument("--plot", type=Path, help="draw the speeds in this file; needs matplotlib")
@@ -59,6 +65,8 @@ def parse(arguments: list[str] | None = None) -> Options:
         parts=found.parts,
         rounds=found.rounds or (1 if quick else 5),
         sizes=_sizes(quick, found.training_mib),
+        ranks=found.ranks,
+        device=found.device,
         memory_stores=["local"] if quick else ["local", "s3"],
         saves=6 if quick else 50,
         alone_seconds=0.2 if quick else 3.0,

@@ -16,10 +16,9 @@ def show(console: Console, results: Results, checks: list[Check]) -> None:
     """Print every table that has rows."""
     console.print(", ".join(f"{key}: {value}" for key, value in results.machine.items()))
     tables = (_speeds, _stalls, _reshards, _peaks, _repeats, _steps)
-    for grid in [table(results) for table in tables]:
+    for grid in [*(table(results) for table in tables), _targets(checks)]:
         if grid.row_count:
             console.print(grid)
-    console.print(_targets(checks))
 
 
 def _speeds(results: Results) -> Grid:
@@ -88,12 +87,13 @@ def _steps(results: Results) -> Grid:
 
 
 def _targets(checks: list[Check]) -> Grid:
-    words = {True: "[green]pass[/]", False: "[red]fail[/]", None: "-"}
+    words = {True: "[green]pass[/]", False: "[red]fail[/]"}
     grid = _grid("Targets", ["", "target", "measured", "bound", ""])
     for each in checks:
-        measured = "not measured" if each.value is None else f"{_number(each.value)}{each.unit}"
-        bound = f"{'>=' if each.at_least else '<='} {each.bound:g}{each.unit}"
-        grid.add_row(str(each.number), each.what, measured, bound, words[each.passed])
+        if each.passed is not None:
+            bound = f"{'>=' if each.at_least else '<='} {each.bound:g}{each.unit}"
+            measured = f"{_number(each.value)}{each.unit}"
+            grid.add_row(str(each.number), each.what, measured, bound, words[each.passed])
     return grid
 
 

@@ -19,10 +19,11 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_asyn
 
 from dcp_storage import AsyncStorageWriter, ShardedSavePlanner
 from integration.bench.contestants import OURS, STOCK, Place
+from integration.bench.options import Options
 from integration.bench.processes import in_fresh_process, pin_torch_threads
 from integration.bench.results import Stall
 from integration.bench.rounds import rotate
-from integration.bench.states import Sizes, State, mixed
+from integration.bench.states import State, mixed, on
 from integration.bench.stores import LocalShelf
 from integration.servers import free_ports
 
@@ -47,10 +48,10 @@ class Window:
         return sorted(self.steps)[int(0.99 * (len(self.steps) - 1))]
 
 
-def measure(shelf: LocalShelf, sizes: Sizes, rounds: int, alone_seconds: float) -> list[Stall]:
+def measure(shelf: LocalShelf, options: Options) -> list[Stall]:
     """Return the stalls of every contestant and executor, in turn in every round."""
     places = [shelf.new_place() for _ in _variants()]
-    found = in_fresh_process(_measure, places, sizes, rounds, alone_seconds)
+    found = in_fresh_process(_measure, places, options)
     for place in places:
         shelf.delete(place)
     return found
@@ -60,11 +61,12 @@ def _variants() -> list[tuple[str, str]]:
     return [(name, executor) for executor in _EXECUTORS for name in (OURS, STOCK)]
 
 
-def _measure(places: list[Place], sizes: Sizes, rounds: int, alone_seconds: float) -> list[Stall]:
+def _measure(places: list[Place], options: Options) -> list[Stall]:
     warnings.simplefilter("ignore")
     pin_torch_threads()
     _join_alone()
-    training, state = _Training(alone_seconds), mixed(sizes)
+    training = _Training(options.alone_seconds, options.device)
+    state = on(mixed(options.sizes), options.device)
     variants = list(zip(_variants(), places, strict=True))
     for variant, place in variants:  # the process of PROCESS is started by its first save, and memory taken
         _begin(*variant, state, f"{place.url}/first").result()
@@ -72,7 +74,7 @@ def _measure(places: list[Place], sizes: Sizes, rounds: int, alone_seconds: floa
     training.alone()
     found = [
         _one(variant, number, training, state, place)
-        for number in range(rounds)
+        for number in range(options.rounds)
         for variant, place in rotate(variants, number)
     ]
     dist.destroy_process_group()
@@ -94,13 +96,16 @@ def _one(variant: tuple[str, str], number: int, training: "_Training", state: St
 
 
 class _Training:
-    """AdamW on a small model."""
+    """AdamW on a small model; on a GPU a wider one, whose steps take about as long."""
 
-    def __init__(self, alone_seconds: float) -> None:
+    def __init__(self, alone_seconds: float, device: str) -> None:
         self._alone_seconds = alone_seconds
-        self._model = nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 10))
+        width = 512 if device == "cpu" else 4096
+        layers = nn.Linear(256, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 10)
+        self._model = nn.Sequential(*layers).to(device)
         self._optimizer = torch.optim.AdamW(self._model.parameters())
-        self._inputs, self._labels = torch.randn(64, 256), torch.randint(10, (64,))
+        self._inputs = torch.randn(64, 256, device=device)
+        self._labels = torch.randint(10, (64,), device=device)
 
     def alone(self) -> Window:
         """Train for as long as nothing else is to run."""
@@ -119,8 +124,10 @@ class _Training:
 
     def _step(self) -> None:
         self._optimizer.zero_grad()
-        nn.functional.cross_entropy(self._model(self._inputs), self._labels).backward()  # type: ignore[no-untyped-call]
+        loss = nn.functional.cross_entropy(self._model(self._inputs), self._labels)
+        loss.backward()  # type: ignore[no-untyped-call]
         self._optimizer.step()
+        loss.item()  # as a loop that logs its loss: a GPU is waited for
 
 
 def _begin(name: str, executor: str, state: State, url: str) -> Future[Any]:

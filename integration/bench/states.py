@@ -88,6 +88,15 @@ STATES: dict[str, Callable[[Sizes], State]] = {
 }
 
 
+def on(state: State, device: str) -> State:
+    """Return a state on a device, with all copies to it done."""
+    if device == "cpu":
+        return state
+    moved = {name: tensor.to(device) for name, tensor in state.items()}
+    torch.get_device_module(device).synchronize()
+    return moved
+
+
 def raw_bytes(state: State) -> int:
     """Return the size of all tensors."""
     return sum(tensor.nbytes for tensor in state.values())

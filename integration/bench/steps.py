@@ -12,9 +12,10 @@ from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 from dcp_storage import Checkpoints, KeepLatest
 from integration.bench.contestants import OURS, STOCK, Place
+from integration.bench.options import Options
 from integration.bench.processes import in_fresh_process, pin_torch_threads
 from integration.bench.results import Saved
-from integration.bench.states import Sizes, State, mixed
+from integration.bench.states import State, mixed, on
 from integration.bench.stores import LocalShelf
 
 if TYPE_CHECKING:
@@ -23,25 +24,25 @@ if TYPE_CHECKING:
 _Begin = Callable[[int, State], "Future[Any] | None"]
 
 
-def measure(shelf: LocalShelf, sizes: Sizes, rounds: int) -> list[Saved]:
+def measure(shelf: LocalShelf, options: Options) -> list[Saved]:
     """Return how long saves of each kind blocked, and went on, each contestant in a fresh process."""
     found = []
     for name in (OURS, STOCK):
         place = shelf.new_place()
-        found += in_fresh_process(_measure, name, place, sizes, rounds)
+        found += in_fresh_process(_measure, name, place, options)
         shelf.delete(place)
     return found
 
 
-def _measure(name: str, place: Place, sizes: Sizes, rounds: int) -> list[Saved]:
+def _measure(name: str, place: Place, options: Options) -> list[Saved]:
     warnings.simplefilter("ignore")
     pin_torch_threads()
-    state = mixed(sizes)
+    state = on(mixed(options.sizes), options.device)
     with _ours(place) if name == OURS else nullcontext(_stock(place)) as ways:
         # The first round takes memory, and is counted too: a run has it once.
         return [
             Saved(name, how, number, *_times(begin, 2 * number + odd, state))
-            for number in range(rounds + 1)
+            for number in range(options.rounds + 1)
             for odd, (how, begin) in enumerate(ways.items())
         ]
 

@@ -64,6 +64,8 @@ _SPEEDS = (
     _Speed(2, "mixed", "local", "load after save", OURS, _UNCOMPRESSED, 0.7),
     _Speed(2, "mixed", "local", "load after save", OURS, (DISK,), 1 / 1.2),
     _Speed(2, "mixed", "local", "load cold", OURS, (DISK,), 1 / 1.2),
+    _Speed(2, "mixed, 4 ranks", "local", "load after save", OURS, _UNCOMPRESSED, 1.1),
+    _Speed(2, "mixed, 4 ranks", "local", "load cold", OURS, _UNCOMPRESSED, 1.1),
     _Speed(3, "mixed", "local", "load after save", OURS_RAW, _UNCOMPRESSED, 0.6),
     _Speed(3, "mixed", "local", "save", OURS_RAW, _UNCOMPRESSED, 1.2),
     _Speed(3, "mixed", "local", "load warm", OURS_RAW, _UNCOMPRESSED, 2.0),
