@@ -4,8 +4,9 @@ Names are imported when they are first used: `import dcp_storage` costs nothing 
 """
 
 from importlib import import_module
-from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
+
+from dcp_storage.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from dcp_storage import errors, prune, verify
@@ -62,8 +63,6 @@ _MODULES = {"errors", "prune", "verify"}
 
 
 def __getattr__(name: str) -> Any:
-    if name == "__version__":
-        return version("dcp-storage")
     if name in _MODULES:
         return import_module(f"{__name__}.{name}")
     if name not in _HOMES:

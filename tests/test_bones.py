@@ -13,7 +13,7 @@ ROOT = Path(dcp_storage.__file__).parent
 MODULES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 
 FLOORS = [
-    {"errors", "observe", "geometry", "collector", "raw", "words"},
+    {"errors", "observe", "geometry", "collector", "raw", "version", "words"},
     {"config"},
     {"format", "progress"},
     {"store"},

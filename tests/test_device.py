@@ -1,15 +1,35 @@
 """Tensors on accelerators: on a real one where there is one, else on host memory that plays the part of one."""
 
+import mmap
+import os
+import socket
 from contextlib import contextmanager
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 
-from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, Transfer
+from dcp_storage import (
+    AsyncStorageReader,
+    AsyncStorageWriter,
+    Codec,
+    ShardedLoadPlanner,
+    ShardedSavePlanner,
+    Transfer,
+)
+from dcp_storage.config import MIB
 from dcp_storage.dcp import device as device_module
+from dcp_storage.dcp.saves.batches import Batches
 from dcp_storage.dcp.saves.sources import TensorSource
+from dcp_storage.dcp.small import aligned, gather
+from dcp_storage.dcp.staging import pool
+from dcp_storage.dcp.staging.stage import stage
+from tests.states import assert_same
 
 TRANSFER = Transfer(object_bytes=1 << 20, threads=3)
 
@@ -48,6 +68,7 @@ def fake(monkeypatch):
         return empty(*args, **kwargs)
 
     monkeypatch.setattr(device_module, "_PINNED", "cpu")
+    monkeypatch.setattr(device_module, "_HOST", "another")
     monkeypatch.setattr(device_module, "get_device_module", lambda device: module)
     monkeypatch.setattr(torch, "empty", pinned_empty)
     return module
@@ -88,8 +109,99 @@ def test_a_device_is_waited_for_by_what_it_offers(monkeypatch, offers):
     if "synchronize" in offers:
         module.synchronize = lambda: waited.append("all of it")
     monkeypatch.setattr(device_module, "get_device_module", lambda device: module)
-    device_module.wait_for_device(SimpleNamespace(device=SimpleNamespace(type="mps")))
+    device_module.wait_for_device(SimpleNamespace(type="mps"))
     assert waited == {2: ["its stream"], 1: ["all of it"], 0: []}[len(offers)]
+
+
+def small_tensors():
+    """Small tensors of every kind of memory, among large ones: what a model's biases and norms are like."""
+    torch.manual_seed(1)
+    found = {}
+    for number in range(300):
+        found[f"{number}.bias"] = torch.randn(number + 1)
+        found[f"{number}.odd"] = torch.randint(0, 255, (number % 7,), dtype=torch.uint8)
+        found[f"{number}.wide"] = torch.randn(3, number + 1, dtype=torch.bfloat16).t()
+    found["large"] = torch.randn(1 << 17)
+    found["tied"] = found["7.bias"]
+    found["scalar"] = torch.tensor(True)
+    return found
+
+
+def count_copies(monkeypatch, name):
+    calls, real = [], getattr(torch, name)
+    monkeypatch.setattr(torch, name, lambda *args, **kwargs: calls.append(args) or real(*args, **kwargs))
+    return calls
+
+
+def test_small_tensors_are_saved_in_batches(tmp_path, monkeypatch, fake):
+    state, batches = small_tensors(), count_copies(monkeypatch, "cat")
+    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner(), no_dist=True)
+    assert len(batches) == 1
+    monkeypatch.undo()
+    assert_loads(tmp_path, state)
+
+
+def test_a_batch_is_read_in_parts_and_dropped_when_all_was_read(fake):
+    batches = Batches()
+    tensors = [torch.arange(100), torch.arange(50, dtype=torch.int16)]
+    first, second = (batches.source(TensorSource(tensor, "t", Codec())) for tensor in tensors)
+    for _ in range(2):  # a put that is begun anew reads again
+        assert first.read(0, 80) == tensors[0].numpy().tobytes()[:80]
+        assert second.read(0, 100) == tensors[1].numpy().tobytes()
+        assert first._batch._host is not None
+        assert first.read(80, 800) == tensors[0].numpy().tobytes()[80:]
+        assert first._batch._host is None
+
+
+def test_small_tensors_are_staged_in_batches(tmp_path, monkeypatch, fake):
+    state, batches = small_tensors(), count_copies(monkeypatch, "cat")
+    staged = stage(state, keep=False)
+    assert len(batches) < 310
+    assert_same(staged, state)
+
+
+@pytest.mark.parametrize("batch_bytes", [1 << 20, 5000])
+def test_small_tensors_are_loaded_in_batches(tmp_path, monkeypatch, fake, batch_bytes):
+    monkeypatch.setattr("dcp_storage.dcp.loads.batches.BATCH_BYTES", max(batch_bytes, 1 << 16))
+    batches = count_copies(monkeypatch, "_foreach_copy_")
+    state = small_tensors()
+    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner(), no_dist=True)
+    assert_loads(tmp_path, state)
+    assert 0 < len(batches) < 30
+
+
+def test_where_an_accelerator_is_full_small_tensors_are_copied_one_by_one(monkeypatch):
+    tensors = [torch.arange(number, dtype=torch.int16) for number in range(1, 90)]
+    rooms = [aligned(tensor.nbytes) for tensor in tensors]
+    found, expected = (torch.zeros(sum(rooms), dtype=torch.uint8) for _ in range(2))
+    gather(tensors, expected, non_blocking=False)
+
+    def full(*_):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(torch, "cat", full)
+    gather(tensors, found, non_blocking=False)
+    assert torch.equal(found, expected)
+    at = 0
+    for tensor, room in zip(tensors, rooms, strict=True):
+        assert torch.equal(found[at : at + tensor.nbytes].view(tensor.dtype), tensor)
+        at += room
+
+
+def test_a_load_of_small_tensors_that_fails_hands_over_no_batch_that_is_not_whole(tmp_path, monkeypatch, fake):
+    state = small_tensors()
+    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner(), no_dist=True)
+    [data] = tmp_path.glob("*.distcp*")
+    data.write_bytes(data.read_bytes()[:-3000])
+    with pytest.raises(CheckpointException, match="damaged"):
+        assert_loads(tmp_path, state)
+
+
+def assert_loads(path, state):
+    """Load into memory of other strides, so that nothing is decoded where it belongs."""
+    loaded = {name: torch.zeros(*value.shape, 2, dtype=value.dtype)[..., 0] for name, value in state.items()}
+    dcp.load(loaded, storage_reader=AsyncStorageReader(path), planner=ShardedLoadPlanner(), no_dist=True)
+    assert_same(loaded, state)
 
 
 cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -104,6 +216,7 @@ def gpu_state():
         "scalar": torch.tensor(3, device="cuda"),
         "empty": torch.zeros(0, 5, device="cuda"),
         "host": torch.randn(1000),
+        **{f"small {name}": tensor.to("cuda") for name, tensor in small_tensors().items()},
     }
 
 
@@ -125,11 +238,91 @@ def test_gpu_tensors_come_back_on_gpu_and_host(tmp_path, save, codec):
 
 @cuda
 def test_what_a_stream_still_computes_is_saved_as_it_will_be(tmp_path):
-    tensor = torch.zeros(8 << 20, device="cuda")
+    tensor, small = torch.zeros(8 << 20, device="cuda"), torch.zeros(9, device="cuda")
     with torch.cuda.stream(torch.cuda.Stream()):
         for _ in range(200):
             tensor += 1
-        dcp.save({"t": tensor}, storage_writer=AsyncStorageWriter(tmp_path, transfer=TRANSFER))
-    loaded = {"t": torch.zeros(8 << 20)}
+            small += 1
+        state = {"t": tensor, "small": small, "other": torch.ones(5, device="cuda")}
+        dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path, transfer=TRANSFER))
+    loaded = {"t": torch.zeros(8 << 20), "small": torch.zeros(9)}
     dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path), planner=ShardedLoadPlanner())
     assert torch.equal(loaded["t"], torch.full((8 << 20,), 200.0))
+    assert torch.equal(loaded["small"], torch.full((9,), 200.0))
+
+
+@cuda
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_gpu_state_is_staged_in_pinned_memory_of_its_size(monkeypatch, shares):
+    own = pool.Pool()
+    own.shares = shares
+    monkeypatch.setattr("dcp_storage.dcp.staging.stage.POOL", own)
+    tensor = torch.randn(9 << 20, device="cuda")
+    before = rss_bytes()
+    for _ in range(2):
+        staged = stage({"t": tensor}, keep=True)
+        assert staged["t"].is_pinned()
+        assert torch.equal(staged["t"], tensor.cpu())
+        del staged
+    assert rss_bytes() - before < 45 * MIB
+    [kept] = own._kept
+    assert kept.pinned
+    assert kept.where == ("shared" if shares else "private")
+
+
+@cuda
+def test_a_gpu_state_is_saved_by_a_process(tmp_path):
+    state = gpu_state()
+    join_alone(tmp_path)
+    try:
+        for number in range(2):  # the second is staged in shared memory
+            writer = AsyncStorageWriter(tmp_path / str(number))
+            done = dcp.async_save(
+                state,
+                storage_writer=writer,
+                planner=ShardedSavePlanner(),
+                async_checkpointer_type=AsyncCheckpointerType.PROCESS,
+            )
+            done.result(60)
+            assert_loads(tmp_path / str(number), {name: tensor.cpu() for name, tensor in state.items()})
+    finally:
+        dist.destroy_process_group()
+
+
+@cuda
+def test_a_gpu_without_room_for_a_batch_is_saved(tmp_path):
+    state = {f"{number}": torch.randn(1000, device="cuda") for number in range(500)}
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / total)
+    try:
+        filling = fill_gpu()
+        dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner())
+        del filling
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert_loads(tmp_path, {name: tensor.cpu() for name, tensor in state.items()})
+
+
+def fill_gpu():
+    found = []
+    for nbytes in (1 << 20, 1 << 12, 512):
+        try:
+            while True:
+                found.append(torch.empty(nbytes, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            pass
+    return found
+
+
+def rss_bytes():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+
+
+def join_alone(tmp_path):
+    """Make a process group of one, which saves by a process need."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1"}
+    dist.init_process_group("gloo")

@@ -160,9 +160,9 @@ def test_saves_that_follow_one_another_use_one_memory(tmp_path, planner, monkeyp
         pytest.skip("DCP's own planner leaves the state to the garbage collector")
     made, real = [], pool._make
 
-    def make(nbytes, where):
+    def make(nbytes, where, *, pinned):
         made.append(nbytes)
-        return real(nbytes, where)
+        return real(nbytes, where, pinned=pinned)
 
     monkeypatch.setattr(pool, "_make", make)
     monkeypatch.setattr(pool, "_RETURNING_S", 1)

@@ -1,7 +1,8 @@
 """Tensors on accelerators: copies from CUDA go through pinned memory, on streams of their own."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, get_device_module
@@ -10,13 +11,26 @@ _PINNED = "cuda"
 """The type of device whose copies pinned memory speeds up (ROCm's has the same name)."""
 
 
-def wait_for_device(tensor: Tensor) -> None:
-    """Wait until this thread's stream has computed a tensor: codec threads copy it on streams of their own."""
-    if tensor.device.type in {"cpu", "meta"}:
+_HOST = "cpu"
+
+
+def on_host(device: torch.device) -> bool:
+    """Tell whether the memory of a device is the process's own."""
+    return device.type == _HOST
+
+
+def on_accelerator(device: torch.device) -> bool:
+    """Tell whether tensors of a device have to be copied for the host to read them."""
+    return device.type not in {_HOST, "meta"}
+
+
+def wait_for_device(device: torch.device) -> None:
+    """Wait until this thread's stream has computed its tensors: codec threads copy them on streams of their own."""
+    if not on_accelerator(device):
         return
-    module = get_device_module(tensor.device)
+    module = get_device_module(device)
     if hasattr(module, "current_stream"):
-        module.current_stream(tensor.device).synchronize()
+        module.current_stream(device).synchronize()
     elif hasattr(module, "synchronize"):  # one stream for all, as MPS has; without either nothing runs ahead
         module.synchronize()
 
@@ -27,6 +41,17 @@ def host_memory(elements: int, dtype: torch.dtype, device: torch.device) -> Tens
     Pinned memory goes back to torch's cache when it is dropped.
     """
     return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=device.type == _PINNED)
+
+
+def pin(address: int, nbytes: int) -> Callable[[], object]:
+    """Pin memory of the host for copies from CUDA; return what unpins it, which has to be done before it is freed.
+
+    Raises:
+        RuntimeError: CUDA could not, as where a limit is set on locked memory.
+    """
+    cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    torch.cuda.check_error(cudart.cudaHostRegister(address, nbytes, 0))
+    return partial(cudart.cudaHostUnregister, address)
 
 
 @contextmanager

@@ -1,13 +1,13 @@
 """Checkpoints of this package, loaded into a plan: the blocks that hold what is wanted, fetched and decoded once."""
 
 from collections import defaultdict
-from math import prod
 
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
 from dcp_storage.collector import gc_paused
 from dcp_storage.dcp.dtypes import dtype_from_name
 from dcp_storage.dcp.kinds.boxes import read_box
+from dcp_storage.dcp.loads.batches import Batches
 from dcp_storage.dcp.loads.targets import BytesTarget, ChunkTarget
 from dcp_storage.dcp.metadata import find_chunk
 from dcp_storage.errors import CoverageError
@@ -28,12 +28,14 @@ async def load_native(context: Context, manifest: Manifest, plan: LoadPlan, plan
         ObjectNotFound: An object is not there.
         StoreError: A range could not be read.
     """
-    items = _load_items(manifest, plan, planner)
+    batches = Batches()
+    items = _load_items(manifest, plan, planner, batches)
     await load_items(context, items, manifest.object_names, manifest.codec)
+    batches.finish()
 
 
 @gc_paused
-def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner) -> list[LoadItem]:
+def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner, batches: Batches) -> list[LoadItem]:
     """Group the reads by the stored chunk that they read: resharding aims many at one."""
     items = []
     by_chunk: defaultdict[tuple[str, int], list[ReadItem]] = defaultdict(list)
@@ -45,7 +47,9 @@ def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner) -> lis
             by_chunk[fqn, find_chunk(read.storage_index, tensor.boxes)].append(read)
         else:
             raise _not_stored(fqn)
-    items.extend(_chunk_item(manifest, fqn, number, reads, planner) for (fqn, number), reads in by_chunk.items())
+    for (fqn, number), reads in by_chunk.items():
+        shape, dtype = manifest.tensors[fqn].boxes[number].sizes, dtype_from_name(manifest.tensors[fqn].dtype)
+        items.append(_chunk_item(manifest, fqn, number, reads, ChunkTarget(shape, dtype, reads, planner, batches)))
     return items
 
 
@@ -57,7 +61,7 @@ def _bytes_item(manifest: Manifest, fqn: str, read: ReadItem, planner: LoadPlann
     return LoadItem(fqn, entry.size, 1, entry.segments, blocks, BytesTarget(read, entry.size, planner))
 
 
-def _chunk_item(manifest: Manifest, fqn: str, number: int, reads: list[ReadItem], planner: LoadPlanner) -> LoadItem:
+def _chunk_item(manifest: Manifest, fqn: str, number: int, reads: list[ReadItem], target: ChunkTarget) -> LoadItem:
     tensor = manifest.tensors[fqn]
     shape = tensor.boxes[number].sizes
     boxes = [read_box(read) for read in reads]
@@ -66,8 +70,7 @@ def _chunk_item(manifest: Manifest, fqn: str, number: int, reads: list[ReadItem]
             raise CoverageError(f"{fqn}: the plan reads {box} of a chunk of shape {list(shape)}", fqn=fqn)
     item_bytes = ITEM_BYTES[tensor.dtype]
     wanted = needed_blocks(shape, boxes, item_bytes, manifest.codec.block_bytes)
-    target = ChunkTarget(shape, dtype_from_name(tensor.dtype), reads, planner)
-    return LoadItem(fqn, prod(shape) * item_bytes, tensor.planes, tensor.segments(number), wanted, target)
+    return LoadItem(fqn, target.nbytes, tensor.planes, tensor.segments(number), wanted, target)
 
 
 def _not_stored(fqn: str) -> CoverageError:

@@ -1,17 +1,20 @@
 """Targets: where the bytes of tensors and of other entries go, as the load pipeline fills them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
-from dcp_storage.dcp.device import host_memory
+from dcp_storage.dcp.device import host_memory, on_accelerator, on_host
 from dcp_storage.dcp.kinds.base import dispatches
 from dcp_storage.dcp.kinds.boxes import read_box
+from dcp_storage.dcp.loads.batches import Batches, Room
 from dcp_storage.dcp.loads.hand_over import hand_over
 from dcp_storage.dcp.memory import as_it_lies, borrowed_view, byte_view
+from dcp_storage.dcp.small import SMALL_BYTES
 from dcp_storage.errors import CoverageError, UnsupportedFormat
 from dcp_storage.geometry import Box, Shape, boxes_of_run, flat_extent, intersect
 
@@ -71,17 +74,25 @@ class ChunkTarget:
         CoverageError: The planner resolved a read to a tensor of another shape than the read's.
     """
 
-    def __init__(self, shape: Shape, dtype: torch.dtype, reads: Sequence[ReadItem], planner: LoadPlanner) -> None:
+    def __init__(
+        self, shape: Shape, dtype: torch.dtype, reads: Sequence[ReadItem], planner: LoadPlanner, batches: Batches
+    ) -> None:
+        self.nbytes = prod(shape) * dtype.itemsize
         self._shape = shape
         self._dtype = dtype
         self._item = dtype.itemsize
         self._reads = reads
         self._planner = planner
+        self._batches = batches
         self._parts: list[_Part] = []
+        self._room: Room | None = None
 
     def open(self) -> None:
         """Resolve the destinations."""
         self._parts = [self._resolve(read) for read in self._reads]
+        devices = {part.target.device for part in self._parts}
+        if self.nbytes <= SMALL_BYTES and all(map(on_accelerator, devices)) and len(devices) == 1:
+            self._room = self._batches.join(self, devices.pop())
 
     def _resolve(self, read: ReadItem) -> _Part:
         box = read_box(read)
@@ -93,7 +104,7 @@ class ChunkTarget:
             )
         target = torch.empty(box.sizes, dtype=self._dtype, device="cpu") if dispatches(tensor) else tensor
         start, stop = flat_extent(self._shape, box)
-        plain = target.device.type == "cpu" and target.dtype == self._dtype and as_it_lies(target)
+        plain = on_host(target.device) and target.dtype == self._dtype and as_it_lies(target)
         memory = borrowed_view(target) if plain and stop - start == box.numel else None  # the part holds the target
         return _Part(read, box, tensor, target, start * self._item, stop * self._item, memory)
 
@@ -113,26 +124,41 @@ class ChunkTarget:
         if memory is not None:
             decode(memory)
             return
+        if self._room is not None:
+            decode(self._room.memory(start, stop))
+            return
         # Near the first destination, as most have one only.
-        window = byte_view(host_memory(stop - start, torch.uint8, self._parts[0].target.device))
-        decode(window)
+        window = host_memory(stop - start, torch.uint8, self._parts[0].target.device)
+        decode(byte_view(window))
         self._scatter(start, window)
 
     @torch.inference_mode()  # destinations that were made in it take writes in it only
-    def _scatter(self, start: int, raw: memoryview) -> None:
-        """Copy elements to every destination that wants them, converting dtype and device."""
-        elements = torch.frombuffer(raw, dtype=torch.uint8).view(self._dtype)
+    def _scatter(self, start: int, window: Tensor) -> None:
+        for destination, source in self.copies(start, window):
+            destination.copy_(source)
+
+    def copies(self, start: int, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every destination of the bytes from `start` on with what belongs there, of any dtype and device."""
+        stop = start + len(window)
+        elements = window.view(self._dtype)
         first, at = start // self._item, 0
-        parts = [part for part in self._parts if part.start < start + len(raw) and start < part.stop]
+        parts = [part for part in self._parts if part.start < stop and start < part.stop]
         for run in boxes_of_run(self._shape, first, first + len(elements)):
             source = elements[at : at + run.numel].view(run.sizes)
             at += run.numel
             for part in parts:
                 if shared := intersect(run, part.box):
                     destination = part.target[shared.relative_to(part.box.offsets).slices]
-                    destination.copy_(source[shared.relative_to(run.offsets).slices])
+                    yield destination, source[shared.relative_to(run.offsets).slices]
 
     def close(self) -> None:
+        """Hand the tensors back to the planner, at once or with the rest of their batch."""
+        if self._room is not None:
+            self._room.filled()
+        else:
+            self.commit()
+
+    def commit(self) -> None:
         """Hand the tensors back to the planner."""
         for part in self._parts:
             if part.target is not part.tensor:

@@ -2,8 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from functools import cache
-from importlib.metadata import version
 from itertools import accumulate, chain
 from math import prod
 from typing import Any, NamedTuple
@@ -23,6 +21,7 @@ from dcp_storage.format.manifest.frames import StoredCodec
 from dcp_storage.format.manifest.manifest import StoredObject
 from dcp_storage.format.manifest.schema import ListedBoxes
 from dcp_storage.geometry import Box, tiling_fault
+from dcp_storage.version import __version__
 
 
 @gc_paused
@@ -54,7 +53,7 @@ def build_draft(
     return Draft(
         save_id=save_id,
         created=datetime.now(UTC).isoformat(timespec="microseconds"),
-        libraries=_libraries(),
+        libraries={"dcp_storage": __version__, "torch": str(torch.__version__)},
         world_size=world_size,
         rank=rank,
         attempt=attempt,
@@ -195,11 +194,6 @@ def _check_tiling(fqn: str, size: tuple[int, ...], offsets: Any, sizes: Any) -> 
         raise CoverageError(
             f"{fqn}: {fault}. The state dict's sharding does not describe this tensor: nothing was committed", fqn=fqn
         )
-
-
-@cache
-def _libraries() -> dict[str, str]:
-    return {"dcp_storage": version("dcp-storage"), "torch": str(torch.__version__)}
 
 
 def _planner_data(data: Any) -> dict[str, tuple[str | int, ...]] | None:

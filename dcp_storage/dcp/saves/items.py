@@ -10,6 +10,7 @@ from dcp_storage.collector import gc_paused
 from dcp_storage.config import Codec
 from dcp_storage.dcp.device import wait_for_device
 from dcp_storage.dcp.kinds.plain import Checkpointable
+from dcp_storage.dcp.saves.batches import Batches
 from dcp_storage.dcp.saves.entries import encode_entry, warn_of_types
 from dcp_storage.dcp.saves.sources import BytesSource, TensorSource
 from dcp_storage.errors import CoverageError, DtypeMismatch, UnsupportedTensor
@@ -29,24 +30,26 @@ def plan_sources(plan: SavePlan, planner: SavePlanner, codec: Codec) -> list[Sou
     """
     asked: dict[str, list[str]] = {}
     sources: list[Source] = []
+    batches = Batches()
+    devices: set[torch.device] = set()
     for item in plan.items:
         if item.tensor_data:
-            sources.append(_tensor_source(item, planner, codec))
+            tensor = _resolve(item, planner)
+            devices.add(tensor.device)
+            sources.append(batches.source(TensorSource(tensor, item.index.fqn, codec)))
             continue
         data, asked[item.index.fqn] = encode_entry(item, planner)
         sources.append(BytesSource(data))
     warn_of_types(asked)
+    for device in devices:
+        wait_for_device(device)
     return sources
 
 
-def _tensor_source(item: WriteItem, planner: SavePlanner, codec: Codec) -> Source:
+def _resolve(item: WriteItem, planner: SavePlanner) -> Tensor:
     planned = item.tensor_data
     if planned and item.type is WriteItemType.SHARD and 0 in planned.chunk.sizes:  # others may begin at its offset
-        return TensorSource(
-            torch.empty(planned.chunk.sizes, dtype=planned.properties.dtype, device="cpu"),
-            item.index.fqn,
-            codec,
-        )
+        return torch.empty(planned.chunk.sizes, dtype=planned.properties.dtype, device="cpu")
     data = planner.resolve_data(item)
     assert planned is not None
     assert not isinstance(data, io.BytesIO), "DCP's planners resolve tensor items to tensors and others to BytesIO"
@@ -68,8 +71,7 @@ def _tensor_source(item: WriteItem, planner: SavePlanner, codec: Codec) -> Sourc
             "of its tensor: save with ShardedSavePlanner",
             fqn=item.index.fqn,
         )
-    wait_for_device(data)
-    return TensorSource(data, item.index.fqn, codec)
+    return data
 
 
 def _is_a_part(fqn: str, data: Tensor) -> bool:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dcp_storage.config import Codec
-from dcp_storage.dcp.device import copying_from, host_memory
+from dcp_storage.dcp.device import copying_from, host_memory, on_host
 from dcp_storage.dcp.dtypes import dtype_name, planes_of
 from dcp_storage.dcp.kinds.base import check_plain
 from dcp_storage.dcp.memory import as_it_lies, borrowed_view, byte_view
@@ -37,9 +37,9 @@ class TensorSource:
 
     def __init__(self, tensor: Tensor, fqn: str, codec: Codec) -> None:
         check_plain(fqn, tensor)
-        self._tensor = tensor.detach().as_subclass(Tensor)
-        self._memory = borrowed_view(self._tensor) if tensor.device.type == "cpu" and as_it_lies(tensor) else None
-        self._fqn = fqn
+        self.tensor = tensor.detach().as_subclass(Tensor)
+        self._memory = borrowed_view(self.tensor) if on_host(tensor.device) and as_it_lies(tensor) else None
+        self.fqn = fqn
         self._item = tensor.element_size()
         self.nbytes = tensor.numel() * self._item
         self.planes = planes_of(dtype_name(tensor.dtype, fqn), codec)
@@ -55,10 +55,10 @@ class TensorSource:
         try:
             return byte_view(self._copied(start // self._item, stop // self._item))
         except RuntimeError as error:
-            raise UnsupportedTensor(f"{self._fqn} could not be copied to the host: {error}", fqn=self._fqn) from error
+            raise UnsupportedTensor(f"{self.fqn} could not be copied to the host: {error}", fqn=self.fqn) from error
 
     def _copied(self, start: int, stop: int) -> Tensor:
-        tensor = self._tensor
+        tensor = self.tensor
         out = host_memory(stop - start, tensor.dtype, tensor.device)
         with copying_from(tensor.device) as non_blocking:
             if as_it_lies(tensor):

@@ -3,6 +3,7 @@
 import mmap
 import os
 from collections import deque
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from time import sleep
@@ -14,26 +15,38 @@ import torch
 from numpy.typing import NDArray
 
 from dcp_storage.config import MIB
+from dcp_storage.dcp.device import pin
 from dcp_storage.errors import StagingError
 
-Where = Literal["private", "pinned", "shared"]
+Where = Literal["private", "shared"]
 Bytes = NDArray[np.uint8]
 
 _SPARE = 2
 """Kept memory that is more than this many times too large is given back to the system instead of being lent."""
+
+_TOUCHED_BYTES = 16 * MIB
+_TOUCHERS = 8
 
 _WORTH_WAITING = 64 * MIB
 _RETURNING_S = 0.005
 """What memory takes less to come back than new pages to come."""
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Memory:
-    """Pages of the host; of shared ones, the file that another process can map."""
+    """Pages of the host.
+
+    Attributes:
+        array: All of their bytes.
+        file: Of shared ones, what another process can map.
+        pinned: Whether CUDA writes to them directly.
+        process: Whose they are.
+    """
 
     array: Bytes
     where: Where
     file: int | None = None
+    pinned: bool = False
     process: int = field(default_factory=os.getpid)
 
 
@@ -57,21 +70,22 @@ class Pool:
         Raises:
             StagingError: The host has no such memory.
         """
-        where: Where = "shared" if self.shares else "pinned" if device and torch.cuda.is_available() else "private"
-        memory = self._take(nbytes, where) or _make(nbytes, where)
+        where: Where = "shared" if self.shares else "private"
+        pinned = device and torch.cuda.is_available()
+        memory = self._take(nbytes, where, pinned=pinned) or _make(nbytes, where, pinned=pinned)
         lent = memory.array[:nbytes]
         finalize(lent, self._kept.append if keep else _forget, memory).atexit = False
         self._lent = ref(lent)
         return lent, memory
 
-    def _take(self, nbytes: int, where: Where) -> Memory | None:
+    def _take(self, nbytes: int, where: Where, *, pinned: bool) -> Memory | None:
         if nbytes >= _WORTH_WAITING and self._lent and self._lent() is not None:
             sleep(_RETURNING_S)  # a thread of DCP's drops its state a moment after it said that the save is done
         with suppress(IndexError):
             memory = self._kept.pop()
             if memory.process != os.getpid():  # after a fork, shared memory is the parent's
                 return None
-            if memory.where == where and nbytes <= len(memory.array) <= _SPARE * nbytes:
+            if (memory.where, memory.pinned) == (where, pinned) and nbytes <= len(memory.array) <= _SPARE * nbytes:
                 return memory
         return None
 
@@ -107,14 +121,37 @@ def map_shared(file: int, nbytes: int) -> Bytes:
     return np.frombuffer(mmap.mmap(file, nbytes, mmap.MAP_SHARED), np.uint8)
 
 
-def _make(nbytes: int, where: Where) -> Memory:
+def _make(nbytes: int, where: Where, *, pinned: bool) -> Memory:
     try:
-        if where == "shared":
-            return shared_memory(nbytes)
         # Not huge pages: where host memory is in fragments they take five times as long to come.
-        return Memory(torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=where == "pinned").numpy(), where)
+        made = shared_memory(nbytes) if where == "shared" else Memory(_private(nbytes), where)
+        if pinned:
+            _pin(made)
     except (OSError, MemoryError, RuntimeError) as error:
         raise StagingError(
             f"the host has no memory for a copy of the state ({nbytes} bytes): use dcp.save, which needs none, or save "
             f"with Transfer(keep_staging=False) once the last save has ended ({error})"
         ) from error
+    return made
+
+
+def _private(nbytes: int) -> Bytes:
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu").numpy()
+
+
+def _pin(memory: Memory) -> None:
+    """Pin memory until it is freed: torch's own pinned memory would be as large as the next power of two."""
+    _touch(memory.array)
+    finalize(memory, pin(memory.array.ctypes.data, len(memory.array))).atexit = False
+    memory.pinned = True
+
+
+def _touch(array: Bytes) -> None:
+    """Have the system find all pages, in several threads: CUDA would do it in one."""
+    starts = range(0, len(array), _TOUCHED_BYTES)
+
+    def touch(start: int) -> None:
+        array[start : start + _TOUCHED_BYTES : mmap.PAGESIZE] = 0
+
+    with ThreadPoolExecutor(_TOUCHERS) as threads:
+        list(threads.map(touch, starts))

@@ -1,18 +1,19 @@
 """`stage`: a copy of what a save may write of a state, in one piece of memory, before training changes it."""
 
 import copy
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dcp_storage.collector import gc_paused
-from dcp_storage.dcp.device import wait_for_device
+from dcp_storage.dcp.device import on_accelerator, wait_for_device
 from dcp_storage.dcp.kinds.base import check_plain
 from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.kinds.plain import Plain
+from dcp_storage.dcp.small import BATCH_BYTES, aligned, gather, is_small
 from dcp_storage.dcp.staging.pool import POOL, Bytes
 from dcp_storage.dcp.staging.staged import Place, StagedState, StagedTensor, lay
 from dcp_storage.dcp.staging.walk import walk
@@ -20,8 +21,6 @@ from dcp_storage.errors import DcpStorageError, StagingError, UnsupportedEntry, 
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import WriteItem
-
-_ALIGNMENT = 64
 
 _UNCHANGING = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
 
@@ -49,11 +48,20 @@ def _staged(state_dict: dict[str, Any], *, keep: bool) -> StagedState:
     layout = _Layout()
     walk(state_dict, layout.add, lambda _, value: value)
     memory, pages = POOL.lend(max(1, layout.nbytes), device=bool(layout.devices), keep=keep)
+    layout.copy(memory)
     copies = layout.copies(memory)
     values = walk(state_dict, lambda _fqn, _tensor: next(copies), _copied)
-    for tensor in layout.devices.values():
-        wait_for_device(tensor)
+    for device in layout.devices:
+        wait_for_device(device)
     return StagedState(dict(values), pages)
+
+
+class _Part(NamedTuple):
+    """A tensor and the place that it is copied to."""
+
+    fqn: str
+    tensor: Tensor
+    place: Place
 
 
 class _Layout:
@@ -61,9 +69,10 @@ class _Layout:
 
     def __init__(self) -> None:
         self.nbytes = 0
-        self.devices: dict[torch.device, Tensor] = {}
-        self._planned: list[tuple[list[WriteItem] | None, torch.dtype, list[tuple[str, Tensor, Place]]]] = []
+        self.devices: set[torch.device] = set()
+        self._planned: list[tuple[list[WriteItem] | None, torch.dtype, list[Place]]] = []
         self._places: dict[object, Place] = {}
+        self._parts: list[_Part] = []
 
     def add(self, fqn: str, tensor: Tensor) -> None:
         """Plan a tensor of a state dict.
@@ -82,28 +91,26 @@ class _Layout:
             check_plain(fqn, shard)
         self._planned.append((items, tensor.dtype, [self._shard(fqn, shard) for shard in shards]))
 
-    def _shard(self, fqn: str, tensor: Tensor) -> tuple[str, Tensor, Place]:
+    def _shard(self, fqn: str, tensor: Tensor) -> Place:
         memory = _memory_of(tensor)
         if memory not in self._places:
             place = Place(self.nbytes, tuple(tensor.shape), tensor.dtype)
-            nbytes = tensor.numel() * tensor.element_size()
-            self.nbytes += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+            self.nbytes += aligned(tensor.numel() * tensor.element_size())
             self._places[memory] = place
-        if tensor.device.type != "cpu":
-            self.devices.setdefault(tensor.device, tensor)
-        return fqn, tensor, self._places[memory]
+            self._parts.append(_Part(fqn, tensor, place))
+            if on_accelerator(tensor.device):
+                self.devices.add(tensor.device)
+        return self._places[memory]
+
+    def copy(self, memory: Bytes) -> None:
+        """Copy all that was planned."""
+        for parts in _batches(self._parts):
+            _copy(parts, memory)
 
     def copies(self, memory: Bytes) -> Iterator[Tensor]:
-        """Copy one planned tensor after another."""
-        copied: set[Place] = set()
-        for items, dtype, parts in self._planned:
-            shards = []
-            for fqn, tensor, place in parts:
-                shard = lay(memory, place)
-                if place not in copied:
-                    _copy(fqn, tensor, shard)
-                    copied.add(place)
-                shards.append(shard)
+        """Yield the copy of one planned tensor after another."""
+        for items, dtype, places in self._planned:
+            shards = [lay(memory, place) for place in places]
             yield shards[0] if items is None else StagedTensor(items, shards, dtype)
 
 
@@ -115,12 +122,37 @@ def _memory_of(tensor: Tensor) -> object:
     return tensor.device, address, layout
 
 
-def _copy(fqn: str, source: Tensor, target: Tensor) -> None:
+def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """Yield what is copied at a time: small tensors of one device that follow each other, or one tensor."""
+    batch: list[_Part] = []
+    nbytes = 0
+    for part in parts:
+        small = is_small(part.tensor)
+        if batch and not (small and part.tensor.device == batch[0].tensor.device and nbytes < BATCH_BYTES):
+            yield batch
+            batch, nbytes = [], 0
+        if small:
+            batch.append(part)
+            nbytes += part.tensor.nbytes
+        else:
+            yield [part]
+    if batch:
+        yield batch
+
+
+def _copy(parts: Sequence[_Part], memory: Bytes) -> None:
+    fqn, tensor, place = parts[0]
     try:
         with torch.no_grad():
-            target.copy_(source.detach(), non_blocking=True)
+            if len(parts) == 1:
+                lay(memory, place).copy_(tensor.detach(), non_blocking=True)
+            else:
+                room = sum(aligned(part.tensor.nbytes) for part in parts)
+                batch = lay(memory, Place(place.offset, (room,), torch.uint8))
+                gather([part.tensor for part in parts], batch, non_blocking=True)
     except (RuntimeError, NotImplementedError, TypeError) as error:
-        raise UnsupportedTensor(f"{fqn} could not be copied to the host: {error}", fqn=fqn) from error
+        more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
+        raise UnsupportedTensor(f"{fqn}{more} could not be copied to the host: {error}", fqn=fqn) from error
 
 
 def _copied(fqn: str, value: Any) -> Any:
