@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner
 from dcp_storage.store import reads
 from dcp_storage.store.base import PAGE_BYTES, Room, room_bytes
+from dcp_storage.store.residency import cached_bytes
 from dcp_storage.verify import verify
 
 SIZE = 10 * PAGE_BYTES + 1234
@@ -67,6 +68,54 @@ edges = st.sampled_from(
         for size in (1, 512, 4096, 8193)
     ]
 )
+
+
+def cached_pages(path: Path) -> list[int]:
+    with path.open("rb") as file:
+        pages = range(-(-path.stat().st_size // PAGE_BYTES))
+        return [page for page in pages if cached_bytes(file.fileno(), page * PAGE_BYTES, 1)]
+
+
+@needs_nowait
+@pytest.mark.parametrize("kept", [[], [0], [0, 1, 2], [0, 1, 4], [3], [10]])
+def test_reads_leave_the_page_cache_as_it_was(tmp_path, kept):
+    """What a load leaves behind would be taken by the next one for the start of more."""
+    path = tmp_path / "file"
+    path.write_bytes(DATA)
+    drop(path)
+    if cached_pages(path):
+        pytest.skip("this file system is the page cache")
+    with path.open("rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for page in kept:
+            os.pread(file.fileno(), 1, page * PAGE_BYTES)
+    assert cached_pages(path) == kept
+    for start, stop in ((0, SIZE), (PAGE_BYTES, SIZE - 5), (4097, 9000), (3, 4)):
+        assert read(path, start, stop) == DATA[start:stop]
+        assert set(cached_pages(path)) <= set(kept)
+
+
+@given(st.sets(st.integers(0, 10)), st.integers(0, SIZE - 1), st.integers(1, SIZE))
+def test_what_is_cached_is_told_to_the_byte(file, kept, start, nbytes):
+    drop(file)
+    with file.open("rb") as opened:
+        os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+        for page in kept:
+            os.pread(opened.fileno(), 1, page * PAGE_BYTES)
+    stop = min(start + nbytes, SIZE)
+    pages = range(start // PAGE_BYTES, -(-stop // PAGE_BYTES))
+    missing = next((page for page in pages if page not in kept), None)
+    expected = nbytes if missing is None else max(0, missing * PAGE_BYTES - start)
+    with file.open("rb") as opened:
+        found = cached_bytes(opened.fileno(), start, nbytes)
+    assert found == expected or len(cached_pages(file)) > len(kept)  # the system may read ahead
+
+
+def test_where_nothing_tells_all_counts_as_cached(tmp_path):
+    reading, writing = os.pipe()
+    assert cached_bytes(reading, 0, 5000) == 5000
+    os.close(reading)
+    os.close(writing)
 
 
 @given(st.one_of(ranges, edges), st.booleans(), st.one_of(st.none(), st.tuples(st.integers(0, 10), st.integers(1, 11))))

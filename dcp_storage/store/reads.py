@@ -17,6 +17,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from dcp_storage.raw import copy_bytes
 from dcp_storage.store.base import PAGE_BYTES, Room
+from dcp_storage.store.residency import cached_bytes
 
 _NOWAIT = getattr(os, "RWF_NOWAIT", 0)
 _DIRECT = getattr(os, "O_DIRECT", 0)
@@ -98,6 +99,8 @@ def _read(descriptor: int, start: int, stop: int, room: Room) -> memoryview:
     skip = (before + cached) // PAGE_BYTES * PAGE_BYTES
     pages = room.pages[skip : -(-(before + stop - start) // PAGE_BYTES) * PAGE_BYTES]
     stopped = min(skip + _read_direct(descriptor, start - before + skip, pages) - before, len(target))
+    if not cached:
+        _forget_probe(descriptor, start)
     if room.final is not None and stopped > cached:
         copy_bytes(window[cached:stopped], target[cached:stopped])
     return target[: max(cached, stopped)]
@@ -106,15 +109,15 @@ def _read(descriptor: int, start: int, stop: int, room: Room) -> memoryview:
 def _read_cached(descriptor: int, start: int, memory: memoryview) -> int | None:
     """Read what is in the page cache, from the beginning on; `None` where the file system does not tell.
 
-    A page comes first: of what is missing, Linux begins to read as much as was asked for, and some more unless it is
-    told that reads are random.
+    Linux begins to read what was asked for and is missing, and some more unless it is told that reads are random. So a
+    page is asked for first, and then no more than is there.
     """
     filled = 0
     try:
         _expect(descriptor, "POSIX_FADV_RANDOM")
-        filled = os.preadv(descriptor, [memory[:PAGE_BYTES]], start, _NOWAIT)
-        _expect(descriptor, "POSIX_FADV_NORMAL")
-        while 0 < filled < len(memory) and (count := os.preadv(descriptor, [memory[filled:]], start + filled, _NOWAIT)):
+        filled = os.preadv(descriptor, [memory[: PAGE_BYTES - start % PAGE_BYTES]], start, _NOWAIT)
+        stop = cached_bytes(descriptor, start, len(memory)) if 0 < filled < len(memory) else filled
+        while filled < stop and (count := os.preadv(descriptor, [memory[filled:stop]], start + filled, _NOWAIT)):
             filled += count
     except BlockingIOError:
         return filled
@@ -122,6 +125,12 @@ def _read_cached(descriptor: int, start: int, memory: memoryview) -> int | None:
         _expect(descriptor, "POSIX_FADV_NORMAL")
         return filled or None
     return filled
+
+
+def _forget_probe(descriptor: int, start: int) -> None:
+    """Take from the page cache what only asking for it has put there: the next read would take it for more."""
+    if hasattr(os, "posix_fadvise"):
+        os.posix_fadvise(descriptor, start // PAGE_BYTES * PAGE_BYTES, PAGE_BYTES, os.POSIX_FADV_DONTNEED)
 
 
 def _expect(descriptor: int, reads: str) -> None:
