@@ -6,8 +6,8 @@ from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
-_MANY = 50_000
-"""Young objects whose walk would be felt: some 10 ms."""
+_MANY = 5_000
+"""Young objects whose walk would be felt: a millisecond."""
 _FEW = 1_000
 """More frozen objects than those that Python 3.12 begins with: the program has called `gc.freeze`."""
 

@@ -189,6 +189,15 @@ def test_a_result_of_a_collective_is_saved(tmp_path, process_group):
         assert loaded["w"].tolist() == [0, 1, 2]
 
 
+def test_many_tensors_are_joined_and_filled_at_once():
+    tensors = [torch.arange(number, dtype=torch.int16).view(1, number, 1) for number in range(5)]
+    flat = undocumented.flatten(tensors)
+    assert flat.tolist() == [0, 0, 1, 0, 1, 2, 0, 1, 2, 3]
+    targets = [torch.zeros(1, number, 2)[..., :1] for number in range(5)]
+    undocumented.copy_all(targets, [each.view(1, -1, 1) for each in flat.split(list(range(5)))])
+    assert [target.flatten().tolist() for target in targets] == [list(range(number)) for number in range(5)]
+
+
 def test_zeros_without_memory_are_known():
     assert undocumented.is_zero_tensor(torch._efficientzerotensor(2))
     assert not undocumented.is_zero_tensor(torch.zeros(2))

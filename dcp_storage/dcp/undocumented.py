@@ -10,7 +10,7 @@ import atexit
 import multiprocessing
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -28,7 +28,9 @@ __all__ = [
     "StridedShard",
     "call_before_executors_end",
     "check_sparse_tensors",
+    "copy_all",
     "first_to_say",
+    "flatten",
     "group_device",
     "in_async_process",
     "in_async_thread",
@@ -207,6 +209,17 @@ def with_local_tensor(value: DTensor, local: Tensor) -> DTensor:
 def is_zero_tensor(value: Tensor) -> bool:
     """Return whether a tensor is all zeros and has no memory, as autograd makes them."""
     return value._is_zerotensor()  # noqa: SLF001
+
+
+def flatten(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the elements of tensors of one device and dtype, one tensor behind the other."""
+    flat: Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))  # noqa: SLF001
+    return flat
+
+
+def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source to its target, of the same shape."""
+    torch._foreach_copy_(list(targets), list(sources))
 
 
 def without_memory(cls: type[T], size: torch.Size, dtype: torch.dtype) -> T:

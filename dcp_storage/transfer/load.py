@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
+from dcp_storage.collector import gc_paused
 from dcp_storage.config import MIB
 from dcp_storage.errors import BlockCorrupt
 from dcp_storage.format.codecs.base import BlockDecoder
@@ -129,6 +130,7 @@ class _Loader:
                 await self._decode(unit, data, fetch.start)
                 self._deliver(unit)
 
+    @gc_paused
     def _open(self, blocks: Sequence[Block]) -> None:
         for number in {block.item for block in blocks} - self._opened:
             self._opened.add(number)

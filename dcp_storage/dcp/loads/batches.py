@@ -1,15 +1,15 @@
-"""Small chunks that go to an accelerator: decoded beside each other on the host, and copied there together."""
+"""Small chunks that go to an accelerator: decoded one behind the other on the host, and copied there together."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from dcp_storage.dcp.device import host_memory
 from dcp_storage.dcp.memory import byte_view
-from dcp_storage.dcp.small import BATCH_BYTES, aligned
+from dcp_storage.dcp.small import BATCH_BYTES, Batchable
+from dcp_storage.dcp.undocumented import copy_all
 
 
 class Member(Protocol):
@@ -19,26 +19,33 @@ class Member(Protocol):
     def nbytes(self) -> int:
         """Raw size of the chunk in bytes."""
 
-    def copies(self, start: int, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield every destination of the bytes from `start` on with what belongs there."""
+    def copies(self, start: int, elements: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every destination of the chunk's elements from byte `start` on, with what belongs there."""
 
     def commit(self) -> None:
         """Hand the destinations over, once they are filled."""
+
+
+class Room(NamedTuple):
+    """Where in a batch a chunk is decoded."""
+
+    batch: "_Batch"
+    memory: memoryview
 
 
 class Batches:
     """The batches of one load; used on one thread."""
 
     def __init__(self) -> None:
-        self._filling: dict[torch.device, _Batch] = {}
+        self._filling: dict[Batchable, _Batch] = {}
 
-    def join(self, member: Member, device: torch.device) -> "Room":
-        """Return room for a chunk, in the batch with those before it while there is room for it."""
-        batch = self._filling.get(device)
-        if batch is None or batch.nbytes + aligned(member.nbytes) > BATCH_BYTES:
+    def join(self, member: Member, which: Batchable) -> Room:
+        """Return room for a chunk in the batch with those before it, as long as there is some."""
+        batch = self._filling.get(which)
+        if batch is None or not batch.has_room(member):
             if batch:
                 batch.end()
-            batch = self._filling[device] = _Batch(device)
+            batch = self._filling[which] = _Batch(*which)
         return batch.join(member)
 
     def finish(self) -> None:
@@ -47,40 +54,28 @@ class Batches:
             batch.end()
 
 
-@dataclass(frozen=True)
-class Room:
-    """Where in a batch a chunk is decoded."""
-
-    batch: "_Batch"
-    offset: int
-
-    def memory(self, start: int, stop: int) -> memoryview:
-        """Return the memory of bytes of the chunk; on any thread."""
-        return byte_view(self.batch.host[self.offset + start : self.offset + stop])
-
-    def filled(self) -> None:
-        """Say that all of the chunk is decoded."""
-        self.batch.filled()
-
-
 class _Batch:
-    def __init__(self, device: torch.device) -> None:
-        self.host = host_memory(BATCH_BYTES, torch.uint8, device)
-        self.nbytes = 0
+    def __init__(self, device: torch.device, dtype: torch.dtype) -> None:
         self._device = device
-        self._members: list[tuple[Member, int]] = []
-        self._empty = 0
+        self._host = host_memory(BATCH_BYTES // dtype.itemsize, dtype, device)
+        self._memory = byte_view(self._host)
+        self._members: list[Member] = []
+        self._nbytes = 0
+        self._unfilled = 0
         self._ended = False
 
+    def has_room(self, member: Member) -> bool:
+        return self._nbytes + member.nbytes <= len(self._memory)
+
     def join(self, member: Member) -> Room:
-        room = Room(self, self.nbytes)
-        self._members.append((member, self.nbytes))
-        self.nbytes += aligned(member.nbytes)
-        self._empty += 1
-        return room
+        start, self._nbytes = self._nbytes, self._nbytes + member.nbytes
+        self._members.append(member)
+        self._unfilled += 1
+        return Room(self, self._memory[start : self._nbytes])
 
     def filled(self) -> None:
-        self._empty -= 1
+        """Note that one of the members is decoded."""
+        self._unfilled -= 1
         self._copy_if_whole()
 
     def end(self) -> None:
@@ -89,19 +84,18 @@ class _Batch:
         self._copy_if_whole()
 
     def _copy_if_whole(self) -> None:
-        if self._ended and not self._empty:
+        if self._ended and not self._unfilled:
             self._copy()
-            for member, _ in self._members:
+            for member in self._members:
                 member.commit()
 
     @torch.inference_mode()  # destinations that were made in it take writes in it only
     def _copy(self) -> None:
-        batch = self.host[: self.nbytes].to(self._device)
-        copies = [
-            copy
-            for member, offset in self._members
-            for copy in member.copies(0, batch[offset : offset + member.nbytes])
-        ]
+        item = self._host.element_size()
+        sizes = [member.nbytes // item for member in self._members]
+        parts = torch.split(self._host[: self._nbytes // item].to(self._device), sizes)
+        both = zip(self._members, parts, strict=True)
+        copies = [copy for member, part in both for copy in member.copies(0, part)]
         if copies:
             destinations, sources = zip(*copies, strict=True)
-            torch._foreach_copy_(destinations, sources)
+            copy_all(destinations, sources)

@@ -92,7 +92,7 @@ class ChunkTarget:
         self._parts = [self._resolve(read) for read in self._reads]
         devices = {part.target.device for part in self._parts}
         if self.nbytes <= SMALL_BYTES and all(map(on_accelerator, devices)) and len(devices) == 1:
-            self._room = self._batches.join(self, devices.pop())
+            self._room = self._batches.join(self, (devices.pop(), self._dtype))
 
     def _resolve(self, read: ReadItem) -> _Part:
         box = read_box(read)
@@ -125,23 +125,25 @@ class ChunkTarget:
             decode(memory)
             return
         if self._room is not None:
-            decode(self._room.memory(start, stop))
+            decode(self._room.memory[start:stop])
             return
         # Near the first destination, as most have one only.
         window = host_memory(stop - start, torch.uint8, self._parts[0].target.device)
         decode(byte_view(window))
-        self._scatter(start, window)
+        self._scatter(start, window.view(self._dtype))
 
     @torch.inference_mode()  # destinations that were made in it take writes in it only
-    def _scatter(self, start: int, window: Tensor) -> None:
-        for destination, source in self.copies(start, window):
+    def _scatter(self, start: int, elements: Tensor) -> None:
+        for destination, source in self.copies(start, elements):
             destination.copy_(source)
 
-    def copies(self, start: int, window: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield every destination of the bytes from `start` on with what belongs there, of any dtype and device."""
-        stop = start + len(window)
-        elements = window.view(self._dtype)
+    def copies(self, start: int, elements: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield every destination of the chunk's elements from byte `start` on, with what belongs there.
+
+        Both have the same shape; destinations are of any dtype and device.
+        """
         first, at = start // self._item, 0
+        stop = (first + len(elements)) * self._item
         parts = [part for part in self._parts if part.start < stop and start < part.stop]
         for run in boxes_of_run(self._shape, first, first + len(elements)):
             source = elements[at : at + run.numel].view(run.sizes)
@@ -154,7 +156,7 @@ class ChunkTarget:
     def close(self) -> None:
         """Hand the tensors back to the planner, at once or with the rest of their batch."""
         if self._room is not None:
-            self._room.filled()
+            self._room.batch.filled()
         else:
             self.commit()
 

@@ -2,13 +2,12 @@
 
 import threading
 
-import torch
 from torch import Tensor
 
 from dcp_storage.dcp.device import copying_from, host_memory
 from dcp_storage.dcp.memory import byte_view
 from dcp_storage.dcp.saves.sources import TensorSource
-from dcp_storage.dcp.small import BATCH_BYTES, aligned, gather, is_small
+from dcp_storage.dcp.small import BATCH_BYTES, Batchable, batchable, gather
 from dcp_storage.errors import UnsupportedTensor
 from dcp_storage.raw import Raw
 from dcp_storage.transfer.save import Source
@@ -18,17 +17,17 @@ class Batches:
     """Puts small tensors into batches in the order of the plan, which is mostly that of their reads."""
 
     def __init__(self) -> None:
-        self._batches: dict[torch.device, _Batch] = {}
+        self._filling: dict[Batchable, _Batch] = {}
 
     def source(self, source: TensorSource) -> Source:
         """Return the source, or one that reads the same bytes from a batch where its tensor is small."""
-        tensor = source.tensor
-        if not is_small(tensor):
+        which = batchable(source.tensor)
+        if which is None:
             return source
-        batch = self._batches.get(tensor.device)
+        batch = self._filling.get(which)
         if batch is None or batch.nbytes + source.nbytes > BATCH_BYTES:
-            batch = self._batches[tensor.device] = _Batch(source.fqn)
-        return _BatchedSource(batch, batch.add(tensor), source.nbytes, source.planes)
+            batch = self._filling[which] = _Batch(source.fqn)
+        return _BatchedSource(batch, batch.add(source.tensor), source.nbytes, source.planes)
 
 
 class _BatchedSource:
@@ -50,14 +49,14 @@ class _Batch:
         self._fqn = fqn
         self._tensors: list[Tensor] = []
         self._unread = 0
-        self._host: Tensor | None = None
+        self._copy: memoryview | None = None
         self._lock = threading.Lock()
 
     def add(self, tensor: Tensor) -> int:
         """Return where in the batch a tensor begins."""
         offset = self.nbytes
         self._tensors.append(tensor)
-        self.nbytes += aligned(tensor.nbytes)
+        self.nbytes += tensor.nbytes
         return offset
 
     def read(self, start: int, stop: int) -> Raw:
@@ -67,23 +66,22 @@ class _Batch:
             UnsupportedTensor: Torch could not copy them.
         """
         with self._lock:
-            if self._host is None:
-                self._host = self._copied()
-                self._unread = sum(tensor.nbytes for tensor in self._tensors)
-            found = byte_view(self._host[start:stop])
+            if self._copy is None:
+                self._copy, self._unread = self._copied(), self.nbytes
+            found = self._copy[start:stop]
             self._unread -= stop - start
             if self._unread <= 0:
-                self._host = None
+                self._copy = None
         return found
 
-    def _copied(self) -> Tensor:
-        device = self._tensors[0].device
-        out = host_memory(self.nbytes, torch.uint8, device)
+    def _copied(self) -> memoryview:
+        first = self._tensors[0]
+        out = host_memory(self.nbytes // first.element_size(), first.dtype, first.device)
         try:
-            with copying_from(device) as non_blocking:
+            with copying_from(first.device) as non_blocking:
                 gather(self._tensors, out, non_blocking=non_blocking)
         except RuntimeError as error:
             raise UnsupportedTensor(
                 f"{self._fqn} and {len(self._tensors) - 1} more could not be copied to the host: {error}", fqn=self._fqn
             ) from error
-        return out
+        return byte_view(out)

@@ -1,7 +1,7 @@
 """`stage`: a copy of what a save may write of a state, in one piece of memory, before training changes it."""
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from dcp_storage.dcp.device import on_accelerator, wait_for_device
 from dcp_storage.dcp.kinds.base import check_plain
 from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.kinds.plain import Plain
-from dcp_storage.dcp.small import BATCH_BYTES, aligned, gather, is_small
+from dcp_storage.dcp.small import BATCH_BYTES, Batchable, batchable, gather
 from dcp_storage.dcp.staging.pool import POOL, Bytes
 from dcp_storage.dcp.staging.staged import Place, StagedState, StagedTensor, lay
 from dcp_storage.dcp.staging.walk import walk
@@ -21,6 +21,8 @@ from dcp_storage.errors import DcpStorageError, StagingError, UnsupportedEntry, 
 
 if TYPE_CHECKING:
     from torch.distributed.checkpoint.planner import WriteItem
+
+_ALIGNMENT = 64
 
 _UNCHANGING = (type(None), bool, int, float, complex, str, bytes, type, torch.dtype, torch.device, torch.Size)
 
@@ -64,6 +66,24 @@ class _Part(NamedTuple):
     place: Place
 
 
+class _Batch:
+    """Tensors that are copied together, and so lie one behind the other."""
+
+    def __init__(self, start: int, nbytes: int) -> None:
+        self.parts: list[_Part] = []
+        self._next = start
+        self._stop = start + nbytes
+
+    def has_room(self, nbytes: int) -> bool:
+        return self._next + nbytes <= self._stop
+
+    def add(self, fqn: str, tensor: Tensor, nbytes: int) -> Place:
+        place = Place(self._next, tuple(tensor.shape), tensor.dtype)
+        self.parts.append(_Part(fqn, tensor, place))
+        self._next += nbytes
+        return place
+
+
 class _Layout:
     """Which tensors are copied where, in the order in which a walk meets them."""
 
@@ -72,7 +92,8 @@ class _Layout:
         self.devices: set[torch.device] = set()
         self._planned: list[tuple[list[WriteItem] | None, torch.dtype, list[Place]]] = []
         self._places: dict[object, Place] = {}
-        self._parts: list[_Part] = []
+        self._batches: list[_Batch] = []
+        self._filling: dict[Batchable, _Batch] = {}
 
     def add(self, fqn: str, tensor: Tensor) -> None:
         """Plan a tensor of a state dict.
@@ -94,18 +115,31 @@ class _Layout:
     def _shard(self, fqn: str, tensor: Tensor) -> Place:
         memory = _memory_of(tensor)
         if memory not in self._places:
-            place = Place(self.nbytes, tuple(tensor.shape), tensor.dtype)
-            self.nbytes += aligned(tensor.numel() * tensor.element_size())
-            self._places[memory] = place
-            self._parts.append(_Part(fqn, tensor, place))
+            nbytes = tensor.numel() * tensor.element_size()
+            self._places[memory] = self._batch(tensor, nbytes).add(fqn, tensor, nbytes)
             if on_accelerator(tensor.device):
                 self.devices.add(tensor.device)
         return self._places[memory]
 
+    def _batch(self, tensor: Tensor, nbytes: int) -> _Batch:
+        which = batchable(tensor)
+        if which is None:
+            return self._begin(nbytes)
+        batch = self._filling.get(which)
+        if batch is None or not batch.has_room(nbytes):
+            batch = self._filling[which] = self._begin(BATCH_BYTES)
+        return batch
+
+    def _begin(self, nbytes: int) -> _Batch:
+        batch = _Batch(self.nbytes, nbytes)
+        self._batches.append(batch)
+        self.nbytes += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+        return batch
+
     def copy(self, memory: Bytes) -> None:
         """Copy all that was planned."""
-        for parts in _batches(self._parts):
-            _copy(parts, memory)
+        for batch in self._batches:
+            _copy(batch.parts, memory)
 
     def copies(self, memory: Bytes) -> Iterator[Tensor]:
         """Yield the copy of one planned tensor after another."""
@@ -122,34 +156,16 @@ def _memory_of(tensor: Tensor) -> object:
     return tensor.device, address, layout
 
 
-def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
-    """Yield what is copied at a time: small tensors of one device that follow each other, or one tensor."""
-    batch: list[_Part] = []
-    nbytes = 0
-    for part in parts:
-        small = is_small(part.tensor)
-        if batch and not (small and part.tensor.device == batch[0].tensor.device and nbytes < BATCH_BYTES):
-            yield batch
-            batch, nbytes = [], 0
-        if small:
-            batch.append(part)
-            nbytes += part.tensor.nbytes
-        else:
-            yield [part]
-    if batch:
-        yield batch
-
-
+@torch.no_grad()
 def _copy(parts: Sequence[_Part], memory: Bytes) -> None:
     fqn, tensor, place = parts[0]
     try:
-        with torch.no_grad():
-            if len(parts) == 1:
-                lay(memory, place).copy_(tensor.detach(), non_blocking=True)
-            else:
-                room = sum(aligned(part.tensor.nbytes) for part in parts)
-                batch = lay(memory, Place(place.offset, (room,), torch.uint8))
-                gather([part.tensor for part in parts], batch, non_blocking=True)
+        if len(parts) == 1:
+            lay(memory, place).copy_(tensor.detach(), non_blocking=True)
+        else:
+            elements = sum(part.tensor.numel() for part in parts)
+            batch = lay(memory, Place(place.offset, (elements,), place.dtype))
+            gather([part.tensor for part in parts], batch, non_blocking=True)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
         raise UnsupportedTensor(f"{fqn}{more} could not be copied to the host: {error}", fqn=fqn) from error
