@@ -1,6 +1,6 @@
 """Checkpoints of this package, loaded into a plan: the blocks that hold what is wanted, fetched and decoded once."""
 
-from collections import defaultdict
+from typing import NamedTuple
 
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPlanner, ReadItem
 
@@ -12,6 +12,8 @@ from dcp_storage.dcp.loads.targets import BytesTarget, ChunkTarget
 from dcp_storage.dcp.metadata import find_chunk
 from dcp_storage.errors import CoverageError
 from dcp_storage.format.dtypes import ITEM_BYTES
+from dcp_storage.format.manifest.frames import StoredCodec
+from dcp_storage.format.manifest.items import TensorEntry
 from dcp_storage.format.manifest.manifest import Manifest
 from dcp_storage.geometry import contains
 from dcp_storage.transfer.context import Context
@@ -34,22 +36,31 @@ async def load_native(context: Context, manifest: Manifest, plan: LoadPlan, plan
     batches.finish()
 
 
+class _Chunk(NamedTuple):
+    """A stored chunk and all reads of it."""
+
+    fqn: str
+    number: int
+    tensor: TensorEntry
+    reads: list[ReadItem]
+
+
 @gc_paused
 def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner, batches: Batches) -> list[LoadItem]:
     """Group the reads by the stored chunk that they read: resharding aims many at one."""
     items = []
-    by_chunk: defaultdict[tuple[str, int], list[ReadItem]] = defaultdict(list)
+    chunks: dict[tuple[str, int], _Chunk] = {}
     for read in plan.items:
         fqn = read.storage_index.fqn
         if read.type == LoadItemType.BYTE_IO:
             items.append(_bytes_item(manifest, fqn, read, planner))
-        elif tensor := manifest.tensors.get(fqn):
-            by_chunk[fqn, find_chunk(read.storage_index, tensor.boxes)].append(read)
-        else:
+            continue
+        tensor = manifest.tensors.get(fqn)
+        if tensor is None:
             raise _not_stored(fqn)
-    for (fqn, number), reads in by_chunk.items():
-        shape, dtype = manifest.tensors[fqn].boxes[number].sizes, dtype_from_name(manifest.tensors[fqn].dtype)
-        items.append(_chunk_item(manifest, fqn, number, reads, ChunkTarget(shape, dtype, reads, planner, batches)))
+        number = find_chunk(read.storage_index, tensor.boxes)
+        chunks.setdefault((fqn, number), _Chunk(fqn, number, tensor, [])).reads.append(read)
+    items.extend(_chunk_item(chunk, manifest.codec, planner, batches) for chunk in chunks.values())
     return items
 
 
@@ -61,15 +72,15 @@ def _bytes_item(manifest: Manifest, fqn: str, read: ReadItem, planner: LoadPlann
     return LoadItem(fqn, entry.size, 1, entry.segments, blocks, BytesTarget(read, entry.size, planner))
 
 
-def _chunk_item(manifest: Manifest, fqn: str, number: int, reads: list[ReadItem], target: ChunkTarget) -> LoadItem:
-    tensor = manifest.tensors[fqn]
+def _chunk_item(chunk: _Chunk, codec: StoredCodec, planner: LoadPlanner, batches: Batches) -> LoadItem:
+    fqn, number, tensor, reads = chunk
     shape = tensor.boxes[number].sizes
     boxes = [read_box(read) for read in reads]
     for box in boxes:
         if not contains(shape, box):
             raise CoverageError(f"{fqn}: the plan reads {box} of a chunk of shape {list(shape)}", fqn=fqn)
-    item_bytes = ITEM_BYTES[tensor.dtype]
-    wanted = needed_blocks(shape, boxes, item_bytes, manifest.codec.block_bytes)
+    wanted = needed_blocks(shape, boxes, ITEM_BYTES[tensor.dtype], codec.block_bytes)
+    target = ChunkTarget(shape, dtype_from_name(tensor.dtype), reads, planner, batches)
     return LoadItem(fqn, target.nbytes, tensor.planes, tensor.segments(number), wanted, target)
 
 

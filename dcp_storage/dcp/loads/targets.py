@@ -142,8 +142,11 @@ class ChunkTarget:
 
         Both have the same shape; destinations are of any dtype and device.
         """
+        if elements.nbytes == self.nbytes and all(part.box.sizes == self._shape for part in self._parts):
+            yield from ((part.target, elements.view(self._shape)) for part in self._parts)
+            return
         first, at = start // self._item, 0
-        stop = (first + len(elements)) * self._item
+        stop = start + elements.nbytes
         parts = [part for part in self._parts if part.start < stop and start < part.stop]
         for run in boxes_of_run(self._shape, first, first + len(elements)):
             source = elements[at : at + run.numel].view(run.sizes)
