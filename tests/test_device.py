@@ -93,6 +93,27 @@ def test_what_is_copied_to_a_device_is_decoded_into_pinned_memory(tmp_path, fake
     assert fake.pinned - before == 3, "one for each block"
 
 
+@pytest.mark.parametrize("action", ["save", "stage"])
+def test_what_torch_changes_on_the_host_is_waited_for(tmp_path, monkeypatch, fake, action):
+    """A copy that does not block would be conjugated or negated before it is there."""
+    values = torch.randn(300, 200, dtype=torch.complex64)
+    state = {"conjugate": values.conj(), "negative": values.conj().imag, "strided": values.t(), "plain": values}
+    unblocked, real = [], torch.Tensor.copy_
+
+    def copy_(self, source, non_blocking=False):
+        if non_blocking:
+            unblocked.append(source.is_conj() or source.is_neg())
+        return real(self, source)
+
+    monkeypatch.setattr(torch.Tensor, "copy_", copy_)
+    if action == "save":
+        dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner(), no_dist=True)
+    else:
+        assert_same(stage(state, keep=False), {name: value.clone() for name, value in state.items()})
+    assert len(unblocked) >= 2
+    assert not any(unblocked)
+
+
 def test_memory_of_the_host_is_neither_pinned_nor_copied_on_streams(monkeypatch, tmp_path):
     monkeypatch.setattr(device_module, "get_device_module", lambda device: 1 / 0)
     state, loaded = {"t": torch.randn(30, 40).t()}, {"t": torch.zeros(30, 40).t()}

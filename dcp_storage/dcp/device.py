@@ -43,6 +43,15 @@ def host_memory(elements: int, dtype: torch.dtype, device: torch.device) -> Tens
     return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=device.type == _PINNED)
 
 
+def copy_to_host(source: Tensor, target: Tensor, *, non_blocking: bool) -> None:
+    """Copy a tensor of any device to host memory of its shape and dtype.
+
+    Torch conjugates and negates on the host, and does not wait for a copy that does not block.
+    """
+    changes = source.is_conj() or source.is_neg()
+    target.copy_(source, non_blocking=non_blocking and not changes)
+
+
 def pin(address: int, nbytes: int) -> Callable[[], object]:
     """Pin memory of the host for copies from CUDA; return what unpins it, which has to be done before it is freed.
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dcp_storage.config import KIB, MIB
-from dcp_storage.dcp.device import on_accelerator
+from dcp_storage.dcp.device import copy_to_host, on_accelerator
 from dcp_storage.dcp.memory import as_it_lies
 from dcp_storage.dcp.undocumented import flatten
 
@@ -40,7 +40,7 @@ def gather(tensors: Sequence[Tensor], out: Tensor, *, non_blocking: bool) -> Non
         start = 0
         for tensor in tensors:
             stop = start + tensor.numel()
-            out[start:stop].view(tensor.shape).copy_(tensor, non_blocking=non_blocking)
+            copy_to_host(tensor, out[start:stop].view(tensor.shape), non_blocking=non_blocking)
             start = stop
     else:
         out.copy_(batch, non_blocking=non_blocking)

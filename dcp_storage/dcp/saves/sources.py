@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dcp_storage.config import Codec
-from dcp_storage.dcp.device import copying_from, host_memory, on_host
+from dcp_storage.dcp.device import copy_to_host, copying_from, host_memory, on_host
 from dcp_storage.dcp.dtypes import dtype_name, planes_of
 from dcp_storage.dcp.kinds.base import check_plain
 from dcp_storage.dcp.memory import as_it_lies, borrowed_view, byte_view
@@ -62,9 +62,11 @@ class TensorSource:
         out = host_memory(stop - start, tensor.dtype, tensor.device)
         with copying_from(tensor.device) as non_blocking:
             if as_it_lies(tensor):
-                return out.copy_(tensor.view(-1)[start:stop], non_blocking=non_blocking)
+                copy_to_host(tensor.view(-1)[start:stop], out, non_blocking=non_blocking)
+                return out
             filled = 0
             for box in boxes_of_run(tuple(tensor.shape), start, stop):
-                out[filled : filled + box.numel].view(box.sizes).copy_(tensor[box.slices], non_blocking=non_blocking)
+                target = out[filled : filled + box.numel].view(box.sizes)
+                copy_to_host(tensor[box.slices], target, non_blocking=non_blocking)
                 filled += box.numel
         return out

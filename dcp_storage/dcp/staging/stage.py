@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import MetadataIndex
 
 from dcp_storage.collector import gc_paused
-from dcp_storage.dcp.device import on_accelerator, wait_for_device
+from dcp_storage.dcp.device import copy_to_host, on_accelerator, wait_for_device
 from dcp_storage.dcp.kinds.base import check_plain
 from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.kinds.plain import Plain
@@ -161,7 +161,7 @@ def _copy(parts: Sequence[_Part], memory: Bytes) -> None:
     fqn, tensor, place = parts[0]
     try:
         if len(parts) == 1:
-            lay(memory, place).copy_(tensor.detach(), non_blocking=True)
+            copy_to_host(tensor.detach(), lay(memory, place), non_blocking=True)
         else:
             elements = sum(part.tensor.numel() for part in parts)
             batch = lay(memory, Place(place.offset, (elements,), place.dtype))
