@@ -387,18 +387,17 @@ def test_old_steps_go_once_a_new_one_is_committed(tmp_path):
 
 
 def test_steps_that_are_in_use_stay(tmp_path):
-    gate = Gate()
-    gate.opened.set()
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state_of(step))
+    gate = Gate("commit", 1)
     with Checkpoints(hooked(tmp_path, before=gate), keep=KeepLatest(1)) as checkpoints:
-        checkpoints.save(1, state_of(1))
-        checkpoints.save(2, state_of(2), overwrite=True)
-        checkpoints.wait()
-        gate.opened.clear()
-        Checkpoints(tmp_path)  # another one: it keeps nothing open
-        future = checkpoints.async_save(1, state_of(1))
+        future = checkpoints.async_save(1, state_of(1), overwrite=True)
+        assert gate.reached.wait(LIMIT_S)
         decisions = checkpoints.prune()
-        assert not [decision for decision in decisions if not decision.kept]
         gate.opened.set()
+        assert [(each.step, each.kept) for each in decisions] == [(1, True), (2, True)]
+        assert decisions[0].reasons == ("in use",)
         assert future.result(LIMIT_S) == 1
 
 

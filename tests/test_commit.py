@@ -209,7 +209,7 @@ def test_a_save_that_fails_leaves_no_objects_behind(tmp_path, asynchronous):
     """As a full disk makes it fail: the next save needs the room."""
     save(tmp_path, 1)
     before = sorted(tmp_path.iterdir())
-    writer = AsyncStorageWriter(hooked(tmp_path, before=On("put", fail, 3)), transfer=SMALL)
+    writer = AsyncStorageWriter(hooked(tmp_path, after=On("put", fail, 3)), transfer=SMALL)
     begin = dcp.async_save if asynchronous else dcp.save
     with pytest.raises(CheckpointException, match="no space left"):
         saved = begin(state_of(2), storage_writer=writer, no_dist=True)
