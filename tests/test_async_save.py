@@ -1,6 +1,5 @@
 """`dcp.async_save` in a thread: what overlaps, fails or is given up, and what is left behind."""
 
-import asyncio
 import gc
 import itertools
 import os
@@ -18,11 +17,10 @@ from torch.distributed.checkpoint import CheckpointException
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner, Transfer
 from dcp_storage.errors import StoreError
 from dcp_storage.format.codecs.blocks import ItemEncoder
-from dcp_storage.store.local import LocalStore
 from dcp_storage.transfer import encoder_process
+from tests.hooks import LIMIT_S, Gate, On, fail, hooked
 
 SMALL = Transfer(object_bytes=1 << 20, concurrency=4)
-LIMIT_S = 60
 async_save = partial(dcp.async_save, no_dist=True)
 
 
@@ -38,41 +36,15 @@ def loaded_value(path):
     return values.pop()
 
 
-class Gate:
-    """Holds back every commit to a path whose last part is `name`, until it is opened."""
-
-    def __init__(self, monkeypatch, name):
-        self.reached, self._opened = threading.Event(), threading.Event()
-        real = LocalStore.commit
-
-        async def commit(store, *args):
-            if Path(store.url).name == name:
-                self.reached.set()
-                await asyncio.to_thread(self._opened.wait, LIMIT_S)
-            await real(store, *args)
-
-        monkeypatch.setattr(LocalStore, "commit", commit)
-
-    def open(self):
-        self._opened.set()
-
-
 @pytest.mark.parametrize("planner", [ShardedSavePlanner(), None], ids=["one-planner", "a-planner-each"])
 @pytest.mark.parametrize("order", list(itertools.product("sa", repeat=3)), ids="".join)
-def test_saves_to_one_place_take_effect_in_the_order_of_the_calls(tmp_path, monkeypatch, order, planner):
+def test_saves_to_one_place_take_effect_in_the_order_of_the_calls(tmp_path, order, planner):
     """Synchronous (s) and asynchronous (a), each with a writer of its own, the first commits held back."""
-    held = itertools.count()
-    real = LocalStore.commit
-
-    async def commit(store, *args):
-        await asyncio.sleep(0.3 if next(held) < len(order) - 1 else 0)
-        await real(store, *args)
-
-    monkeypatch.setattr(LocalStore, "commit", commit)
+    place = hooked(tmp_path / "one", before=On("commit", lambda _: time.sleep(0.3), *range(1, len(order))))
     futures = []
     for step, how in enumerate(order):
         save = async_save if how == "a" else partial(dcp.save, no_dist=True)
-        future = save(state_of(step), storage_writer=AsyncStorageWriter(tmp_path / "one"), planner=planner)
+        future = save(state_of(step), storage_writer=AsyncStorageWriter(place), planner=planner)
         futures += [future] if how == "a" else []
         if how == "s":
             assert loaded_value(tmp_path / "one") == step
@@ -99,17 +71,10 @@ def test_a_callback_may_save_again_and_wait_for_it(tmp_path, how):
     assert [loaded_value(tmp_path / str(step)) for step in (1, 2, 3)] == [1, 2, 3]
 
 
-def fail(monkeypatch, method):
-    async def broken(store, *args):
-        raise StoreError(f"{store.url} has no space left")
-
-    monkeypatch.setattr(LocalStore, method, broken)
-
-
 @pytest.mark.parametrize("planner", [ShardedSavePlanner(), None], ids=["one-planner", "a-planner-each"])
-def test_overlapping_saves_of_one_writer_follow_one_another(tmp_path, monkeypatch, planner):
-    gate = Gate(monkeypatch, "1")
-    writer = AsyncStorageWriter(tmp_path / "unused", transfer=SMALL)
+def test_overlapping_saves_of_one_writer_follow_one_another(tmp_path, planner):
+    gate = Gate()
+    writer = AsyncStorageWriter(hooked(tmp_path / "unused", before=gate), transfer=SMALL)
     futures = []
     for step in (1, 2, 3):
         state = state_of(step)
@@ -117,19 +82,19 @@ def test_overlapping_saves_of_one_writer_follow_one_another(tmp_path, monkeypatc
         assert gate.reached.wait(LIMIT_S)
     assert [future.running() for future in futures] == [True] * 3
     assert not (tmp_path / "2").exists()
-    gate.open()
+    gate.opened.set()
     for future in futures:
         future.result(LIMIT_S)
     assert [loaded_value(tmp_path / str(step)) for step in (1, 2, 3)] == [1, 2, 3]
 
 
-def test_the_last_of_overlapping_saves_to_one_path_stands(tmp_path, monkeypatch):
+def test_the_last_of_overlapping_saves_to_one_path_stands(tmp_path):
     path = tmp_path / "path"
-    gate = Gate(monkeypatch, "path")
-    writer = AsyncStorageWriter(path, transfer=SMALL)
+    gate = Gate()
+    writer = AsyncStorageWriter(hooked(path, before=gate), transfer=SMALL)
     futures = [async_save(state_of(step), storage_writer=writer) for step in (1, 2)]
     assert gate.reached.wait(LIMIT_S)
-    gate.open()
+    gate.opened.set()
     for future in futures:
         future.result(LIMIT_S)
     assert loaded_value(path) == 2
@@ -144,17 +109,18 @@ def test_a_sync_save_by_the_thread_that_saved_before_waits_for_nobody(tmp_path):
     assert loaded_value(tmp_path) == 2
 
 
-def test_what_training_does_next_does_not_reach_the_checkpoint(tmp_path, monkeypatch):
-    gate = Gate(monkeypatch, tmp_path.name)
+def test_what_training_does_next_does_not_reach_the_checkpoint(tmp_path):
+    gate = Gate()
     model = torch.nn.Linear(300, 300)
     state = {"model": model.state_dict(), "strided": torch.arange(5000.0).view(50, 100).t(), "list": [1, torch.ones(3)]}
     expected = {name: value.clone() for name, value in state["model"].items()}
-    future = async_save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner())
+    writer = AsyncStorageWriter(hooked(tmp_path, before=gate))
+    future = async_save(state, storage_writer=writer, planner=ShardedSavePlanner())
     with torch.no_grad():
         for value in (*model.parameters(), state["strided"], state["list"][1]):
             value.zero_()
     state["list"][0] = 9
-    gate.open()
+    gate.opened.set()
     future.result(LIMIT_S)
     found = {
         "model": torch.nn.Linear(300, 300).state_dict(),
@@ -169,15 +135,14 @@ def test_what_training_does_next_does_not_reach_the_checkpoint(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("method", ["put", "commit"])
-def test_a_failure_is_raised_by_result_and_logged_though_nobody_asks(tmp_path, monkeypatch, caplog, method):
-    writer = AsyncStorageWriter(tmp_path)
-    with monkeypatch.context() as patch:
-        fail(patch, method)
-        future = async_save(state_of(1), storage_writer=writer)
-        error = future.exception(LIMIT_S)
+def test_a_failure_is_raised_by_result_and_logged_though_nobody_asks(tmp_path, caplog, method):
+    full = On(method, fail)
+    writer = AsyncStorageWriter(hooked(tmp_path, before=full))
+    error = async_save(state_of(1), storage_writer=writer).exception(LIMIT_S)
+    full.active = False
     assert isinstance(error, CheckpointException)
     assert isinstance(error.failures[0][0], StoreError)
-    assert f"the save to {tmp_path}, in the background, failed: {tmp_path} has no space left" in caplog.text
+    assert f"the save to {tmp_path}, in the background, failed: {tmp_path}: no space left" in caplog.text
     caplog.clear()
     dcp.save(state_of(2), storage_writer=writer, no_dist=True)
     assert f"the save to {tmp_path} before this one, in the background, failed" in caplog.text
@@ -207,14 +172,12 @@ def _is_open(number):
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux to list open files")
-@pytest.mark.parametrize("outcome", ["saved", "failed"])
+@pytest.mark.parametrize("hooks", [{}, {"before": On("commit", fail)}], ids=["saved", "failed"])
 @pytest.mark.parametrize("store", ["local", "s3"])
-def test_a_future_that_is_dropped_leaves_nothing_behind(tmp_path, monkeypatch, moto_s3, store, outcome):
+def test_a_future_that_is_dropped_leaves_nothing_behind(tmp_path, moto_s3, store, hooks):
     path, options = (tmp_path, None) if store == "local" else (moto_s3.url, moto_s3.storage_options)
-    if outcome == "failed":
-        monkeypatch.setattr("dcp_storage.dcp.writer.build_draft", lambda *args, **kwargs: 1 / 0)
     threads, files = set(threading.enumerate()), open_files()
-    future = async_save(state_of(1), storage_writer=AsyncStorageWriter(path, storage_options=options))
+    future = async_save(state_of(1), storage_writer=AsyncStorageWriter(hooked(path, options, **hooks)))
     future.cancel()  # too late for a save that runs, and nothing is left of one that does not
     del future
     deadline = time.monotonic() + LIMIT_S
@@ -291,14 +254,10 @@ def test_a_save_that_training_waits_for_encodes_in_its_threads(tmp_path, encoder
 
 
 @LINUX
-def test_a_save_that_fails_leaves_no_process(tmp_path, monkeypatch, encoders):
-    async def broken(store, name, batches):
-        async for _ in batches:
-            raise StoreError("the disk is full")
-
-    monkeypatch.setattr(LocalStore, "put", broken)
-    future = async_save({"large": torch.rand(12 << 20)}, storage_writer=AsyncStorageWriter(tmp_path))
-    with pytest.raises(CheckpointException, match="the disk is full"):
+def test_a_save_that_fails_leaves_no_process(tmp_path, encoders):
+    writer = AsyncStorageWriter(hooked(tmp_path, after=On("put", fail)), transfer=SMALL)
+    future = async_save({"large": torch.rand(12 << 20)}, storage_writer=writer)
+    with pytest.raises(CheckpointException, match="no space left"):
         future.result(LIMIT_S)
     assert encoders.processes
     assert all(process.returncode is not None for process in encoders.processes)
@@ -306,21 +265,18 @@ def test_a_save_that_fails_leaves_no_process(tmp_path, monkeypatch, encoders):
 
 def test_few_local_files_are_in_flight_beside_training(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
-    real, open_files, most = LocalStore.put, [], []
+    in_flight, most = [], []
 
-    async def put(store, name, batches):
-        open_files.append(name)
-        most.append(len(open_files))
-        await real(store, name, batches)
-        open_files.remove(name)
+    def note(put):
+        in_flight.append(put.name)
+        most.append(len(in_flight))
 
-    monkeypatch.setattr(LocalStore, "put", put)
-    async_save(
-        {"large": torch.rand(12 << 20)}, storage_writer=AsyncStorageWriter(tmp_path / "a", transfer=SMALL)
-    ).result()
+    place = hooked(tmp_path / "a", before=On("put", note), after=On("put", lambda put: in_flight.remove(put.name)))
+    writer = AsyncStorageWriter(place, transfer=SMALL)
+    async_save({"large": torch.rand(12 << 20)}, storage_writer=writer).result()
     assert max(most) == 3, "one thread encodes, two files are ahead"
     most.clear()
-    dcp.save({"large": torch.rand(12 << 20)}, storage_writer=AsyncStorageWriter(tmp_path / "b", transfer=SMALL))
+    dcp.save({"large": torch.rand(12 << 20)}, storage_writer=writer, checkpoint_id=tmp_path / "b")
     assert max(most) == SMALL.concurrency
 
 

@@ -1,13 +1,11 @@
 """`Checkpoints` in one process: steps that are saved and resumed, and what fails on the way."""
 
-import asyncio
 import logging
 import os
 import pickle
 import signal
 import threading
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -26,10 +24,8 @@ from dcp_storage.errors import (
     UnsupportedEntry,
 )
 from dcp_storage.steps import pinning
-from dcp_storage.store.local import LocalStore
 from dcp_storage.verify import verify
-
-LIMIT_S = 60
+from tests.hooks import LIMIT_S, Gate, On, fail, hooked
 
 
 def state_of(value):
@@ -40,34 +36,6 @@ def value_of(state):
     values = {*state["weights"].unique().tolist(), state["step"]}
     assert len(values) == 1, f"a mix of steps: {values}"
     return values.pop()
-
-
-class Gate:
-    """Holds back every commit until it is opened."""
-
-    def __init__(self, monkeypatch):
-        self._opened = threading.Event()
-        real = LocalStore.commit
-
-        async def commit(store, *args):
-            await asyncio.to_thread(self._opened.wait, LIMIT_S)
-            await real(store, *args)
-
-        monkeypatch.setattr(LocalStore, "commit", commit)
-
-    def open(self):
-        self._opened.set()
-
-
-@pytest.fixture
-def broken(monkeypatch):
-    """Makes every put fail until it is called."""
-
-    async def put(store, *args):
-        raise StoreError(f"{store.url}: no space left")
-
-    monkeypatch.setattr(LocalStore, "put", put)
-    return monkeypatch.undo
 
 
 def damage(root, step):
@@ -163,15 +131,15 @@ def test_what_a_killed_save_left_is_saved_over(tmp_path):
         assert checkpoints.load(state_of(-1)) == 1
 
 
-def test_one_save_at_a_time_goes_on_in_the_background(tmp_path, monkeypatch):
-    gate = Gate(monkeypatch)
-    with Checkpoints(tmp_path) as checkpoints:
+def test_one_save_at_a_time_goes_on_in_the_background(tmp_path):
+    gate = Gate()
+    with Checkpoints(hooked(tmp_path, before=gate)) as checkpoints:
         state = state_of(1)
         first = checkpoints.async_save(1, state)
         state["weights"].fill_(-1)  # what training does next
         skipped = checkpoints.async_save(2, state_of(2), skip_if_busy=True)
         assert (skipped.result(), first.done(), first.cancel()) == (None, False, False)
-        threading.Timer(0.2, gate.open).start()
+        threading.Timer(0.2, gate.opened.set).start()
         second = checkpoints.async_save(3, state_of(3))
         assert first.done()
         assert (first.result(), second.result(LIMIT_S)) == (1, 3)
@@ -181,11 +149,12 @@ def test_one_save_at_a_time_goes_on_in_the_background(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("how", ["result", "save", "async_save", "load", "wait", "close"])
-def test_what_fails_in_the_background_is_raised_once(tmp_path, broken, how):
-    checkpoints = Checkpoints(tmp_path)
+def test_what_fails_in_the_background_is_raised_once(tmp_path, how):
+    full = On("put", fail)
+    checkpoints = Checkpoints(hooked(tmp_path, before=full))
     future = checkpoints.async_save(1, state_of(1))
     assert isinstance(future.exception(LIMIT_S), StoreError)
-    broken()
+    full.active = False
     calls = {
         "result": future.result,
         "save": lambda: checkpoints.save(2, state_of(2)),
@@ -200,8 +169,9 @@ def test_what_fails_in_the_background_is_raised_once(tmp_path, broken, how):
     checkpoints.close()
 
 
-def test_failures_that_are_logged_let_the_run_go_on(tmp_path, broken, caplog):
-    with Checkpoints(tmp_path, on_error="log") as checkpoints:
+def test_failures_that_are_logged_let_the_run_go_on(tmp_path, caplog):
+    full = On("put", fail)
+    with Checkpoints(hooked(tmp_path, before=full), on_error="log") as checkpoints:
         assert checkpoints.save(1, state_of(1)) is None
         assert checkpoints.async_save(1, state_of(1)).result(LIMIT_S) is None
         assert checkpoints.save(1, {"hook": Unsteady(RuntimeError("no state"))}) is None
@@ -212,7 +182,7 @@ def test_failures_that_are_logged_let_the_run_go_on(tmp_path, broken, caplog):
         assert "no space left" in told[0]
         with pytest.raises(ConfigError):
             checkpoints.save(True, state_of(1))
-        broken()
+        full.active = False
         assert checkpoints.save(1, state_of(1)) == 1
         assert checkpoints.failed_saves == 4
         assert checkpoints.save(1, state_of(2)) is None
@@ -395,37 +365,39 @@ def test_an_error_in_the_block_is_raised_and_the_save_ends(tmp_path, caplog):
     assert not [record for record in caplog.records if record.name.startswith("dcp_storage")]
 
 
-def test_a_save_that_fails_after_an_error_is_logged(tmp_path, broken, caplog):
-    with pytest.raises(KeyError), Checkpoints(tmp_path) as checkpoints:
+def test_a_save_that_fails_after_an_error_is_logged(tmp_path, caplog):
+    with pytest.raises(KeyError), Checkpoints(hooked(tmp_path, before=On("put", fail))) as checkpoints:
         checkpoints.async_save(1, state_of(1))
         raise KeyError("a mistake of training's")
     assert "the save in the background failed, too" in caplog.text
 
 
-def test_old_steps_go_once_a_new_one_is_committed(tmp_path, monkeypatch):
-    with Checkpoints(tmp_path, keep=KeepLatest(1)) as checkpoints:
+def test_old_steps_go_once_a_new_one_is_committed(tmp_path):
+    gate = Gate("commit", 2)
+    with Checkpoints(hooked(tmp_path, before=gate), keep=KeepLatest(1)) as checkpoints:
         checkpoints.save(1, state_of(1))
-        gate = Gate(monkeypatch)
         future = checkpoints.async_save(2, state_of(2))
+        assert gate.reached.wait(LIMIT_S)
         assert checkpoints.latest() == 1
-        gate.open()
+        gate.opened.set()
         future.result(LIMIT_S)
         checkpoints.wait()
         assert [step.step for step in checkpoints.steps()] == [2]
     assert not list((tmp_path / "step-1").glob("*"))
 
 
-def test_steps_that_are_in_use_stay(tmp_path, monkeypatch):
-    with Checkpoints(tmp_path, keep=KeepLatest(1)) as checkpoints:
-        checkpoints.save(1, state_of(1))
-        checkpoints.save(2, state_of(2), overwrite=True)
-        checkpoints.wait()
-        gate = Gate(monkeypatch)
-        Checkpoints(tmp_path)  # another one: it keeps nothing open
-        future = checkpoints.async_save(1, state_of(1))
+def test_steps_that_are_in_use_stay(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state_of(step))
+    gate = Gate("commit", 1)
+    with Checkpoints(hooked(tmp_path, before=gate), keep=KeepLatest(1)) as checkpoints:
+        future = checkpoints.async_save(1, state_of(1), overwrite=True)
+        assert gate.reached.wait(LIMIT_S)
         decisions = checkpoints.prune()
-        assert not [decision for decision in decisions if not decision.kept]
-        gate.open()
+        gate.opened.set()
+        assert [(each.step, each.kept) for each in decisions] == [(1, True), (2, True)]
+        assert decisions[0].reasons == ("in use",)
         assert future.result(LIMIT_S) == 1
 
 
@@ -489,24 +461,16 @@ def test_a_dead_pin_counts_no_more(tmp_path):
     assert not (tmp_path / "step-1").exists()
 
 
-def test_a_pin_is_refused_while_a_step_is_being_removed_and_the_next_prune_ends_it(tmp_path, monkeypatch):
-    real = LocalStore.delete
-
-    async def die(store, names):
-        await real(store, names)
-        if names == [".metadata"]:
-            raise StoreError("killed")
-
-    with Checkpoints(tmp_path, keep=KeepLatest(1)) as checkpoints:
+def test_a_pin_is_refused_while_a_step_is_being_removed_and_the_next_prune_ends_it(tmp_path):
+    killed = On("delete", lambda delete: delete.name == ".metadata" and fail(delete))
+    with Checkpoints(hooked(tmp_path, after=killed), keep=KeepLatest(1)) as checkpoints:
         checkpoints.save(1, state_of(1))
         (tmp_path / "step-1" / ".removing-0123456789abcdef").write_bytes(b"{}")
         with pytest.raises(CheckpointNotFound), checkpoints.pin(1, "eval"):
             pass
         assert not list((tmp_path / "step-1").glob(".pin*"))
-        monkeypatch.setattr(LocalStore, "delete", die)
         checkpoints.save(2, state_of(2))
         checkpoints.wait()
-        monkeypatch.undo()
         assert list((tmp_path / "step-1").glob("*.zst"))
         assert [step.step for step in checkpoints.steps()] == [2]
         checkpoints.prune()
@@ -554,34 +518,24 @@ def test_prune_says_what_it_would_remove(tmp_path):
         assert [step.step for step in checkpoints.steps()] == [3]
 
 
-def test_a_prune_that_fails_is_told_and_fails_no_save(tmp_path, monkeypatch, caplog):
-    async def denied(store, *args):
-        raise StoreError(f"{store.url}: not permitted")
-
-    with Checkpoints(tmp_path, keep=KeepLatest(1)) as checkpoints:
+def test_a_prune_that_fails_is_told_and_fails_no_save(tmp_path, caplog):
+    denied = On("delete", fail)
+    with Checkpoints(hooked(tmp_path, before=denied), keep=KeepLatest(1)) as checkpoints:
         checkpoints.save(1, state_of(1))
-        monkeypatch.setattr(LocalStore, "delete", denied)
         checkpoints.save(2, state_of(2))
         checkpoints.wait()
         assert "old steps were not all removed" in caplog.text
-        monkeypatch.undo()
+        denied.active = False
         checkpoints.save(3, state_of(3))
         checkpoints.wait()
         assert [step.step for step in checkpoints.steps()] == [3]
 
 
 @pytest.mark.parametrize(("how", "spoil"), [("sizes", lose_object), ("full", lose_object), ("full", damage)])
-def test_a_step_that_a_check_finds_damaged_counts_for_nothing(tmp_path, monkeypatch, caplog, how, spoil):
-    real = LocalStore.commit
-
-    async def commit(store, *args):
-        await real(store, *args)
-        if Path(store.url).name == "step-2" and args[0] == ".metadata":
-            spoil(tmp_path, 2)
-
-    monkeypatch.setattr(LocalStore, "commit", commit)
+def test_a_step_that_a_check_finds_damaged_counts_for_nothing(tmp_path, caplog, how, spoil):
     caplog.set_level(logging.ERROR)
-    with Checkpoints(tmp_path, keep=KeepLatest(1), verify=how) as checkpoints:
+    spoilt = hooked(tmp_path, after=On("commit", lambda _: spoil(tmp_path, 2), 2))
+    with Checkpoints(spoilt, keep=KeepLatest(1), verify=how) as checkpoints:
         for step in (1, 2):
             checkpoints.save(step, state_of(step))
             checkpoints.wait()
@@ -593,18 +547,16 @@ def test_a_step_that_a_check_finds_damaged_counts_for_nothing(tmp_path, monkeypa
     assert [step.step for step in checkpoints.steps()] == [3]
 
 
-def test_a_check_that_cannot_be_made_says_nothing_of_the_step(tmp_path, monkeypatch, caplog):
-    async def denied(store, name):
-        raise StoreError(f"{store.url}: timed out")
-
-    with Checkpoints(tmp_path, keep=KeepLatest(1), verify="sizes") as checkpoints:
+def test_a_check_that_cannot_be_made_says_nothing_of_the_step(tmp_path, caplog):
+    denied = On("size", fail)
+    denied.active = False
+    with Checkpoints(hooked(tmp_path, before=denied), keep=KeepLatest(1), verify="sizes") as checkpoints:
         checkpoints.save(1, state_of(1))
         checkpoints.wait()
-        monkeypatch.setattr(LocalStore, "size", denied)
+        denied.active = True
         checkpoints.save(2, state_of(2))
         checkpoints.wait()
         assert "could not be checked" in caplog.text
-        monkeypatch.undo()
     assert [step.step for step in checkpoints.steps()] == [1, 2], "2 did not pass, and did not fail"
 
 
@@ -637,23 +589,16 @@ def test_after_a_return_to_an_earlier_step_what_is_saved_stays(tmp_path):
         assert checkpoints.load(state_of(-1), 210) == 210
 
 
-def test_a_save_waits_for_the_removal_of_its_step(tmp_path, monkeypatch):
-    real, begun, may_end = LocalStore.delete, threading.Event(), threading.Event()
-
-    async def slowly(store, names):
-        await real(store, names)
-        if names == [".metadata"]:
-            begun.set()
-            await asyncio.to_thread(may_end.wait, LIMIT_S)
-
-    with Checkpoints(tmp_path, keep=KeepLatest(1)) as checkpoints:
+def test_a_save_waits_for_the_removal_of_its_step(tmp_path):
+    gate = Gate("delete")
+    with Checkpoints(hooked(tmp_path, after=gate), keep=KeepLatest(1)) as checkpoints:
         checkpoints.save(1, state_of(1))
-        monkeypatch.setattr(LocalStore, "delete", slowly)
         checkpoints.save(2, state_of(2))
-        assert begun.wait(LIMIT_S)
-        threading.Timer(0.2, may_end.set).start()
+        assert gate.reached.wait(LIMIT_S)
+        assert not (tmp_path / "step-1" / ".metadata").exists()
+        threading.Timer(0.2, gate.opened.set).start()
         checkpoints.save(1, state_of(7))
-        assert may_end.is_set()
+        assert gate.opened.is_set()
         checkpoints.wait()
         state = state_of(-1)
         assert checkpoints.load(state, 1) == 1

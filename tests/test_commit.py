@@ -1,4 +1,3 @@
-import itertools
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -9,8 +8,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner, Transfer
 from dcp_storage.errors import CheckpointExists, StoreError
-from dcp_storage.store.local import LocalStore
 from tests import documents, fake_ranks
+from tests.hooks import On, fail, hooked
 from tests.states import blank_like
 
 SMALL = Transfer(object_bytes=1 << 20, concurrency=4)
@@ -108,20 +107,14 @@ def test_a_manifest_is_no_reason_to_delete_a_file_of_somebody_else_s(tmp_path, s
 
 
 @pytest.mark.parametrize("collectives", [True, False])
-def test_overwrite_false_does_not_replace_what_was_committed_meanwhile(tmp_path, monkeypatch, collectives):
+def test_overwrite_false_does_not_replace_what_was_committed_meanwhile(tmp_path, collectives):
     """Also without collectives, which never replace a checkpoint."""
-    real = LocalStore.put
-
-    async def put(store, name, batches):
-        written = await real(store, name, batches)
-        (tmp_path / ("__0.metadata" if not collectives else ".metadata")).write_bytes(b"of another job")
-        return written
-
-    monkeypatch.setattr(LocalStore, "put", put)
+    name = ".metadata" if collectives else "__0.metadata"
+    overtaken = hooked(tmp_path, after=On("put", lambda _: (tmp_path / name).write_bytes(b"of another job")))
     with pytest.raises((CheckpointException, CheckpointExists), match="Checkpoint already exists") as raised:
         dcp.save(
             state_of(1),
-            storage_writer=AsyncStorageWriter(tmp_path, transfer=SMALL, overwrite=False),
+            storage_writer=AsyncStorageWriter(overtaken, transfer=SMALL, overwrite=False),
             use_collectives=collectives,
         )
     assert isinstance(failure(raised) if collectives else raised.value, CheckpointExists)
@@ -141,33 +134,12 @@ def test_overwrite_false_refuses_before_a_byte_is_written(tmp_path):
     assert loaded_value(tmp_path) == 1
 
 
-class Failing:
-    """Fails the n-th call of one store method, before or after it has had its effect."""
-
-    def __init__(self, monkeypatch, method, call, when):
-        self.calls = 0
-        real = getattr(LocalStore, method)
-
-        async def failing(store, *args):
-            self.calls += 1
-            mine = self.calls == call
-            if mine and when == "before":
-                raise StoreError(f"{store.url}: {method} was made to fail")
-            result = await real(store, *args)
-            if mine:
-                raise StoreError(f"{store.url}: {method} was made to fail")
-            return result
-
-        monkeypatch.setattr(LocalStore, method, failing)
-
-
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(("method", "call"), [("put", 1), ("put", 3), ("get", 1), ("commit", 1)])
-def test_a_failed_save_raises_and_leaves_the_previous_checkpoint(tmp_path, monkeypatch, method, call, when):
+def test_a_failed_save_raises_and_leaves_the_previous_checkpoint(tmp_path, method, call, when):
     save(tmp_path, 1)
-    with monkeypatch.context() as patch, pytest.raises(CheckpointException) as raised:
-        Failing(patch, method, call, when)
-        save(tmp_path, 2)
+    with pytest.raises(CheckpointException) as raised:
+        save(hooked(tmp_path, **{when: On(method, fail, call)}), 2)
     assert isinstance(failure(raised), StoreError)
     # Only a commit that had its effect before its error has replaced the checkpoint.
     assert loaded_value(tmp_path) == (2 if (method, when) == ("commit", "after") else 1)
@@ -176,11 +148,9 @@ def test_a_failed_save_raises_and_leaves_the_previous_checkpoint(tmp_path, monke
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_failed_cleaning_up_does_not_fail_a_save_that_stands(tmp_path, monkeypatch, caplog, when):
+def test_a_failed_cleaning_up_does_not_fail_a_save_that_stands(tmp_path, caplog, when):
     save(tmp_path, 1)
-    with monkeypatch.context() as patch:
-        Failing(patch, "delete", 1, when)
-        save(tmp_path, 2)
+    save(hooked(tmp_path, **{when: On("delete", fail, 1)}), 2)
     assert "not all deleted" in caplog.text
     assert loaded_value(tmp_path) == 2
 
@@ -235,23 +205,14 @@ def test_each_rank_s_objects_are_told_apart_and_the_manifest_counts_the_ranks(tm
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_a_save_that_fails_leaves_no_objects_behind(tmp_path, monkeypatch, asynchronous):
+def test_a_save_that_fails_leaves_no_objects_behind(tmp_path, asynchronous):
     """As a full disk makes it fail: the next save needs the room."""
     save(tmp_path, 1)
     before = sorted(tmp_path.iterdir())
-    real, calls = LocalStore.put, itertools.count(1)
-
-    async def put(store, name, batches):
-        if next(calls) == 3:
-            raise StoreError("no space left")
-        return await real(store, name, batches)
-
-    monkeypatch.setattr(LocalStore, "put", put)
-    writer = AsyncStorageWriter(tmp_path, transfer=SMALL)
+    writer = AsyncStorageWriter(hooked(tmp_path, after=On("put", fail, 3)), transfer=SMALL)
     begin = dcp.async_save if asynchronous else dcp.save
     with pytest.raises(CheckpointException, match="no space left"):
         saved = begin(state_of(2), storage_writer=writer, no_dist=True)
         saved.result(60)
-    assert next(calls) > 3
     assert sorted(tmp_path.iterdir()) == before
     assert loaded_value(tmp_path) == 1

@@ -2,7 +2,6 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from itertools import count
 
 import pytest
 import torch
@@ -11,10 +10,10 @@ from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, Transfer
 from dcp_storage.checkpoint.manifests import read_manifest
+from dcp_storage.checkpoint.place import Location
 from dcp_storage.errors import CheckpointReplaced, ObjectNotFound
-from dcp_storage.store.local import LocalStore
-from dcp_storage.transfer.workers import run_async
 from tests import fake_ranks
+from tests.hooks import On, hooked
 
 SMALL = Transfer(object_bytes=1 << 20, concurrency=4)
 MANY_OBJECTS = 3
@@ -52,51 +51,35 @@ def load_or_replaced(path):
 def assert_whole(path):
     """Every object that the standing manifest names is there, and loads."""
     load(path)
-    manifest = run_async(read_manifest(LocalStore(path)))
+    manifest = Location(path).run(read_manifest)
     assert {stored.name for stored in manifest.objects} <= {file.name for file in path.iterdir()}
 
 
-class Overtaking:
-    """Lets another save happen before the n-th range that a load reads."""
-
-    def __init__(self, monkeypatch, overtake, *reads):
-        real, numbers = LocalStore.get_range, count()
-        self.saves = 0
-
-        async def get_range(store, *args):
-            if next(numbers) in reads:
-                self.saves += 1
-                overtake(self.saves)
-            return await real(store, *args)
-
-        monkeypatch.setattr(LocalStore, "get_range", get_range)
-
-
-@pytest.mark.parametrize("read", range(MANY_OBJECTS))
-def test_a_load_that_is_overtaken_begins_anew(tmp_path, monkeypatch, read):
+@pytest.mark.parametrize("read", range(1, MANY_OBJECTS + 1))
+def test_a_load_that_is_overtaken_begins_anew(tmp_path, read):
     save(tmp_path, 0)
-    Overtaking(monkeypatch, lambda number: save(tmp_path, number), read)
-    assert load(tmp_path) == 1
+    overtaking = On("get_range", lambda _: save(tmp_path, 1), read)
+    assert load(hooked(tmp_path, before=overtaking)) == 1
 
 
-def test_a_stock_checkpoint_that_is_overtaken(tmp_path, monkeypatch):
+def test_a_stock_checkpoint_that_is_overtaken(tmp_path):
     dcp.save(state_of(0), storage_writer=dcp.FileSystemWriter(tmp_path))
-    Overtaking(monkeypatch, lambda number: save(tmp_path, number), 0)
-    assert load(tmp_path) == 1
+    overtaking = On("get_range", lambda _: save(tmp_path, 1), 1)
+    assert load(hooked(tmp_path, before=overtaking)) == 1
 
 
-def test_a_load_that_is_overtaken_again_and_again_gives_up(tmp_path, monkeypatch):
+def test_a_load_that_is_overtaken_again_and_again_gives_up(tmp_path):
     save(tmp_path, 0)
-    overtaking = Overtaking(monkeypatch, lambda number: save(tmp_path, number), *range(1000))
-    assert load_or_replaced(tmp_path) is None
-    assert 5 <= overtaking.saves <= 5 * (MANY_OBJECTS + 1)
+    overtaking = On("get_range", lambda _: save(tmp_path, overtaking.seen))
+    assert load_or_replaced(hooked(tmp_path, before=overtaking)) is None
+    assert 5 <= overtaking.seen <= 5 * (MANY_OBJECTS + 1)
 
 
-def test_a_save_of_another_layout_cannot_be_followed(tmp_path, monkeypatch):
+def test_a_save_of_another_layout_cannot_be_followed(tmp_path):
     save(tmp_path, 0)
-    Overtaking(monkeypatch, lambda number: save(tmp_path, number, rows=77), 0)
+    overtaking = On("get_range", lambda _: save(tmp_path, 1, rows=77), 1)
     with pytest.raises(CheckpointException) as raised:
-        load(tmp_path)
+        load(hooked(tmp_path, before=overtaking))
     [(error, _)] = raised.value.failures.values()
     assert isinstance(error, CheckpointReplaced)
     assert str(tmp_path) in str(error)
@@ -104,14 +87,14 @@ def test_a_save_of_another_layout_cannot_be_followed(tmp_path, monkeypatch):
     assert error.url == str(tmp_path)
 
 
-def test_an_object_that_is_missing_without_another_save_is_read_once(tmp_path, monkeypatch):
+def test_an_object_that_is_missing_without_another_save_is_read_once(tmp_path):
     save(tmp_path, 0)
     objects = list(tmp_path.glob("*.zst"))
-    overtaking = Overtaking(monkeypatch, lambda _: [file.unlink(missing_ok=True) for file in objects], *range(99))
+    losing = On("get_range", lambda _: [file.unlink(missing_ok=True) for file in objects])
     with pytest.raises(CheckpointException) as raised:
-        load(tmp_path)
+        load(hooked(tmp_path, before=losing))
     assert isinstance(raised.value.failures[0][0], ObjectNotFound)
-    assert overtaking.saves <= MANY_OBJECTS + 1
+    assert losing.seen <= MANY_OBJECTS + 1
 
 
 @pytest.mark.parametrize("moment", [("plan", 1), ("read", 0), ("read", 1)])
@@ -129,19 +112,10 @@ def test_ranks_never_load_different_saves(tmp_path, moment):
     assert [values_of(state) for state in states] == [{1}, {1}]
 
 
-def test_a_reader_beside_rank_manifests_that_a_commit_replaces(tmp_path, monkeypatch):
+def test_a_reader_beside_rank_manifests_that_a_commit_replaces(tmp_path):
     dcp.save(state_of(0), storage_writer=AsyncStorageWriter(tmp_path), use_collectives=False)
-    real, overtaken = LocalStore.list, []
-
-    async def listed(store):
-        names = await real(store)
-        if not overtaken:
-            overtaken.append(True)
-            save(tmp_path, 1)
-        return names
-
-    monkeypatch.setattr(LocalStore, "list", listed)
-    assert load(tmp_path) == 1
+    overtaking = On("list", lambda _: save(tmp_path, 1), 1)
+    assert load(hooked(tmp_path, after=overtaking)) == 1
 
 
 def test_readers_while_a_writer_overwrites(tmp_path):

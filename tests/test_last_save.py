@@ -22,30 +22,26 @@ STARTS_NO_THREADS = (3, 12, 0) <= sys.version_info[:3] <= (3, 12, 1)
 ends = pytest.mark.skipif(STARTS_NO_THREADS, reason="this Python starts no thread at its end")
 
 PROGRAM = """
-import logging, os, signal, sys, threading, time
+import sys, time
 import torch
 import torch.distributed.checkpoint as dcp
-from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedSavePlanner
-from dcp_storage.store.local import LocalStore
+from dcp_storage import AsyncStorageWriter, ShardedSavePlanner
 
 state = {{"w": torch.arange({count}.0), "step": 5}}
-
-def hold_back(seconds):
-    real = LocalStore.commit
-    async def commit(store, *args):
-        print("committing", flush=True)
-        time.sleep(seconds)
-        await real(store, *args)
-    LocalStore.commit = commit
-
+place = {path!r}
 {before}
-future = dcp.async_save(state, storage_writer=AsyncStorageWriter({path!r}), planner=ShardedSavePlanner(), no_dist=True)
+future = dcp.async_save(state, storage_writer=AsyncStorageWriter(place), planner=ShardedSavePlanner(), no_dist=True)
 {after}
 """
 
 
+def before_commit(act):
+    """Return what makes the program act before it commits."""
+    return f"from tests.hooks import On, fail, hooked; place = hooked(place, before=On('commit', {act}))"
+
+
 def program(path, after="", *, before="", count=1000):
-    code = PROGRAM.format(path=str(path), before=textwrap.dedent(before), after=textwrap.dedent(after), count=count)
+    code = PROGRAM.format(path=str(path), before=before, after=textwrap.dedent(after), count=count)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.Popen(
         [sys.executable, "-W", "ignore", "-c", code],
@@ -112,7 +108,8 @@ def test_several_of_them_end_in_their_order(tmp_path):
 
 @ends
 def test_an_error_of_the_program_keeps_its_traceback_and_code(tmp_path):
-    code, _, error = ended(tmp_path / "x", "raise ValueError('of training')", before="hold_back(0.3)")
+    held_back = before_commit("lambda _: time.sleep(0.3)")
+    code, _, error = ended(tmp_path / "x", "raise ValueError('of training')", before=held_back)
     assert code == 1
     assert error.endswith("ValueError: of training\n")
     assert error.count("Traceback") == 1
@@ -121,7 +118,8 @@ def test_an_error_of_the_program_keeps_its_traceback_and_code(tmp_path):
 
 @ends
 def test_ctrl_c_while_it_is_waited_for_ends_the_program_and_says_what_is_lost(tmp_path):
-    with program(tmp_path / "x", before="hold_back(20)") as process:
+    held_back = before_commit("lambda _: (print('committing', flush=True), time.sleep(20))")
+    with program(tmp_path / "x", before=held_back) as process:
         assert process.stdout.readline() == "committing\n"
         process.send_signal(signal.SIGINT)
         _, error = process.communicate(timeout=LIMIT_S)
@@ -132,12 +130,7 @@ def test_ctrl_c_while_it_is_waited_for_ends_the_program_and_says_what_is_lost(tm
 
 
 def test_one_that_fails_makes_the_exit_code_tell(tmp_path):
-    broken = """
-    async def commit(store, *args):
-        raise OSError(28, "No space left on device")
-    LocalStore.commit = commit
-    """
-    code, _, error = ended(tmp_path / "x", before=broken)
+    code, _, error = ended(tmp_path / "x", before=before_commit("fail"))
     assert code == 1
     assert f"the save to {tmp_path}/x, in the background, failed: " in error
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner
-from dcp_storage.errors import CheckpointExists, ConfigError, ManifestCorrupt, StoreError
+from dcp_storage.errors import CheckpointExists, ConfigError, ManifestCorrupt
 from dcp_storage.format.names import parse_part_manifest
 from dcp_storage.geometry import Box
 from dcp_storage.prune import prune
-from dcp_storage.store.local import LocalStore
 from dcp_storage.verify import verify
 from tests.fake_ranks import Alone, Shards
+from tests.hooks import On, fail, hooked
 
 COLUMNS = 3
 
@@ -159,16 +159,10 @@ def test_overwrite_false_refuses_a_complete_attempt_and_not_an_incomplete_one(ru
     assert loaded(tmp_path) == 2
 
 
-def test_a_checkpoint_that_appears_meanwhile_is_not_hidden_nor_hides_the_parts(run, tmp_path, monkeypatch):
-    real = LocalStore.put
-
-    async def put(store, name, batches):
-        (tmp_path / ".metadata").write_bytes(b"of another job")
-        return await real(store, name, batches)
-
-    monkeypatch.setattr(LocalStore, "put", put)
+def test_a_checkpoint_that_appears_meanwhile_is_not_hidden_nor_hides_the_parts(run, tmp_path):
+    overtaken = On("put", lambda _: (tmp_path / ".metadata").write_bytes(b"of another job"))
     with pytest.raises(CheckpointExists):
-        save(run(), 1, tmp_path, 0)
+        save(run(), 1, hooked(tmp_path, before=overtaken), 0)
     assert [file.name for file in tmp_path.iterdir()] == [".metadata"]
 
 
@@ -180,14 +174,9 @@ def test_a_part_under_another_name_is_refused(run, tmp_path):
         loaded(tmp_path)
 
 
-def test_old_objects_that_cannot_be_deleted_are_told_and_do_not_fail_the_save(run, tmp_path, monkeypatch, caplog):
-    async def broken(store, names):
-        raise StoreError("read-only")
-
+def test_old_objects_that_cannot_be_deleted_are_told_and_do_not_fail_the_save(run, tmp_path, caplog):
     save(run(), 1, tmp_path)
-    with monkeypatch.context() as patch:
-        patch.setattr(LocalStore, "delete", broken)
-        save(run(restart=1), 2, tmp_path)
+    save(run(restart=1), 2, hooked(tmp_path, before=On("delete", fail)))
     assert "not all deleted" in caplog.text
     assert loaded(tmp_path) == 2
 

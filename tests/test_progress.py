@@ -15,7 +15,7 @@ from dcp_storage.dcp.saves.summary import slowest
 from dcp_storage.errors import ConfigError, StoreError
 from dcp_storage.format.manifest.columns import NOTHING
 from dcp_storage.progress import progress_bar
-from dcp_storage.store.local import LocalStore
+from tests.hooks import On, fail, hooked
 
 STATE = {"weight": torch.zeros(1000)}
 
@@ -110,12 +110,9 @@ def test_a_failed_transfer_ends_the_bar_and_tells_the_observer_behind_it(tmp_pat
         except StoreError as error:  # and keeps it to itself
             raised.append(error)
 
-    async def full(store, *args):
-        raise StoreError("no space left")
-
-    monkeypatch.setattr(LocalStore, "put", full)
+    full = hooked(tmp_path, before=On("put", fail))
     with pytest.raises(BaseException, match="no space left"):
-        dcp.save(STATE, storage_writer=AsyncStorageWriter(tmp_path, progress=True, observer=log))
+        dcp.save(STATE, storage_writer=AsyncStorageWriter(full, progress=True, observer=log))
     assert [type(error) for error in raised] == [StoreError]
 
 

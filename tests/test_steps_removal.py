@@ -7,11 +7,11 @@ import pytest
 import torch
 
 from dcp_storage import AsyncStorageWriter, Checkpoints, KeepLatest
+from dcp_storage.checkpoint.place import Location
 from dcp_storage.steps.pins import unearth
-from dcp_storage.store.local import LocalStore
-from dcp_storage.transfer.workers import run_async
 from dcp_storage.verify import verify
 from tests.fake_ranks import Alone
+from tests.hooks import On, hooked
 
 
 @pytest.fixture
@@ -32,11 +32,7 @@ def bury(path, tombstone, named):
 
 
 def unearth_in(path):
-    async def opened():
-        async with LocalStore(str(path)) as store:
-            await unearth(store)
-
-    run_async(opened())
+    Location(path).run(unearth)
 
 
 def test_a_tombstone_of_a_step_that_stands_deletes_nothing(tmp_path):
@@ -97,20 +93,12 @@ def test_parts_of_some_ranks_are_left_alone_and_stop_no_prune(tmp_path, ranks, c
         assert len(os.listdir(tmp_path / "step-1")) == 2
 
 
-def test_a_listing_goes_on_where_a_prune_removes_parts_at_that_moment(tmp_path, ranks, monkeypatch):
+def test_a_listing_goes_on_where_a_prune_removes_parts_at_that_moment(tmp_path, ranks):
     for rank in range(2):
         ranks.save(rank, state_of(1), AsyncStorageWriter(tmp_path / "step-1"))
-    real, removed = LocalStore.list, []
-
-    async def listed(store):
-        found = await real(store)
-        if not removed:
-            removed.extend((tmp_path / "step-1").glob("__*.metadata"))
-            for part in removed:
-                part.unlink()
-        return found
-
-    monkeypatch.setattr(LocalStore, "list", listed)
-    with Checkpoints(tmp_path) as checkpoints:
+    parts = list((tmp_path / "step-1").glob("__*.metadata"))
+    removed = On("list", lambda _: [part.unlink() for part in parts], 1)
+    with Checkpoints(hooked(tmp_path, after=removed)) as checkpoints:
         assert checkpoints.steps() == []
-    assert len(removed) == 2
+    assert removed.seen
+    assert len(parts) == 2

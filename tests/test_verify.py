@@ -1,6 +1,5 @@
 """`verify` and `prune`: they find and remove all that they should, and nothing else."""
 
-import asyncio
 import json
 import os
 import shutil
@@ -14,12 +13,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedSavePlanner, Transfer, cli
+from dcp_storage.checkpoint.place import Location
 from dcp_storage.errors import CheckpointNotFound, ConfigError, ManifestCorrupt, StoreError, UnsupportedFormat
 from dcp_storage.format.manifest.manifest import decode
 from dcp_storage.prune import prune
 from dcp_storage.store.local import LocalStore
 from dcp_storage.testing.place import Place, put, run
 from dcp_storage.verify import verify
+from tests.hooks import On, hooked
 from tests.states import assert_same, blank_like
 
 STATE = {"weight": torch.arange(3 << 18, dtype=torch.float32), "half": torch.ones(99, dtype=torch.bfloat16), "step": 7}
@@ -124,31 +125,24 @@ def test_missing_short_and_long_objects(saved):
     assert faults[names[2]].what == "the object is 4 bytes too long"
 
 
-def test_a_block_that_only_one_reading_damaged_is_sound(saved, monkeypatch):
-    real, seen = LocalStore.get_range, set()
+def test_a_block_that_only_one_reading_damaged_is_sound(saved):
+    class Flaky(LocalStore):
+        async def get_range(self, name, *args):
+            data = await super().get_range(name, *args)
+            if name in damaged:
+                return data
+            damaged.add(name)
+            return bytes([data[0] ^ 1]) + data[1:]
 
-    async def flaky(store, name, start, stop, room):
-        data = await real(store, name, start, stop, room)
-        if name in seen:
-            return data
-        seen.add(name)
-        return bytes([data[0] ^ 1]) + data[1:]
-
-    monkeypatch.setattr(LocalStore, "get_range", flaky)
-    assert verify(saved).sound
+    damaged = set()
+    assert verify(Location(saved, opener=lambda path, *_, **__: Flaky(path))).sound
+    assert damaged
 
 
-def test_a_checkpoint_that_is_replaced_meanwhile_is_not_called_damaged(saved, monkeypatch):
-    real = LocalStore.list
-
-    async def list_and_replace(store):
-        monkeypatch.setattr(LocalStore, "list", real)
-        await asyncio.to_thread(save, saved)
-        return await real(store)
-
-    monkeypatch.setattr(LocalStore, "list", list_and_replace)
+def test_a_checkpoint_that_is_replaced_meanwhile_is_not_called_damaged(saved):
+    replaced = hooked(saved, before=On("list", lambda _: save(saved), 1))
     with pytest.raises(StoreError, match="replaced by another save"):
-        verify(saved)
+        verify(replaced)
 
 
 def test_what_lies_beside_the_checkpoint(saved):
@@ -262,21 +256,15 @@ def test_prune_keeps_what_seems_to_come_from_the_future(tmp_path):
     assert set(prune(tmp_path, older_than=timedelta(0)).kept) == {ORPHAN}
 
 
-def test_a_commit_between_listing_and_deleting_is_safe(saved, tmp_path_factory, monkeypatch):
+def test_a_commit_between_listing_and_deleting_is_safe(saved, tmp_path_factory):
     """The objects of a save that commits while `prune` looks are in its lists as orphans, and old."""
-    real, new = LocalStore.list, tmp_path_factory.mktemp("new")
+    new = tmp_path_factory.mktemp("new")
     save(new)
     for file in new.glob("*.distcp*"):
         shutil.copy(file, saved)
         age(saved / file.name, 1000)
-
-    async def list_and_commit(store):
-        listed = await real(store)
-        shutil.copy(new / ".metadata", saved / ".metadata")
-        return listed
-
-    monkeypatch.setattr(LocalStore, "list", list_and_commit)
-    prune(saved)
+    commit = On("list", lambda _: shutil.copy(new / ".metadata", saved))
+    prune(hooked(saved, after=commit))
     assert verify(saved).sound
 
 

@@ -1,0 +1,45 @@
+"""Hooks of `Faulty`: what happens before or after the operations of one method of a store."""
+
+import threading
+
+from dcp_storage.checkpoint.place import Location
+from dcp_storage.errors import StoreError
+from dcp_storage.testing.faulty import Faulty
+
+LIMIT_S = 60
+
+
+def hooked(path, storage_options=None, **hooks):
+    """Return the location of a path whose operations are told to hooks, `before` or `after`."""
+    return Location(path, storage_options, opener=Faulty(**hooks))
+
+
+def fail(operation):
+    """Raise what a full disk makes a store raise."""
+    raise StoreError(f"{operation.url}: no space left", url=operation.url)
+
+
+class On:
+    """Acts on each operation of a method, or on those of some numbers (from 1), as long as it is active."""
+
+    def __init__(self, method, act, *numbers):
+        self.active, self.seen = True, 0
+        self._method, self._act, self._numbers = method, act, numbers
+
+    async def __call__(self, operation):
+        if self.active and operation.method == self._method:
+            self.seen += 1
+            if not self._numbers or self.seen in self._numbers:
+                self._act(operation)
+
+
+class Gate(On):
+    """Holds back the operations of a method until it is opened."""
+
+    def __init__(self, method="commit", *numbers):
+        super().__init__(method, self._wait, *numbers)
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def _wait(self, _):
+        self.reached.set()
+        self.opened.wait(LIMIT_S)
