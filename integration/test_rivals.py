@@ -133,7 +133,7 @@ def test_a_rival_s_commit_while_the_answer_to_ours_is_lost(place, first, monkeyp
     if not first:
         here.save(1)
     real = Requests.send_once
-    monkeypatch.setattr("dcp_storage.store.s3_retry._PAUSE_SECONDS", 0)
+    monkeypatch.setattr("dcp_storage.store.retries._PAUSE_SECONDS", 0)
 
     async def lossy(requests, operation, parameters):
         answer = await real(requests, operation, parameters)

@@ -1,18 +1,22 @@
-"""An S3 server that throttles, breaks off, stays silent or lies: what heals, after how many requests, and what not."""
+"""Servers that throttle, break off, stay silent or lie: what heals, after how many requests, and what not."""
 
 import random
+import ssl
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from aiohttp import ClientPayloadError, ServerDisconnectedError
+from fsspec import register_implementation
+from fsspec.asyn import AsyncFileSystem
 from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Transfer
 from dcp_storage.errors import BlockCorrupt, ManifestCorrupt, ObjectNotFound, StoreError
-from dcp_storage.store import s3, s3_retry
+from dcp_storage.store import retries, s3, s3_retry
 from dcp_storage.testing.place import NAME, Place, put, run, sizes
 from tests.faulty_s3 import FaultyS3, faulty_s3
 from tests.states import assert_same, blank_like
@@ -30,7 +34,7 @@ TRANSFER = Transfer(object_bytes=1 << 20, concurrency=4)
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[FaultyS3]:
-    monkeypatch.setattr(s3_retry, "_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "_PAUSE_SECONDS", 0.001)
     monkeypatch.setattr(s3_retry, "_ATTEMPTS", ATTEMPTS)
     with faulty_s3() as state:
         yield state
@@ -122,8 +126,8 @@ def test_who_says_how_many_attempts(server: FaultyS3, monkeypatch, tmp_path, how
 
 
 def test_pauses_grow_and_differ_and_all_ends_in_half_a_minute():
-    assert s3_retry.MOST_TIMEOUTS * s3._CONFIG_DEFAULTS["read_timeout"] <= 30
-    pauses = [[s3_retry.pause(attempt) for attempt in range(1, s3_retry._ATTEMPTS)] for _ in range(200)]
+    assert retries.MOST_TIMEOUTS * s3._CONFIG_DEFAULTS["read_timeout"] <= 30
+    pauses = [[retries.pause(attempt) for attempt in range(1, s3_retry._ATTEMPTS)] for _ in range(200)]
     assert max(map(sum, pauses)) < 30
     for step, column in enumerate(zip(*pauses, strict=True)):
         longest = min(0.25 * 2**step, 4)
@@ -196,3 +200,88 @@ def test_a_flipped_bit_in_two_answers_is_damage(server: FaultyS3):
     with pytest.raises(CheckpointException) as raised:
         load(server)
     assert isinstance(raised.value.failures[0][0], ManifestCorrupt)
+
+
+class Shaky(AsyncFileSystem):
+    """Another client, over whose connections the first requests of each kind fail, and that does not try again."""
+
+    protocol = "shaky"
+    objects: ClassVar[dict[str, bytes]] = {}
+    requests: ClassVar[Counter] = Counter()
+    error: ClassVar[Exception | None] = None
+    times = 0
+
+    async def _fail_at_first(self, kind):
+        self.requests[kind] += 1
+        if self.requests[kind] <= self.times:
+            raise self.error
+
+    async def _pipe_file(self, path, value, **_):
+        self.objects[path] = value
+        await self._fail_at_first("put")
+
+    async def _cat_file(self, path, start=None, end=None, **_):
+        await self._fail_at_first("get")
+        if path not in self.objects:
+            raise FileNotFoundError(path)
+        return self.objects[path][start:end]
+
+    async def _ls(self, path, detail=True, **_):
+        await self._fail_at_first("list")
+        return [{"name": name, "size": len(data), "type": "file"} for name, data in self.objects.items()]
+
+    async def _rm_file(self, path, **_):
+        await self._fail_at_first("delete")
+        self.objects.pop(path)
+
+
+@pytest.fixture
+def shaky(monkeypatch):
+    monkeypatch.setattr(retries, "_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(Shaky, "objects", {})
+    monkeypatch.setattr(Shaky, "requests", Counter())
+    register_implementation("shaky", Shaky, clobber=True)
+    return Place("shaky://bucket")
+
+
+BROKEN = [ConnectionResetError("reset"), ClientPayloadError("broken off"), ServerDisconnectedError()]
+
+
+@pytest.mark.parametrize("error", BROKEN, ids=lambda error: type(error).__name__)
+def test_every_client_s_broken_connections_heal(shaky, monkeypatch, error):
+    monkeypatch.setattr(Shaky, "error", error)
+    monkeypatch.setattr(Shaky, "times", 3)
+
+    async def use(store):
+        await put(store, NAME, DATA)
+        assert await store.get_range(NAME, 5, 10) == DATA[5:10]
+        assert list(await store.list()) == [NAME]
+        await store.delete([NAME])
+
+    run(shaky, use)
+    assert Shaky.requests == {"put": 4, "get": 4, "list": 4, "delete": 4}
+
+
+@pytest.mark.parametrize(
+    ("error", "requests"),
+    [
+        (ConnectionRefusedError("refused"), 4),
+        (TimeoutError("silent"), retries.MOST_TIMEOUTS),
+        (ssl.SSLError("no such certificate"), 1),
+        (PermissionError("denied"), 1),
+        (ValueError("a mistake"), 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else "",
+)
+def test_what_does_not_heal_is_raised(shaky, monkeypatch, error, requests):
+    monkeypatch.setattr(Shaky, "error", error)
+    monkeypatch.setattr(Shaky, "times", 99)
+    with pytest.raises(StoreError, match=str(error)):
+        run(shaky, lambda store: store.get(NAME))
+    assert Shaky.requests == {"get": requests}
+
+
+def test_an_absent_object_of_any_client_is_asked_for_once(shaky):
+    with pytest.raises(ObjectNotFound):
+        run(shaky, lambda store: store.get(NAME))
+    assert Shaky.requests == {"get": 1}

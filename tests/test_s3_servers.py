@@ -20,7 +20,7 @@ from aiobotocore.session import AioSession
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter
 from dcp_storage.errors import AccessDenied, ConfigError, StoreError
 from dcp_storage.prune import prune
-from dcp_storage.store import s3_client, s3_retry
+from dcp_storage.store import retries, s3_client
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
 from dcp_storage.testing.place import NAME, Place, put, run
@@ -34,7 +34,7 @@ SAVED = {"w": torch.arange(6.0), "step": 7}
 
 @pytest.fixture
 def server(monkeypatch) -> Iterator[FaultyS3]:
-    monkeypatch.setattr(s3_retry, "_PAUSE_SECONDS", 0.001)
+    monkeypatch.setattr(retries, "_PAUSE_SECONDS", 0.001)
     s3_client._credentials.clear()
     for name in list(os.environ):
         if name.startswith("AWS_"):

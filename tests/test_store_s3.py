@@ -21,7 +21,7 @@ from fsspec.config import conf
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter
 from dcp_storage.errors import ConfigError, ObjectExists, ObjectNotFound, StoreError
-from dcp_storage.store import s3_requests
+from dcp_storage.store import s3_retry
 from dcp_storage.store.base import ABSENT, Store
 from dcp_storage.store.open import open_store
 from dcp_storage.store.s3_requests import Requests
@@ -148,7 +148,7 @@ def test_a_server_may_be_given_all_the_time_it_wants(moto_s3: Place):
 @pytest.mark.parametrize("size", [100, 30_000_000], ids=["asked before the body", "in the body"])
 def test_endpoint_that_falls_silent_in_a_put(silent_port: int, monkeypatch, size: int):
     """More than the sockets' buffers hold blocks the client while it writes."""
-    monkeypatch.setattr(s3_requests, "_READ_TIMEOUTS", 10)
+    monkeypatch.setattr(s3_retry, "_READ_TIMEOUTS", 10)
     limits = {"read_timeout": 0.2, "connect_timeout": 0.2, "retries": {"total_max_attempts": 2}}
     options = {"key": "k-1234", "secret": "s-1234", "endpoint_url": f"http://127.0.0.1:{silent_port}"}
     place = Place("s3://bucket/step-1", options | {"config_kwargs": limits})
@@ -329,7 +329,7 @@ def lose_answers(monkeypatch, meanwhile=None):
         return answer
 
     monkeypatch.setattr(Requests, "send_once", broken)
-    monkeypatch.setattr("dcp_storage.store.s3_retry._PAUSE_SECONDS", 0)
+    monkeypatch.setattr("dcp_storage.store.retries._PAUSE_SECONDS", 0)
     return lost
 
 

@@ -3,7 +3,7 @@
 import asyncio
 import builtins
 import io
-from collections.abc import AsyncIterable, Awaitable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterable, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from datetime import UTC, datetime
@@ -19,9 +19,11 @@ from dcp_storage.store.closing import close_opened
 from dcp_storage.store.failures import Failures, is_range_beyond_end
 from dcp_storage.store.names import check_name
 from dcp_storage.store.redact import secrets_in
+from dcp_storage.store.retries import Retries
 
 _DELETES_IN_FLIGHT = 32
 _ANY_NAME = "object"
+_RETRIES = Retries(attempts=4)
 _TIME_KEYS = ("LastModified", "mtime", "last_modified", "updated", "modified", "created")
 R = TypeVar("R")
 
@@ -234,27 +236,27 @@ class RemoteStore(Store):
             raise ConfigError(f"{self.url}: fsspec takes a part of this URL for the version of an object; leave it out")
 
     async def _write(self, path: str, body: io.BytesIO) -> None:
-        await self._ask(self._fs._pipe_file(path, body.getvalue()))
+        await self._ask(lambda: self._fs._pipe_file(path, body.getvalue()))
 
     async def _read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
-        return await self._ask(self._fs._cat_file(path, start=start, end=stop))
+        return await self._ask(lambda: self._fs._cat_file(path, start=start, end=stop))
 
     async def _info(self, path: str) -> Mapping[str, Any]:
-        return await self._ask(self._fs._info(path))
+        return await self._ask(lambda: self._fs._info(path))
 
     async def _remove(self, path: str) -> None:
-        await self._ask(self._fs._rm_file(path))
+        await self._ask(lambda: self._fs._rm_file(path))
 
     async def _list_entries(self) -> Iterable[Mapping[str, Any]]:
         self._fs.invalidate_cache()
         try:
-            return await self._ask(self._fs._ls(self._prefix, detail=True))
+            return await self._ask(lambda: self._fs._ls(self._prefix, detail=True))
         except FileNotFoundError:
             return []
 
-    async def _ask(self, answer: Awaitable[R]) -> R:
-        """Await what the file system does."""
-        return await answer
+    async def _ask(self, request: Callable[[], Awaitable[R]]) -> R:
+        """Have the file system do something, again where the connection breaks: not every client tries that itself."""
+        return await _RETRIES.run(request)
 
 
 def _modified(entry: Mapping[str, Any]) -> float | None:

@@ -19,7 +19,7 @@ from dcp_storage.store.names import check_name
 from dcp_storage.store.remote import RemoteStore
 from dcp_storage.store.s3_client import check_certificates, http_options, make_session, use_here
 from dcp_storage.store.s3_requests import Requests
-from dcp_storage.store.s3_retry import attempts
+from dcp_storage.store.s3_retry import retries_of
 
 _CONFIG_DEFAULTS = {
     "connect_timeout": 5,  # seconds
@@ -58,8 +58,8 @@ class S3Store(RemoteStore):
         config: dict[str, Any] = defaults | http_options() | dict(self._options.get("config_kwargs") or {})
         # Bodies carry a CRC; signing them as well, which botocore does over plain HTTP, takes longer than zstd.
         config["s3"] = {"payload_signing_enabled": False} | dict(config.get("s3") or {})
-        self._retries = dict(config.get("retries") or {})
-        rest = {name: value for name, value in self._retries.items() if name == "mode"}
+        self._retry_settings = dict(config.get("retries") or {})
+        rest = {name: value for name, value in self._retry_settings.items() if name == "mode"}
         self._options["config_kwargs"] = config | {"retries": rest | {"total_max_attempts": 1}}
 
     def _make_fs(self) -> Any:
@@ -71,7 +71,7 @@ class S3Store(RemoteStore):
         bucket, key, _ = fs.split_path(self._prefix)
         self._keys = f"{key}/" if key else ""
         patience = self._options["config_kwargs"]["read_timeout"]
-        self._requests = Requests(fs, bucket, attempts(self._retries, fs.session), patience)
+        self._requests = Requests(fs, bucket, retries_of(self._retry_settings, fs.session, patience))
         return fs
 
     def child(self, name: str) -> Self:

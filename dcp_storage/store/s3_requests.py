@@ -1,17 +1,15 @@
 """Requests to S3, until they succeed or will not. What s3fs is asked privately is asked here."""
 
-import asyncio
 from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from typing import Any, TypeVar
 
 from dcp_storage.store.failures import error_code
+from dcp_storage.store.retries import Retries
 from dcp_storage.store.s3_client import Credentials, MovedError, Redirects, hook
-from dcp_storage.store.s3_retry import MOST_TIMEOUTS, is_timeout, is_transient, pause
 
 R = TypeVar("R")
 
-_READ_TIMEOUTS = 20
-"""How many times `read_timeout` an operation may take, with all its retries: 5 minutes, where nothing else is said."""
 _MOST_REDIRECTS = 3
 
 _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "InvalidToken", "TokenRefreshRequired"}
@@ -27,25 +25,23 @@ class Requests:
     Args:
         fs: s3fs's file system, with a session.
         bucket: The bucket.
-        attempts: Requests for one operation, at most.
-        read_timeout: Seconds without a byte after which a request fails, or `None` for any.
+        retries: How often each operation is tried.
 
     Attributes:
         client: botocore's client, once it is connected.
     """
 
-    def __init__(self, fs: Any, bucket: str, attempts: int, read_timeout: float | None) -> None:
+    def __init__(self, fs: Any, bucket: str, retries: Retries) -> None:
         self.client: Any = None
         self.bucket = bucket
         self._fs = fs
-        self._attempts = attempts
-        self._limit_s = None if read_timeout is None else _READ_TIMEOUTS * read_timeout
+        self._retries = retries
         self._redirects = Redirects()
 
     async def connect(self) -> None:
         """Open the client."""
         await self._fs.set_session()
-        self.client = await self._end_in_time(lambda: self._fs.get_s3(self.bucket))
+        self.client = await self._persist(lambda: self._fs.get_s3(self.bucket))
         hook(self.client, self._redirects)
 
     def takes(self, operation: str, parameter: str) -> bool:
@@ -54,7 +50,7 @@ class Requests:
 
     async def send(self, operation: str, **parameters: Any) -> dict[str, Any]:
         """Send a request until it succeeds or will not; a body in the answer is read."""
-        return await self._end_in_time(lambda: self.send_once(operation, parameters))
+        return await self._persist(lambda: self.send_once(operation, parameters))
 
     async def send_once(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """Send a request."""
@@ -69,33 +65,19 @@ class Requests:
                 stream.close()
         return answer
 
-    async def _end_in_time(self, call: Callable[[], Awaitable[R]]) -> R:
-        """Repeat a call, but not for ever: `read_timeout` alone would wait for a server that does not take a body."""
-        try:
-            async with asyncio.timeout(self._limit_s) as limit:
-                return await self._repeat(call)
-        except TimeoutError as error:
-            if not limit.expired():
-                raise
-            raise TimeoutError(f"not done within {self._limit_s:g} s ({_READ_TIMEOUTS} times read_timeout)") from error
-
-    async def _repeat(self, call: Callable[[], Awaitable[R]]) -> R:
-        attempt = timeouts = redirects = 0
-        while True:
-            try:
+    async def _follow(self, call: Callable[[], Awaitable[R]]) -> R:
+        """Call again where the server names another place for the bucket, at once."""
+        for _ in range(_MOST_REDIRECTS):
+            with suppress(MovedError):
                 return await call()
-            except MovedError:
-                redirects += 1
-                if redirects > _MOST_REDIRECTS:
-                    raise
-                continue
-            except Exception as error:
-                attempt += 1
-                timeouts += is_timeout(error)
-                if attempt >= self._attempts or timeouts == MOST_TIMEOUTS or not is_transient(error):
-                    self._forget_credentials(error)
-                    raise
-            await asyncio.sleep(pause(attempt))
+        return await call()
+
+    async def _persist(self, call: Callable[[], Awaitable[R]]) -> R:
+        try:
+            return await self._retries.run(lambda: self._follow(call))
+        except Exception as error:
+            self._forget_credentials(error)
+            raise
 
     def _forget_credentials(self, error: Exception) -> None:
         provider = self._fs.session.get_component("credential_provider")

@@ -1,6 +1,5 @@
-"""Which failures of a request to S3 are transient, how often it is retried, and after how long."""
+"""Which failures of a request to S3 are transient, and how often it is tried."""
 
-import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,13 +16,12 @@ from botocore.exceptions import (
 )
 
 from dcp_storage.store.failures import error_code, http_status
+from dcp_storage.store.retries import Retries
 
 _ATTEMPTS = 10
 """Requests for one operation, where neither the storage options nor the environment or profile say."""
-MOST_TIMEOUTS = 2
-"""The most timeouts of one operation: an endpoint that refuses or drops connections fails in half a minute."""
-_PAUSE_SECONDS = 0.25
-_LONGEST_PAUSE_SECONDS = 4
+_READ_TIMEOUTS = 20
+"""How many times `read_timeout` an operation may take, with all its requests: 5 minutes, where nothing else is said."""
 
 _BROKEN = (NoConnectionError, HTTPClientError, IncompleteReadError, ClientConnectionError, ClientPayloadError)
 _SERVER_ERROR = 500
@@ -42,19 +40,25 @@ _BUSY_CODES = {
 }
 
 
-def attempts(retries: Mapping[str, int], session: Any) -> int:
+def _attempts(settings: Mapping[str, int], session: Any) -> int:
     """Return how many requests an operation may take, by botocore's rules on who says so."""
-    if "total_max_attempts" in retries:
-        return retries["total_max_attempts"]
-    if "max_attempts" in retries:  # those after the first
-        return retries["max_attempts"] + 1
+    if "total_max_attempts" in settings:
+        return settings["total_max_attempts"]
+    if "max_attempts" in settings:  # those after the first
+        return settings["max_attempts"] + 1
     return session.get_config_variable("max_attempts") or _ATTEMPTS
 
 
-def pause(attempt: int) -> float:
-    """Return the seconds to wait after an attempt: exponential, with jitter."""
-    longest: float = min(_PAUSE_SECONDS * 2 ** (attempt - 1), _LONGEST_PAUSE_SECONDS)
-    return random.uniform(0.5, 1) * longest  # noqa: S311 - no secret
+def retries_of(settings: Mapping[str, int], session: Any, read_timeout: float | None) -> Retries:
+    """Return how often operations are tried, and for how long.
+
+    Args:
+        settings: botocore's `retries`.
+        session: Where else to look for them.
+        read_timeout: Seconds without a byte after which a request fails, or `None` for any.
+    """
+    limit_s = None if read_timeout is None else _READ_TIMEOUTS * read_timeout
+    return Retries(_attempts(settings, session), limit_s, is_transient, is_timeout)
 
 
 def is_timeout(error: Exception) -> bool:

@@ -2,7 +2,7 @@
 
 import asyncio
 import io
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any, TypeVar
 
@@ -29,27 +29,28 @@ class ThreadedStore(RemoteStore):
         self._wrapped = AsyncFileSystemWrapper(self._blocking_fs, asynchronous=True)
         return self._wrapped
 
-    async def _ask(self, answer: Awaitable[R]) -> R:
+    async def _ask(self, request: Callable[[], Awaitable[R]]) -> R:
+        """Have the file system do something, once: a rename whose answer was lost must not be repeated."""
         async with self._turn:
-            return await answer
+            return await request()
 
     async def _write(self, path: str, body: io.BytesIO) -> None:
         temporary = temporary_name(path)
-        await self._ask(self._wrapped._makedirs(self._prefix, exist_ok=True))
+        await self._ask(lambda: self._wrapped._makedirs(self._prefix, exist_ok=True))
         try:
-            await self._ask(self._fs._pipe_file(temporary, body.getvalue()))
+            await self._ask(lambda: self._fs._pipe_file(temporary, body.getvalue()))
             await self._rename(temporary, path)
         except BaseException:
             # What made the write fail is raised, not what fails here.
             with suppress(Exception):
-                await self._ask(self._fs._rm_file(temporary))
+                await self._ask(lambda: self._fs._rm_file(temporary))
             raise
 
     async def remove_directory(self) -> None:
         """Remove the directory, unless something is in it, or it is not there."""
         with self._failures.mapped("remove"):
             try:
-                await self._ask(self._wrapped._rmdir(self._prefix))
+                await self._ask(lambda: self._wrapped._rmdir(self._prefix))
             except FileNotFoundError:
                 return
             except OSError:  # each system has an error of its own for what is not empty
@@ -58,11 +59,11 @@ class ThreadedStore(RemoteStore):
 
     async def _rename(self, temporary: str, path: str) -> None:
         if type(self._blocking_fs).mv is not AbstractFileSystem.mv:
-            await self._ask(self._wrapped._mv(temporary, path))
+            await self._ask(lambda: self._wrapped._mv(temporary, path))
             return
         # fsspec's own way would take `?`, `*` and `[` in a path for a pattern.
-        await self._ask(self._wrapped._cp_file(temporary, path))
-        await self._ask(self._fs._rm_file(temporary))
+        await self._ask(lambda: self._wrapped._cp_file(temporary, path))
+        await self._ask(lambda: self._fs._rm_file(temporary))
 
     async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
         """Write the object under another name, rename it, and check the result: some servers refuse silently.
