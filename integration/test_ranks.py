@@ -19,6 +19,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.errors import DcpStorageError, ManifestCorrupt, StoreError
 from dcp_storage.store.local import LocalStore
+from dcp_storage.store.residency import cached_bytes
 from integration.demo.ranks import Ranks
 from tests.states import assert_same, blank_like
 
@@ -297,3 +298,25 @@ def test_tracebacks_are_no_longer_than_stock_s(tmp_path, count):
         for what, ours in lines[False][rank].items():
             assert ours <= lines[True][rank][what], (what, rank)
         assert lines[False][rank].keys() == lines[True][rank].keys()
+
+
+def load_cold(rank, config):
+    place, replicated = config
+    mesh = init_device_mesh("cpu", (rank.world_size,))
+    full = torch.arange(1 << 20, dtype=torch.float32)
+    state = {"w": full if replicated else distribute_tensor(full, mesh, [Shard(0)])}
+    dcp.save(state, storage_writer=AsyncStorageWriter(place), planner=ShardedSavePlanner())
+    dcp.load(state, storage_reader=AsyncStorageReader(place), planner=ShardedLoadPlanner())
+    loaded = state["w"] if replicated else state["w"].full_tensor()
+    assert torch.equal(loaded, full)
+
+
+@pytest.mark.parametrize("replicated", [True, False])
+def test_what_all_ranks_of_a_machine_read_is_read_from_its_disk_once(tmp_path, replicated):
+    run_ranks(2, load_cold, (tmp_path, replicated))
+    objects = [path for path in tmp_path.iterdir() if path.name.endswith(".distcp.zst")]
+    cached = 0
+    for path in objects:
+        with path.open("rb") as file:
+            cached += cached_bytes(file.fileno(), 0, path.stat().st_size)
+    assert cached == (sum(path.stat().st_size for path in objects) if replicated else 0)

@@ -17,6 +17,7 @@ from dcp_storage.checkpoint.place import Location
 from dcp_storage.config import Transfer
 from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.loads.plan import load_plan
+from dcp_storage.dcp.loads.sharing import Wanted, mark_shared, wanted_of
 from dcp_storage.dcp.metadata import to_metadata
 from dcp_storage.dcp.planners.default_plans import check_default_plan
 from dcp_storage.errors import CheckpointReplaced, ConfigError, DcpStorageError, ObjectNotFound
@@ -132,20 +133,23 @@ class AsyncStorageReader(StorageReader):
 
     @hook
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Note in the plan which save this rank is about to read."""
-        return replace(plan, storage_data=self._contents().identity)
+        """Note in the plan which save this rank is about to read, and what of it."""
+        return replace(plan, storage_data=wanted_of(plan, self._contents().identity))
 
     @hook
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Compare what the ranks are about to read: each found its manifest by itself.
+        """Compare what the ranks are about to read: each found its manifest by itself, and some may read the same.
 
         Raises:
             CheckpointReplaced: They found different saves.
         """
         self._alone = len(plans) == 1
-        if len({plan.storage_data for plan in plans}) > 1:
+        told = [plan.storage_data for plan in plans]
+        if not all(isinstance(each, Wanted) for each in told):
+            return plans  # the planner made others
+        if len({each.identity for each in told}) > 1:
             raise self._replaced("the ranks found different saves")
-        return plans
+        return mark_shared(plans)
 
     @hook
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:

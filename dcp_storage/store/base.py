@@ -24,10 +24,12 @@ class Room(NamedTuple):
     Attributes:
         pages: Begins at a page, and holds at least `room_bytes` of the bytes that are read.
         final: Where they belong as they are, if anywhere; as long as the read.
+        shared: Whether other processes of this machine read the same at about the same time.
     """
 
     pages: memoryview
     final: memoryview | None = None
+    shared: bool = False
 
 
 class ObjectInfo(NamedTuple):

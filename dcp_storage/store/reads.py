@@ -1,4 +1,4 @@
-"""Blocking reads of local files: what the page cache holds from there, the rest past it.
+"""Blocking reads of local files: what the page cache holds from there, the rest past it, if nobody else reads that.
 
 A first read through the page cache costs a copy and memory, and on virtual machines page faults: up to 20 times the CPU
 time of one that goes past it, and half of its speed.
@@ -90,7 +90,7 @@ def _read(descriptor: int, start: int, stop: int, room: Room) -> memoryview:
     before = start % PAGE_BYTES
     window = room.pages[before : before + stop - start]
     target = window if room.final is None else room.final
-    cached = _read_cached(descriptor, start, target)
+    cached = None if room.shared else _read_cached(descriptor, start, target)
     if cached is None:
         return target[: _fill(descriptor, start, target, 0)]
     if cached == len(target):

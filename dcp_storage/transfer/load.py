@@ -52,6 +52,7 @@ class LoadItem:
         segments: Where it is stored.
         wanted: The numbers of the blocks to read, ascending.
         target: Where they go.
+        shared: Whether other processes of this machine read it at about the same time.
     """
 
     fqn: str
@@ -60,6 +61,7 @@ class LoadItem:
     segments: Sequence[Segment]
     wanted: Sequence[int]
     target: Target
+    shared: bool = False
 
 
 async def load_items(
@@ -137,8 +139,13 @@ class _Loader:
             self._items[number].target.open()
 
     async def _fetch(self, fetch: Fetch, pages: memoryview) -> memoryview:
-        room = Room(pages, self._destination(fetch))
+        room = Room(pages, self._destination(fetch), shared=self._is_shared(fetch))
         return memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop, room))
+
+    def _is_shared(self, fetch: Fetch) -> bool:
+        """Tell whether others read most of what is fetched."""
+        shared = sum(block.length for block in fetch.blocks if self._items[block.item].shared)
+        return 2 * shared > fetch.stop - fetch.start
 
     def _destination(self, fetch: Fetch) -> memoryview | None:
         """Return the final memory of all that is fetched, where it lies there as it is stored."""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 
-from integration.bench.contestants import OURS, OURS_RAW, STOCK, STOCK_T2, Contestant, contestants
+from integration.bench.contestants import OURS, OURS_RAW, STOCK, STOCK_T2, Contestant, Place, contestants
 from integration.bench.results import Operation, Timing
 from integration.bench.rounds import rotate
 from integration.bench.states import Sizes, State, check_equal, like, mixed, on, poison, raw_bytes
@@ -63,11 +63,17 @@ def _turn(
     seconds = _timed(lambda: entrant.save(saved, place))
     stored = shelf.stored_bytes(place)
     yield "save", seconds, stored
-    for operation, prepare in (("load after save", None), ("load warm", shelf.warm), ("load cold", shelf.chill)):
+    loads: list[tuple[Operation, Callable[[Place], None] | None]] = [
+        ("load after save", None),
+        ("load again", None),
+        ("load warm", shelf.warm),
+        ("load cold", shelf.chill),
+    ]
+    for operation, prepare in loads:
         poison(target)
         if prepare and first:
             prepare(place)
-        yield operation, _timed(lambda: entrant.load(loaded, place)), stored  # type: ignore[misc]
+        yield operation, _timed(lambda: entrant.load(loaded, place)), stored
         check_equal(target, state, entrant.name)
     dist.barrier()
     if first:

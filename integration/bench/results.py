@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Operation = Literal["save", "load after save", "load warm", "load cold"]
+Operation = Literal["save", "load after save", "load again", "load warm", "load cold"]
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
 
 

@@ -56,6 +56,7 @@ class _Turn:
         if isinstance(shelf, LocalShelf):
             for who, seconds in self._with_disk(shelf, place):
                 yield who, "load after save", seconds, stored
+            yield name, "load again", self._load(place), stored
             shelf.warm(place)
             yield name, "load warm", self._load(place), stored
             shelf.chill(place)

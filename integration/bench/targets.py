@@ -62,6 +62,7 @@ _SPEEDS = (
     _Speed(2, "mixed", "local", "load warm", OURS, (STOCK_ZSTD,), 3.0),
     _Speed(2, "mixed", "local", "load cold", OURS, _UNCOMPRESSED, 1.3),
     _Speed(2, "mixed", "local", "load after save", OURS, _UNCOMPRESSED, 0.7),
+    _Speed(2, "mixed", "local", "load again", OURS, _UNCOMPRESSED, 0.7),
     _Speed(2, "mixed", "local", "load after save", OURS, (DISK,), 1 / 1.2),
     _Speed(2, "mixed", "local", "load cold", OURS, (DISK,), 1 / 1.2),
     _Speed(2, "mixed, 4 ranks", "local", "load after save", OURS, _UNCOMPRESSED, 1.1),

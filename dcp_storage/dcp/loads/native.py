@@ -8,6 +8,7 @@ from dcp_storage.collector import gc_paused
 from dcp_storage.dcp.dtypes import dtype_from_name
 from dcp_storage.dcp.kinds.boxes import read_box
 from dcp_storage.dcp.loads.batches import Batches
+from dcp_storage.dcp.loads.sharing import shared_items
 from dcp_storage.dcp.loads.targets import BytesTarget, ChunkTarget
 from dcp_storage.dcp.metadata import find_chunk
 from dcp_storage.errors import CoverageError
@@ -43,6 +44,7 @@ class _Chunk(NamedTuple):
     number: int
     tensor: TensorEntry
     reads: list[ReadItem]
+    shared: bool
 
 
 @gc_paused
@@ -50,30 +52,31 @@ def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner, batche
     """Group the reads by the stored chunk that they read: resharding aims many at one."""
     items = []
     chunks: dict[tuple[str, int], _Chunk] = {}
-    for read in plan.items:
+    for read, shared in zip(plan.items, shared_items(plan), strict=True):
         fqn = read.storage_index.fqn
         if read.type == LoadItemType.BYTE_IO:
-            items.append(_bytes_item(manifest, fqn, read, planner))
+            items.append(_bytes_item(manifest, read, planner, shared=shared))
             continue
         tensor = manifest.tensors.get(fqn)
         if tensor is None:
             raise _not_stored(fqn)
         number = find_chunk(read.storage_index, tensor.boxes)
-        chunks.setdefault((fqn, number), _Chunk(fqn, number, tensor, [])).reads.append(read)
+        chunks.setdefault((fqn, number), _Chunk(fqn, number, tensor, [], shared)).reads.append(read)
     items.extend(_chunk_item(chunk, manifest.codec, planner, batches) for chunk in chunks.values())
     return items
 
 
-def _bytes_item(manifest: Manifest, fqn: str, read: ReadItem, planner: LoadPlanner) -> LoadItem:
+def _bytes_item(manifest: Manifest, read: ReadItem, planner: LoadPlanner, *, shared: bool) -> LoadItem:
+    fqn = read.storage_index.fqn
     if fqn not in manifest.bytes:
         raise _not_stored(fqn)
     entry = manifest.bytes[fqn]
     blocks = range(-(-entry.size // manifest.codec.block_bytes))
-    return LoadItem(fqn, entry.size, 1, entry.segments, blocks, BytesTarget(read, entry.size, planner))
+    return LoadItem(fqn, entry.size, 1, entry.segments, blocks, BytesTarget(read, entry.size, planner), shared)
 
 
 def _chunk_item(chunk: _Chunk, codec: StoredCodec, planner: LoadPlanner, batches: Batches) -> LoadItem:
-    fqn, number, tensor, reads = chunk
+    fqn, number, tensor, reads, shared = chunk
     shape = tensor.boxes[number].sizes
     boxes = [read_box(read) for read in reads]
     for box in boxes:
@@ -81,7 +84,7 @@ def _chunk_item(chunk: _Chunk, codec: StoredCodec, planner: LoadPlanner, batches
             raise CoverageError(f"{fqn}: the plan reads {box} of a chunk of shape {list(shape)}", fqn=fqn)
     wanted = needed_blocks(shape, boxes, ITEM_BYTES[tensor.dtype], codec.block_bytes)
     target = ChunkTarget(shape, dtype_from_name(tensor.dtype), reads, planner, batches)
-    return LoadItem(fqn, target.nbytes, tensor.planes, tensor.segments(number), wanted, target)
+    return LoadItem(fqn, target.nbytes, tensor.planes, tensor.segments(number), wanted, target, shared)
 
 
 def _not_stored(fqn: str) -> CoverageError:
