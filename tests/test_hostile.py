@@ -208,7 +208,7 @@ def test_a_gap_among_many_chunks_is_found_in_time():
             "checks": "0a1b2c3d" * len(boxes),
         },
     }
-    refused(document, rf"no part holds \[{count // 2}:{count // 2 + 1}\]")
+    refused(document, rf"no part covers \[{count // 2}:{count // 2 + 1}\]")
 
 
 class Call:

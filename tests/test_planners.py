@@ -131,9 +131,9 @@ def test_a_strided_shard_is_placed_right_or_refused_by_name(as_rank, shape):
 @pytest.mark.parametrize(
     ("shards", "says"),
     [
-        ([[rows(0, 4)], [rows(5, 8)]], "no part holds [4:5, 0:2] of shape [8, 2]"),
+        ([[rows(0, 4)], [rows(5, 8)]], "no part covers [4:5, 0:2] of shape [8, 2]"),
         ([[rows(0, 5)], [rows(4, 8)]], "parts [0:5, 0:2] and [4:8, 0:2] overlap"),
-        ([[rows(0, 4)], [rows(4, 9)]], "part [4:9, 0:2] is outside of the tensor, whose shape is [8, 2]"),
+        ([[rows(0, 4)], [rows(4, 9)]], "part [4:9, 0:2] is outside the tensor, whose shape is [8, 2]"),
         ([[(Box((-1, 0), (4, 2)), torch.ones(4, 2))], [rows(3, 8)]], "part [-1:3, 0:2] is outside"),
         ([[(Box((0,), (4, 2)), torch.ones(4, 2))], [rows(4, 8)]], "different dimensions"),
     ],
@@ -146,7 +146,7 @@ def test_shards_that_do_not_make_up_their_tensor(shards, says):
 
 
 def test_wrappers_that_leave_a_gap_or_overlap():
-    with pytest.raises(CoverageError, match=r"a: no part holds \[2:3, 0:2\]"):
+    with pytest.raises(CoverageError, match=r"a: no part covers \[2:3, 0:2\]"):
         plan([{"a": bare(rows(0, 2))}, {"a": bare(rows(3, 4))}])
     with pytest.raises(CoverageError, match=r"a: parts .* overlap"):
         plan([{"a": bare(rows(0, 2), rows(1, 4))}, {"a": bare()}])

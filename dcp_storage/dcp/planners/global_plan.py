@@ -141,7 +141,7 @@ def _size(fqn: str, candidates: _Candidates) -> torch.Size:
 def _partial_fault(size: Sequence[int], boxes: Sequence[Box]) -> str | None:
     for box in boxes:
         if not contains(tuple(size), box):
-            return f"part {box} is outside of the tensor, whose shape is {list(size)}"
+            return f"part {box} is outside the tensor, whose shape is {list(size)}"
     overlap = find_overlap(boxes)
     return f"parts {overlap[0]} and {overlap[1]} overlap" if overlap else None
 
