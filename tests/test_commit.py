@@ -181,7 +181,7 @@ def test_a_failed_cleaning_up_does_not_fail_a_save_that_stands(tmp_path, monkeyp
     with monkeypatch.context() as patch:
         Failing(patch, "delete", 1, when)
         save(tmp_path, 2)
-    assert "not all deleted" in caplog.text
+    assert "not all objects of the replaced checkpoint were deleted" in caplog.text
     assert loaded_value(tmp_path) == 2
 
 

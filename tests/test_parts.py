@@ -188,7 +188,7 @@ def test_old_objects_that_cannot_be_deleted_are_told_and_do_not_fail_the_save(ru
     with monkeypatch.context() as patch:
         patch.setattr(LocalStore, "delete", broken)
         save(run(restart=1), 2, tmp_path)
-    assert "not all deleted" in caplog.text
+    assert "not all objects of the replaced checkpoint were deleted" in caplog.text
     assert loaded(tmp_path) == 2
 
 

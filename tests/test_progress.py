@@ -143,7 +143,7 @@ def test_transfers_that_overlap_have_a_bar_each_and_leave_no_thread(tmp_path, mo
     [
         (
             [9.0, 2.0, 3.0, 2.5],
-            "rank 0 wrote its 3.0 MB in 9.0 s, where half of the ranks took at most 2.8 s for 1.0 MB",
+            "rank 0 wrote its 3.0 MB in 9.0 s, while half of the ranks took at most 2.8 s for 1.0 MB",
         ),
         ([2.0, 3.9, 2.0], None),
         ([0.1, 0.9], None),

@@ -1,4 +1,4 @@
-"""Tensors on accelerators: copies from CUDA go through pinned memory, on streams of their own."""
+"""Tensors on accelerators: copies from CUDA go through pinned memory, on separate streams."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -7,33 +7,33 @@ import torch
 from torch import Tensor, get_device_module
 
 _PINNED = "cuda"
-"""The type of device whose copies pinned memory speeds up (ROCm's has the same name)."""
+"""The device type whose copies are faster with pinned memory (ROCm uses the same name)."""
 
 
 def wait_for_device(tensor: Tensor) -> None:
-    """Wait until this thread's stream has computed a tensor: codec threads copy it on streams of their own."""
+    """Wait until this thread's stream has computed a tensor: codec threads copy it on other streams."""
     if tensor.device.type in {"cpu", "meta"}:
         return
     module = get_device_module(tensor.device)
     if hasattr(module, "current_stream"):
         module.current_stream(tensor.device).synchronize()
-    elif hasattr(module, "synchronize"):  # one stream for all, as MPS has; without either nothing runs ahead
+    elif hasattr(module, "synchronize"):  # a single stream, as on MPS; without either, nothing runs asynchronously
         module.synchronize()
 
 
 def host_memory(elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return uninitialized host memory for copies from or to a device.
 
-    Pinned memory goes back to torch's cache when it is dropped.
+    Pinned memory returns to torch's cache when it is released.
     """
     return torch.empty(elements, dtype=dtype, device="cpu", pin_memory=device.type == _PINNED)
 
 
 @contextmanager
 def copying_from(device: torch.device) -> Iterator[bool]:
-    """Run copies to `host_memory` on a stream of their own, and wait for them at the end.
+    """Run copies to `host_memory` on a separate stream, and wait for them at the end.
 
-    Yields what to pass to `copy_` as `non_blocking`.
+    Yields the value to pass to `copy_` as `non_blocking`.
     """
     if device.type != _PINNED:
         yield False

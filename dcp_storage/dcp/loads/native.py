@@ -1,4 +1,4 @@
-"""Checkpoints of this package, loaded into a plan: the blocks that hold what is wanted, fetched and decoded once."""
+"""Loads checkpoints of this package into a plan: the blocks that are needed are fetched and decoded once."""
 
 from collections import defaultdict
 from math import prod
@@ -24,8 +24,8 @@ async def load_native(context: Context, manifest: Manifest, plan: LoadPlan, plan
 
     Raises:
         BlockCorrupt: A block failed its check twice.
-        CoverageError: The plan reads what is not in the checkpoint.
-        ObjectNotFound: An object is not there.
+        CoverageError: The plan reads something that is not in the checkpoint.
+        ObjectNotFound: An object is missing.
         StoreError: A range could not be read.
     """
     items = _load_items(manifest, plan, planner)
@@ -34,7 +34,7 @@ async def load_native(context: Context, manifest: Manifest, plan: LoadPlan, plan
 
 @gc_paused
 def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner) -> list[LoadItem]:
-    """Group the reads by the stored chunk that they read: resharding aims many at one."""
+    """Group the reads by stored chunk: resharding may read one many times."""
     items = []
     by_chunk: defaultdict[tuple[str, int], list[ReadItem]] = defaultdict(list)
     for read in plan.items:
@@ -71,4 +71,4 @@ def _chunk_item(manifest: Manifest, fqn: str, number: int, reads: list[ReadItem]
 
 
 def _not_stored(fqn: str) -> CoverageError:
-    return CoverageError(f"the plan reads {fqn}, which the checkpoint does not hold", fqn=fqn)
+    return CoverageError(f"the plan reads {fqn}, which is not in the checkpoint", fqn=fqn)
