@@ -1,6 +1,6 @@
 """Async, compressed, verified checkpoint storage for `torch.distributed.checkpoint`.
 
-Names are imported when they are first used: `import dcp_storage` costs nothing and needs no torch.
+Names are imported on first use: `import dcp_storage` costs nothing and needs no torch.
 """
 
 from importlib import import_module

@@ -15,8 +15,8 @@ _NOTHING_TO_JUDGE = (CheckpointNotFound, ConfigError, StoreError)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a sub-command and return the exit code.
 
-    0 done, and what was looked at is sound; 1 failed, or damaged; 2 wrong usage, or nothing there, or it could not be
-    reached; 130 interrupted.
+    0: done, and the checkpoint is sound; 1: failed, or damaged; 2: wrong usage, no checkpoint, or the store failed;
+    130: interrupted.
     """
     args = _parser().parse_args(argv)
     run: Callable[[argparse.Namespace], int] = args.run
@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, module, says in (
         ("verify", verify, "read and check every block of a checkpoint"),
-        ("prune", prune, "remove what dead saves left beside a checkpoint"),
+        ("prune", prune, "remove what interrupted saves left next to a checkpoint"),
     ):
         command = commands.add_parser(name, help=says)
         module.add_arguments(command)

@@ -1,4 +1,4 @@
-"""What a user may set: the codec of new checkpoints, and how bytes move."""
+"""User settings: the codec of new checkpoints, and how bytes move."""
 
 import os
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Codec:
-    """How tensors are encoded on disk. A reader needs none of it: the manifest says what each block is.
+    """How tensors are encoded on disk. Readers do not need it: the manifest describes each block.
 
     ```python
     writer = AsyncStorageWriter("s3://bucket/run/step-100", codec=Codec(digest="sha256"))
     ```
 
     Attributes:
-        compression: `"zstd"` (one standard zstd frame a block) or `"none"` (raw bytes).
-        level: zstd level, 1 to 22. Level 1 skips the search for matches in floating-point planes, which finds
-            nothing in weights; higher levels search, cost much more and gain little.
+        compression: `"zstd"` (one standard zstd frame per block) or `"none"` (raw bytes).
+        level: zstd level, 1 to 22. Level 1 skips the match search in floating-point planes, which finds nothing in
+            weights; higher levels do search, cost much more and gain little.
         byte_planes: Store elements of 2, 4 or 8 bytes plane by plane, so that exponents compress apart from mantissas.
-        block_bytes: Raw bytes in a block, 4 KiB to 64 MiB, a multiple of 16. One block is the least that is read.
-        digest: What digests of raw bytes the manifest keeps, which tell whether two checkpoints hold the same:
-            `"xxh3_128"`; `"sha256"`, by which `verify(expect=...)` proves a whole checkpoint against one number, and
+        block_bytes: Raw bytes per block, 4 KiB to 64 MiB, a multiple of 16. A block is the smallest unit of reading.
+        digest: Digests of raw bytes to keep in the manifest, which show whether two checkpoints have equal contents:
+            `"xxh3_128"`; `"sha256"`, with which `verify(expect=...)` checks a whole checkpoint against one digest, but
             which slows saves down; or `None`.
 
     Raises:
@@ -54,23 +54,23 @@ class Codec:
 class Transfer:
     """How bytes move between memory and the store.
 
-    Memory in flight is at most about `2 * concurrency * object_bytes` on an object store (an object is gathered before
+    Memory in flight is at most about `2 * concurrency * object_bytes` on an object store (an object is buffered before
     it is put; 16 MiB each unless `object_bytes` is less), and 8 MiB for each of `concurrency` files on local disk.
-    Beside training it is 16 MiB for a file, and about 80 MiB for each process that encodes.
+    During training it is 16 MiB per file, plus about 80 MiB for each process that encodes.
 
     ```python
     reader = AsyncStorageReader("s3://bucket/run/step-100", transfer=Transfer(concurrency=32))  # a far store
     ```
 
     Attributes:
-        object_bytes: The most raw bytes in a data object and in a single read, 1 MiB to 1 GiB; a store that prefers
-            smaller requests makes smaller ones. An item may span several objects and an object may hold many items.
+        object_bytes: Maximum raw bytes in a data object and in a single read, 1 MiB to 1 GiB; a store that prefers
+            smaller requests uses less. An item may span several objects and an object may hold many items.
         concurrency: Objects or ranges in flight at once on this rank, 1 to 256.
-        threads: Threads (beside training: processes) that encode and decode on this rank, or `None` for the cores this
-            rank may use divided by `LOCAL_WORLD_SIZE`, at least 1. Items of less than 32 KiB on average have one: more
-            gain nothing.
-        keep_staging: Whether the memory that `dcp.async_save` copied a state to is kept for the next one, which then
-            need not wait for new pages. `False` frees it when the save has ended.
+        threads: Threads (during training: processes) that encode and decode on this rank, or `None` for the number of
+            cores available to this rank divided by `LOCAL_WORLD_SIZE`, at least 1. Items that average less than 32 KiB
+            get one: more would gain nothing.
+        keep_staging: Whether to keep the memory that `dcp.async_save` copied a state to for the next save, which then
+            need not wait for new pages. `False` frees it when the save ends.
         max_gap_bytes: Two wanted ranges of one object that are at most this far apart are read in one request.
 
     Raises:

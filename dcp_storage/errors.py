@@ -12,15 +12,15 @@ from typing import Any
 class DcpStorageError(Exception):
     """Base of every error that this package raises on purpose.
 
-    Its attributes are for code that has to decide something; the message alone tells a person enough.
+    The attributes are for code that handles the error; for a person the message alone is enough.
 
     Attributes:
-        url: Where the checkpoint is, without credentials.
+        url: URL of the checkpoint, without credentials.
         object_name: The object in the store.
-        offset: The byte of the object at which the fault is.
+        offset: Byte offset of the fault in the object.
         fqn: The entry of the state dict.
-        fqns: The entries, where there are several.
-        ranks: The ranks that are concerned.
+        fqns: The entries, if there are several.
+        ranks: The ranks involved.
     """
 
     url: str | None = None
@@ -35,13 +35,13 @@ class DcpStorageError(Exception):
         self.__dict__.update(context)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle the cause too, which exceptions leave out."""
+        """Pickle the cause too; plain exceptions leave it out."""
         return type(self), self.args, {**self.__dict__, "__cause__": _picklable(self.__cause__)}
 
 
 def _picklable(cause: BaseException | None) -> BaseException | None:
     try:
-        pickle.loads(pickle.dumps(cause))  # noqa: S301 - what was pickled just now
+        pickle.loads(pickle.dumps(cause))  # noqa: S301 - pickled just now
     except Exception:  # noqa: BLE001 - its own code may raise anything
         return RuntimeError(f"{type(cause).__name__}: {cause}")
     return cause
@@ -52,23 +52,23 @@ class CheckpointNotFound(DcpStorageError, FileNotFoundError):
 
 
 class CheckpointExists(DcpStorageError, FileExistsError):
-    """There is a checkpoint at this path already, and it may not be replaced."""
+    """A checkpoint already exists at this path and may not be replaced."""
 
 
 class CheckpointReplaced(DcpStorageError):
-    """Another save committed in between: over the checkpoint that is read, or that is being replaced. Begin again."""
+    """Another save has replaced the checkpoint that was being read or replaced. Start again."""
 
 
 class ManifestCorrupt(DcpStorageError):
-    """`.metadata` is there but is damaged, or says something that cannot be true."""
+    """`.metadata` exists but is damaged, or its contents are invalid."""
 
 
 class BlockCorrupt(DcpStorageError):
-    """Stored bytes do not match the check value that the manifest holds for them, even when read again."""
+    """Stored bytes do not match their check value in the manifest, even when read again."""
 
 
 class MissingKeys(DcpStorageError, KeyError):
-    """The state dict asks for entries that the checkpoint does not hold."""
+    """The state dict asks for entries that are not in the checkpoint."""
 
     def __str__(self) -> str:
         return str(self.args[0])  # KeyError would show the message's repr
@@ -83,19 +83,19 @@ class UnsupportedTensor(DcpStorageError, TypeError):
 
 
 class UnsupportedEntry(UnsupportedFormat, TypeError):
-    """An object that is not a tensor and cannot be stored, or is of a type that a load does not trust."""
+    """A non-tensor object that cannot be stored, or whose type a load does not trust."""
 
 
 class StagingError(DcpStorageError):
-    """A state could not be copied before `dcp.async_save` returned: the host may have no memory for it."""
+    """A state could not be copied before `dcp.async_save` returned; the host may be out of memory."""
 
 
 class CoverageError(DcpStorageError, ValueError):
-    """The parts of a tensor do not tile it: a gap, an overlap, or a box outside of its bounds."""
+    """The parts of a tensor do not tile it: a gap, an overlap, or a box out of bounds."""
 
 
 class DtypeMismatch(DcpStorageError, TypeError):
-    """A tensor's dtype is not the one that the plan or the checkpoint says."""
+    """A tensor's dtype differs from the one in the plan or the checkpoint."""
 
 
 class ReplicaMismatch(DcpStorageError, ValueError):
@@ -103,20 +103,20 @@ class ReplicaMismatch(DcpStorageError, ValueError):
 
 
 class StoreError(DcpStorageError, OSError):
-    """The storage system refused or failed an operation."""
+    """The storage system refused an operation, or the operation failed."""
 
 
 class AccessDenied(StoreError, PermissionError):
-    """The storage system does not allow an operation to whoever asks."""
+    """The storage system denied permission for an operation."""
 
 
 class ObjectNotFound(StoreError, FileNotFoundError):
-    """An object that should be in the store is not there."""
+    """An object that should be in the store is missing."""
 
 
 class ObjectExists(StoreError, FileExistsError):
-    """An object stands where none, or another version of it, was expected."""
+    """An object exists where none, or a different version of it, was expected."""
 
 
 class ConfigError(DcpStorageError, ValueError):
-    """An argument has an impossible value."""
+    """An argument has an invalid value."""

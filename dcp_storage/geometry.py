@@ -1,4 +1,4 @@
-"""Boxes in an N-dimensional tensor and runs of its row-major elements: pure arithmetic, no torch."""
+"""Boxes in an N-dimensional tensor and runs of its row-major elements: pure arithmetic, without torch."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -9,14 +9,14 @@ Shape = tuple[int, ...]
 
 
 class Box(NamedTuple):
-    """A hyper-rectangle: per dimension its first index and its extent, in elements."""
+    """A hyper-rectangle: its first index and its extent in each dimension, in elements."""
 
     offsets: Shape
     sizes: Shape
 
     @property
     def numel(self) -> int:
-        """Number of elements; 1 for a box of no dimensions."""
+        """Number of elements; 1 for a zero-dimensional box."""
         return prod(self.sizes)
 
     @property
@@ -25,7 +25,7 @@ class Box(NamedTuple):
         return tuple(slice(o, o + s) for o, s in zip(self.offsets, self.sizes, strict=True))
 
     def relative_to(self, origin: Shape) -> "Box":
-        """Return the same box as seen from `origin`."""
+        """Return the same box relative to `origin`."""
         return Box(tuple(o - z for o, z in zip(self.offsets, origin, strict=True)), self.sizes)
 
     def __str__(self) -> str:
@@ -33,12 +33,12 @@ class Box(NamedTuple):
 
 
 def whole(shape: Shape) -> Box:
-    """Return the box that is all of a tensor."""
+    """Return the box that covers a whole tensor."""
     return Box((0,) * len(shape), shape)
 
 
 def intersect(a: Box, b: Box) -> Box | None:
-    """Return the intersection of two boxes of as many dimensions, or `None` where it is empty."""
+    """Return the intersection of two boxes with the same number of dimensions, or `None` if it is empty."""
     offsets = tuple(map(max, a.offsets, b.offsets))
     stops = tuple(min(ao + az, bo + bz) for ao, az, bo, bz in zip(*a, *b, strict=True))
     if any(stop <= start for start, stop in zip(offsets, stops, strict=True)):
@@ -67,7 +67,7 @@ def flat_offset(shape: Shape, index: Shape) -> int:
 def flat_extent(shape: Shape, box: Box) -> tuple[int, int]:
     """Return the row-major positions `start` and `stop` (exclusive) that bound a box's elements.
 
-    They are as far apart as the box has elements where it lies in one run.
+    If the box is one run, they differ by its number of elements.
     """
     if box.sizes == shape:
         return 0, box.numel
@@ -105,7 +105,7 @@ def _in_row(row: int, shape: Shape, start: int, stop: int) -> Iterator[Box]:
 
 
 def subtract(box: Box, holes: Iterable[Box]) -> list[Box]:
-    """Return disjoint boxes that make up what is left of `box` when `holes` are cut out of it."""
+    """Return disjoint boxes that cover what is left of `box` after `holes` are cut out of it."""
     left = [box] if box.numel else []
     for hole in holes:
         if not left:
@@ -150,15 +150,15 @@ def find_overlap(boxes: Iterable[Box]) -> tuple[Box, Box] | None:
 
 
 def tiling_fault(shape: Shape, boxes: Sequence[Box]) -> str | None:
-    """Say how boxes fail to tile a tensor: one out of bounds, two that overlap, or a gap. `None` if they tile it."""
+    """Describe how boxes fail to tile a tensor: out of bounds, an overlap or a gap. `None` if they tile it."""
     if len(boxes) == 1 and boxes[0] == whole(shape):
         return None
     for box in boxes:
         if not contains(shape, box):
-            return f"part {box} is outside of the tensor, whose shape is {list(shape)}"
+            return f"part {box} is outside the tensor, whose shape is {list(shape)}"
     if overlap := find_overlap(boxes):
         return f"parts {overlap[0]} and {overlap[1]} overlap"
     if sum(box.numel for box in boxes) < prod(shape):
-        # In order each cuts the one box after it; in any other each meets all that is left.
-        return f"no part holds {subtract(whole(shape), sorted(boxes))[0]} of shape {list(shape)}"
+        # When sorted, each box cuts only the next one; in any other order each would meet all that is left.
+        return f"no part covers {subtract(whole(shape), sorted(boxes))[0]} of shape {list(shape)}"
     return None

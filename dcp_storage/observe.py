@@ -1,4 +1,4 @@
-"""Observers: what a save or a load reports while it runs. `progress.py` is one of them."""
+"""Observers, to which saves and loads report while they run. `progress.py` is one of them."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -11,15 +11,15 @@ logger = logging.getLogger(__name__)
 Operation = Literal["save", "load", "verify"]
 
 Advance = Callable[[int, int], None]
-"""Is told of blocks that are done: their size in memory, before compression, and in the store, in bytes."""
+"""Called when blocks are done, with their size in bytes: in memory, before compression, and in the store."""
 
 Observer = Callable[[Operation, str, int], AbstractContextManager[Advance]]
-"""Is called for each transfer of a rank, with its operation, its URL and the bytes that it will move, in memory.
+"""Called for each transfer of a rank, with its operation, its URL and the number of bytes to move, as in memory.
 
-What it raises is logged once for a transfer, and fails nothing. It returns a context manager, which is entered when the
-transfer begins and left when it ends, with the error that failed it. What that yields is called in between. All of it
-happens on the thread that runs the transfer, and has to return at once. Several transfers may run at the same time,
-each with a context manager of its own.
+It returns a context manager, which is entered when the transfer begins and exited when it ends, with the exception if
+it failed. The function that this yields is called in between. All calls happen on the thread that runs the transfer,
+and must return quickly. An exception that an observer raises is logged once per transfer and does not fail it. Several
+transfers may run at the same time, each with its own context manager.
 
     @contextmanager
     def log(operation, url, raw_bytes):
@@ -31,13 +31,13 @@ each with a context manager of its own.
 
 @dataclass
 class Moved:
-    """Counts what transfers moved, in memory and in the store, in bytes."""
+    """Counts the bytes that transfers moved, in memory and in the store."""
 
     raw_bytes: int = 0
     stored_bytes: int = 0
 
     def counted(self, advance: Advance) -> Advance:
-        """Return what counts, and then tells `advance`."""
+        """Return a function that counts, and then calls `advance`."""
 
         def count(raw_bytes: int, stored_bytes: int) -> None:
             self.raw_bytes += raw_bytes
@@ -55,7 +55,7 @@ def silent(operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
 
 @contextmanager
 def observed(observer: Observer, operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
-    """Report a transfer to an observer. What it raises is logged once, and the transfer goes on."""
+    """Report a transfer to an observer. An exception that it raises is logged once, and the transfer goes on."""
     told = _Told(observer, operation, url, raw_bytes)
     failure: BaseException | None = None
     try:
@@ -65,7 +65,7 @@ def observed(observer: Observer, operation: Operation, url: str, raw_bytes: int)
         raise
     finally:
         told.end(failure)
-        del failure  # else a circle with its traceback holds this frame
+        del failure  # else a reference cycle with its traceback keeps this frame alive
 
 
 class _Told:
@@ -95,4 +95,4 @@ class _Told:
             yield
         except Exception as error:
             self._advance = None
-            logger.warning("an observer raised %r and is told no more of this transfer", error, exc_info=error)
+            logger.warning("an observer raised %r and is not called again for this transfer", error, exc_info=error)

@@ -16,24 +16,24 @@ from dcp_storage.words import transfer_text
 
 
 def choose_observer(observer: Observer | None, *, progress: bool) -> Observer:
-    """Return the observer that a writer or reader is to tell.
+    """Return the observer that a writer or reader reports to.
 
     Raises:
-        ConfigError: It cannot be called.
+        ConfigError: It is not callable.
     """
     if observer is not None and not callable(observer):
         raise ConfigError(
-            f"the observer {observer!r} cannot be called: give a function of operation, URL and bytes that returns a "
+            f"the observer {observer!r} is not callable: pass a function of operation, URL and bytes that returns a "
             "context manager"
         )
     return progress_bar(observer or silent) if progress else observer or silent
 
 
 def progress_bar(then: Observer = silent) -> Observer:
-    """Return an observer that shows a bar for each transfer, and tells everything to `then` as well.
+    """Return an observer that shows a bar for each transfer, and also reports to `then`.
 
-    Local rank 0 draws it where standard error is a terminal, and at its end a line says what was moved and how fast,
-    also where it is not one.
+    Local rank 0 draws the bar if standard error is a terminal. At the end of a transfer it always prints one line that
+    says what was moved and how fast.
     """
     return partial(_show, then)
 

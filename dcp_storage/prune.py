@@ -1,4 +1,4 @@
-"""`prune` removes what dead saves left in a checkpoint's directory. No torch."""
+"""`prune` removes what interrupted saves left in a checkpoint's directory. Does not import torch."""
 
 from collections.abc import Mapping
 from datetime import timedelta
@@ -20,22 +20,22 @@ def prune(
     storage_options: Mapping[str, Any] | None = None,
     dry_run: bool = False,
 ) -> Pruning:
-    """Remove the objects of this package that no manifest names, and temporary files of commits that died.
+    """Remove objects of this package that no manifest names, and temporary files of interrupted commits.
 
     ```python
     print(prune("s3://bucket/run/step-100", dry_run=True).removed)
     ```
 
-    A save's objects are removed only if its last write is at least `older_than` ago, by the store's times and this
-    machine's clock: no manifest names the objects of a save under way either. What the manifest names is never removed,
-    and no foreign file is. Where nothing was committed, what a dead first save left is removed too.
+    A save's objects are removed only if its last write is at least `older_than` ago, by the store's timestamps and the
+    local clock: no manifest names the objects of a running save either. Objects that the manifest names are never
+    removed, nor are foreign files. If nothing was committed, what an interrupted first save left is removed too.
 
     Raises:
-        CheckpointNotFound: Nothing of this package is there: neither a checkpoint nor what a save left.
-        ManifestCorrupt: The manifest is damaged, so that nothing says what may be removed. Nothing was.
-        UnsupportedFormat: It is of a later format, or a pickle that names what no stock checkpoint does.
-        StoreError: The store failed, or does not tell when objects were written.
-        ConfigError: An argument is impossible.
+        CheckpointNotFound: There is neither a checkpoint nor anything that a save left.
+        ManifestCorrupt: The manifest is damaged, so it is unknown what may be removed. Nothing was removed.
+        UnsupportedFormat: The manifest has a newer format, or is a pickle that names globals no stock checkpoint uses.
+        StoreError: The store failed, or does not report when objects were written.
+        ConfigError: An argument is invalid.
     """
     if older_than < timedelta(0):
         raise ConfigError(f"older_than is {older_than}; it must not be negative")

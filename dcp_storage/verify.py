@@ -1,4 +1,4 @@
-"""`verify` reads and checks every block of a checkpoint without loading it. No torch."""
+"""`verify` reads and checks every block of a checkpoint without loading it. Does not import torch."""
 
 import re
 from collections.abc import Mapping
@@ -23,24 +23,24 @@ def verify(
     observer: Observer | None = None,
     expect: str | None = None,
 ) -> Verification:
-    """Read and check every block of a checkpoint, and find all that is damaged, missing or left over.
+    """Read and check every block of a checkpoint, and find everything that is damaged, missing or left over.
 
     ```python
     found = verify("s3://bucket/run/step-100")
     print(found.sound, found.damage)
     ```
 
-    With `expect`, the `sha256` that an earlier `verify` told, what is read has to be that same checkpoint: nobody can
-    have changed a bit of it. It must have been saved with `Codec(digest="sha256")`.
+    With `expect`, the `sha256` that an earlier `verify` reported, the checkpoint has to be that same one, without a
+    single bit changed. It must have been saved with `Codec(digest="sha256")`.
 
-    Memory in flight is at most `transfer.concurrency` reads, of 16 MiB each or less, and one block a thread.
+    Memory in flight is at most `transfer.concurrency` reads, of 16 MiB each or less, plus one block per thread.
 
     Raises:
         CheckpointNotFound: There is no checkpoint at this path.
-        ManifestCorrupt: Its manifest is damaged, so that nothing tells what it should hold.
-        UnsupportedFormat: It is of a later format, or a pickle that names what no stock checkpoint does.
+        ManifestCorrupt: Its manifest is damaged, so it is unknown what the checkpoint should contain.
+        UnsupportedFormat: The manifest has a newer format, or is a pickle that names globals no stock checkpoint uses.
         StoreError: It could not be read, or another save replaced it meanwhile.
-        ConfigError: The path or the options are impossible; `expect` is not a SHA-256, or the checkpoint has none.
+        ConfigError: The path or the options are invalid; `expect` is not a SHA-256, or the checkpoint has none.
     """
     if expect is not None and not re.fullmatch("[0-9a-fA-F]{64}", expect):
         raise ConfigError(f"expect is {expect!r:.80}, which is not a SHA-256: 64 hexadecimal digits")

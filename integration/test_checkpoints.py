@@ -122,7 +122,7 @@ def test_another_number_of_ranks_is_told_which_entries_were_a_rank_s_own_or_regr
     for rank in range(3):
         kind, text = told[rank][0]
         assert kind is CoverageError
-        assert "own.rng, own.place: stored for each of 2 ranks, and 3 ranks load" in text
+        assert "own.rng, own.place: saved by 2 ranks, but 3 ranks load" in text
     told = run_ranks(3, load_steps, {"root": str(tmp_path), "regroup": True, "odd": 1})
     assert [told[rank][0][0] for rank in range(3)] == [CoverageError] * 3, "one rank cannot, so none does"
     told = run_ranks(3, load_steps, {"root": str(tmp_path), "regroup": True})

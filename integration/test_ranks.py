@@ -257,7 +257,7 @@ def test_stock_saves_without_collectives_load_on_any_number_of_ranks(tmp_path, w
         assert run_ranks(count, load_on, place) == dict.fromkeys(range(count), True)
     if world > 1:
         (tmp_path / "__0.metadata").unlink()
-        with pytest.raises(CheckpointException, match=r"that lacks the parts of ranks \[0\]"):
+        with pytest.raises(CheckpointException, match=r"and lacks the parts of ranks \[0\]"):
             dcp.load(blank_like(full_state(4)), storage_reader=AsyncStorageReader(tmp_path))
 
 

@@ -83,7 +83,7 @@ def test_a_save_of_another_layout_cannot_be_followed(tmp_path):
     [(error, _)] = raised.value.failures.values()
     assert isinstance(error, CheckpointReplaced)
     assert str(tmp_path) in str(error)
-    assert "Load again" in str(error)
+    assert "load again" in str(error)
     assert error.url == str(tmp_path)
 
 

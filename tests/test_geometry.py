@@ -90,10 +90,10 @@ def test_only_a_tiling_has_no_fault(case):
 
 
 def test_faults_name_the_boxes():
-    assert tiling_fault((4, 2), [Box((0, 0), (3, 2))]) == "no part holds [3:4, 0:2] of shape [4, 2]"
+    assert tiling_fault((4, 2), [Box((0, 0), (3, 2))]) == "no part covers [3:4, 0:2] of shape [4, 2]"
     assert "[0:3, 0:2] and [2:4, 0:2] overlap" in tiling_fault((4, 2), [Box((0, 0), (3, 2)), Box((2, 0), (2, 2))])
     assert "[3:5, 0:2] is outside" in tiling_fault((4, 2), [Box((3, 0), (2, 2))])
-    assert tiling_fault((), []) == "no part holds [] of shape []"
+    assert tiling_fault((), []) == "no part covers [] of shape []"
 
 
 @pytest.mark.parametrize("box", [Box((0,), (3,)), Box((-1, 0), (1, 1)), Box((0, 0), (1, -1)), Box((4, 0), (1, 1))])

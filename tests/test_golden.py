@@ -158,4 +158,4 @@ def test_manifests_from_before_the_format_was_final_are_refused_by_name():
         dcp.load({"x": torch.ones(1)}, storage_reader=AsyncStorageReader(HERE.parent / "before_v1"))
     (error, _) = caught.value.failures[0]
     assert isinstance(error, UnsupportedFormat)
-    assert "0.1.0 before its format was final" in str(error)
+    assert "0.1.0, before the format was final" in str(error)

@@ -115,10 +115,10 @@ def refused(document, says):
         (set_in("tensors", "sizes", 0, value=[1 << 62, 1 << 62]), "empty has shape"),
         (set_in("paths", "paths", 3, value=[]), "w has an invalid path"),
         (set_in("paths", "paths", 3, value=["x", -1]), "w has an invalid path"),
-        (set_in("paths", "paths", 3, value=["x", 1 << 40]), "lists longer than"),
+        (set_in("paths", "paths", 3, value=["x", 1 << 40]), "lists too long"),
         (
             set_in("paths", value={"names": list("abcde"), "paths": [["x", n, 1 << 18] for n in "abcde"]}),
-            "lists longer than",
+            "lists too long",
         ),
     ],
 )
@@ -208,7 +208,7 @@ def test_a_gap_among_many_chunks_is_found_in_time():
             "checks": "0a1b2c3d" * len(boxes),
         },
     }
-    refused(document, rf"no part holds \[{count // 2}:{count // 2 + 1}\]")
+    refused(document, rf"no part covers \[{count // 2}:{count // 2 + 1}\]")
 
 
 class Call:

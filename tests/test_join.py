@@ -115,7 +115,7 @@ def test_an_item_too_few_or_too_many_is_named(state, missing, seed):
         items.remove(odd)
     else:
         items.append(odd)
-    says = "is in the plan but no rank wrote it" if missing else "was written but the plan has no such item"
+    says = "is in the plan but no rank wrote it" if missing else "was written but is not in the plan"
     with pytest.raises(CoverageError, match=says) as caught:
         draft_of(metadata, [results_of(items, 0, chance)])
     assert caught.value.fqn == odd[0]

@@ -79,7 +79,7 @@ def test_a_number_into_a_tensor(saver, stored, here):
         (10**400, torch.tensor(0.0)),
     ],
 )
-@pytest.mark.filterwarnings("ignore:1 tensors are stored")
+@pytest.mark.filterwarnings("ignore:1 tensors have another dtype")
 def test_a_number_that_a_tensor_does_not_hold(saver, stored, here):
     before = here.clone()
     error = load_error(saver(stored), here)
@@ -110,7 +110,7 @@ def test_a_tensor_into_a_number(saver, stored, here, loaded):
     assert isinstance(load_error(path, here, "error"), DtypeMismatch)
 
 
-@pytest.mark.filterwarnings("ignore:1 tensors are stored")
+@pytest.mark.filterwarnings("ignore:1 tensors have another dtype")
 @pytest.mark.parametrize(
     ("stored", "here"),
     [(torch.tensor(5.5), 0), (torch.tensor(float("inf")), 0), (torch.tensor(2), True), (torch.tensor(1j), 0.0)],
@@ -126,7 +126,7 @@ def test_what_cast_does_as_torch_does(saver, stored, here):
     assert load(saver(stored), here, "cast") == 5
 
 
-@pytest.mark.filterwarnings("ignore:1 tensors are stored")
+@pytest.mark.filterwarnings("ignore:1 tensors have another dtype")
 @pytest.mark.parametrize(
     ("stored", "here", "says"),
     [
@@ -134,8 +134,8 @@ def test_what_cast_does_as_torch_does(saver, stored, here):
         ("five", torch.zeros(1), "a str in the checkpoint, which is not a number"),
         (None, torch.tensor(0), "a NoneType in the checkpoint, which is not a number"),
         ((1, 2), torch.tensor(0), "a tuple in the checkpoint"),
-        (torch.zeros(3), 0, r"a int here and a tensor of shape \[3\] and torch.float32"),
-        (torch.zeros(()), None, r"a NoneType here and a tensor of shape \[\] and torch.float32"),
+        (torch.zeros(3), 0, r"a int here and a tensor of shape \[3\] and dtype torch.float32"),
+        (torch.zeros(()), None, r"a NoneType here and a tensor of shape \[\] and dtype torch.float32"),
         (torch.zeros(()), "x", "a str here and a tensor"),
     ],
 )

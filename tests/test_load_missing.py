@@ -48,7 +48,7 @@ def test_a_subtree_may_be_missing(saved):
     planner, said = load(saved, state, allow_missing=("optim.*", "head.w"))
     assert planner.skipped == ["head.w", "optim.state.m", "optim.state.v", "optim.lr"]
     assert planner.skipped_by == {"optim.*": planner.skipped[1:], "head.w": ["head.w"]}
-    assert "4 of 7 entries are not in the checkpoint and stay as they are: optim.state.m, " in said
+    assert "4 of 7 entries are not in the checkpoint and keep their values: optim.state.m, " in said
     assert "('optim.*', 'head.w')" in said
     assert state["model"]["w"].tolist() == [1, 1, 1]
     assert state["step"] == 5
@@ -83,8 +83,8 @@ def test_a_pattern_that_matches_nothing_is_said(saved):
 def test_a_partial_load_says_what_it_skips(saved):
     planner, said = load(saved, {"model": {"w": torch.zeros(3)}, "new": 1}, allow_partial_load=True)
     assert planner.skipped_by == {"*": ["new"]}
-    assert said.startswith("1 of 2 entries are not in the checkpoint and stay as they are: new ('*'). ")
-    assert "The checkpoint holds 2 that were not asked for: " in said
+    assert said.startswith("1 of 2 entries are not in the checkpoint and keep their values: new ('*'). ")
+    assert "The checkpoint has 2 that were not asked for: " in said
     assert "model.b" in said
     assert load(saved, new_state(), allow_partial_load=True)[1] is None
 
@@ -93,7 +93,7 @@ def test_a_partial_load_says_what_it_skips(saved):
 def test_a_load_that_loads_nothing_says_so(saved, prefix):
     state = {f"{prefix}{name}": torch.zeros(3) for name in ("w", "b")}
     _, said = load(saved, state, allow_partial_load=True)
-    assert said.startswith("Nothing is loaded: the checkpoint holds none of the 2 entries of this state dict")
+    assert said.startswith("Nothing is loaded: none of the 2 entries of this state dict are in the checkpoint")
     assert "model.w" in said
 
 
@@ -105,7 +105,7 @@ def test_an_empty_dict_where_the_checkpoint_holds_entries(saved, partial, depth)
         dcp.save({"x": STATE, "step": 5}, storage_writer=AsyncStorageWriter(saved))
     _, said = load(saved, state, allow_partial_load=partial)
     where = "model" if depth == 0 else "x.model"
-    assert said == f"{where} is empty here, and the checkpoint holds 2 entries below it, which are not loaded"
+    assert said == f"{where} is empty here, but the checkpoint has 2 entries below it, which are not loaded"
     assert state["step"] == 5
 
 

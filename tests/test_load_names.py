@@ -87,7 +87,7 @@ def test_entries_below_what_is_empty_here(tmp_path, empty):
         assert isinstance(load_error({"o": {"pg": empty}, "n": 0}, tmp_path), MissingKeys)
     else:
         state = {"o": empty, "n": 0}
-        with pytest.warns(UserWarning, match="o is empty here, and the checkpoint holds 1 entries below it"):
+        with pytest.warns(UserWarning, match="o is empty here, but the checkpoint has 1 entries below it"):
             load(state, tmp_path)
         assert state == {"o": {}, "n": 1}
 
@@ -121,7 +121,7 @@ def test_keys_that_are_not_text(tmp_path, key, nested):
 
 @pytest.mark.parametrize("nested", [True, False])
 def test_two_keys_of_one_text(tmp_path, nested):
-    with pytest.raises(ConfigError, match="two entries of the name 0"):
+    with pytest.raises(ConfigError, match="two entries named 0"):
         flatten({0: 1, "0": 2}, nested=nested)
 
 

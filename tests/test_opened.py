@@ -118,17 +118,17 @@ def test_any_basic_index_is_as_torch_s(path, data):
 @pytest.mark.parametrize(
     ("index", "says"),
     [
-        (7, "index 7 is out of range in dimension 0, of 7"),
+        (7, "index 7 is out of range in dimension 0, of size 7"),
         ((0, -12), "index -12 is out of range in dimension 1"),
         (slice(None, None, -1), "a step of -1"),
         ((0, 0, 0, 0), "4 indices for 3 dimensions"),
-        ((..., ...), "one `...` at most"),
-        (None, "give integers"),
-        (True, "give integers"),
-        ([0, 1], "give integers"),
-        (torch.tensor([0]), "give integers"),
-        ("a", "give integers"),
-        (1.0, "give integers"),
+        ((..., ...), "at most one `...`"),
+        (None, "use integers"),
+        (True, "use integers"),
+        ([0, 1], "use integers"),
+        (torch.tensor([0]), "use integers"),
+        ("a", "use integers"),
+        (1.0, "use integers"),
     ],
 )
 def test_indices_that_cannot_be_taken(path, index, says):
@@ -155,14 +155,14 @@ def test_a_state(path):
 def test_names_that_are_not_there(path):
     with open_checkpoint(path) as checkpoint:
         for ask in (lambda: checkpoint["model.embde"], lambda: checkpoint.load(["step", "model.embde"])):
-            with pytest.raises(MissingKeys, match=r"holds no model\.embde \(is it model\.embed") as caught:
+            with pytest.raises(MissingKeys, match=r"has no model\.embde \(did you mean model\.embed") as caught:
                 ask()
             assert caught.value.fqns == ("model.embde",)
         with pytest.raises(MissingKeys, match=r"optim\.\*"):
             checkpoint.load(["optim.*"])
         with pytest.raises(ConfigError, match="rename turns several names into x"):
             checkpoint.load(["model.half", "step"], rename={"model.half": "x", "step": "x"})
-        with pytest.raises(ConfigError, match="give a list"):
+        with pytest.raises(ConfigError, match="pass a list"):
             checkpoint.load("model.*")
 
 

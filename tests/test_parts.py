@@ -177,7 +177,7 @@ def test_a_part_under_another_name_is_refused(run, tmp_path):
 def test_old_objects_that_cannot_be_deleted_are_told_and_do_not_fail_the_save(run, tmp_path, caplog):
     save(run(), 1, tmp_path)
     save(run(restart=1), 2, hooked(tmp_path, before=On("delete", fail)))
-    assert "not all deleted" in caplog.text
+    assert "not all objects of the replaced checkpoint were deleted" in caplog.text
     assert loaded(tmp_path) == 2
 
 

@@ -131,11 +131,11 @@ def test_a_strided_shard_is_placed_right_or_refused_by_name(as_rank, shape):
 @pytest.mark.parametrize(
     ("shards", "says"),
     [
-        ([[rows(0, 4)], [rows(5, 8)]], "no part holds [4:5, 0:2] of shape [8, 2]"),
+        ([[rows(0, 4)], [rows(5, 8)]], "no part covers [4:5, 0:2] of shape [8, 2]"),
         ([[rows(0, 5)], [rows(4, 8)]], "parts [0:5, 0:2] and [4:8, 0:2] overlap"),
-        ([[rows(0, 4)], [rows(4, 9)]], "part [4:9, 0:2] is outside of the tensor, whose shape is [8, 2]"),
+        ([[rows(0, 4)], [rows(4, 9)]], "part [4:9, 0:2] is outside the tensor, whose shape is [8, 2]"),
         ([[(Box((-1, 0), (4, 2)), torch.ones(4, 2))], [rows(3, 8)]], "part [-1:3, 0:2] is outside"),
-        ([[(Box((0,), (4, 2)), torch.ones(4, 2))], [rows(4, 8)]], "different dimensions"),
+        ([[(Box((0,), (4, 2)), torch.ones(4, 2))], [rows(4, 8)]], "different lengths"),
     ],
 )
 def test_shards_that_do_not_make_up_their_tensor(shards, says):
@@ -146,14 +146,14 @@ def test_shards_that_do_not_make_up_their_tensor(shards, says):
 
 
 def test_wrappers_that_leave_a_gap_or_overlap():
-    with pytest.raises(CoverageError, match=r"a: no part holds \[2:3, 0:2\]"):
+    with pytest.raises(CoverageError, match=r"a: no part covers \[2:3, 0:2\]"):
         plan([{"a": bare(rows(0, 2))}, {"a": bare(rows(3, 4))}])
     with pytest.raises(CoverageError, match=r"a: parts .* overlap"):
         plan([{"a": bare(rows(0, 2), rows(1, 4))}, {"a": bare()}])
 
 
 def test_ranks_that_hold_a_tensor_in_different_dtypes_or_kinds():
-    with pytest.raises(DtypeMismatch, match=r"a is of torch.float32 on rank 0, torch.float16 on rank 1"):
+    with pytest.raises(DtypeMismatch, match=r"a is torch.float32 on rank 0, torch.float16 on rank 1"):
         plan([{"a": bare(rows(0, 2))}, {"a": bare(rows(2, 4, dtype=torch.float16))}])
     with pytest.raises(CoverageError, match="a is a tensor on some ranks and another object on others"):
         plan([{"a": torch.ones(1)}, {"a": 1}])
@@ -205,7 +205,7 @@ def save_failure(path, state):
         (
             {"shard": torch.ones(7, 2)},
             CoverageError,
-            "a chunk of shape [8, 2] was planned, the state dict holds [7, 2]",
+            "a chunk of shape [8, 2] was planned, but the state dict has [7, 2]",
         ),
         ({"shard": torch.ones(8, 2, dtype=torch.float64)}, DtypeMismatch, "torch.float32 was planned"),
         ({"shard": None}, CoverageError, "__get_tensor_shard__ returned None"),
@@ -238,10 +238,10 @@ def test_hooks_that_answer_nonsense_at_a_save(tmp_path, answers, kind, says):
         (
             {"chunks": [ChunkStorageMetadata(torch.Size([0]), torch.Size([5, 2]))]},
             CoverageError,
-            "different dimensions",
+            "different lengths",
         ),
         ({"chunks": [ChunkStorageMetadata(torch.Size([0]), torch.Size([8]))]}, CoverageError, "[0:8] is outside"),
-        ({"shard": torch.ones(9, 2)}, CoverageError, "its shard [0:8, 0:2] is of shape [9, 2]"),
+        ({"shard": torch.ones(9, 2)}, CoverageError, "its shard [0:8, 0:2] has shape [9, 2]"),
         ({"shard": None}, CoverageError, "__get_tensor_shard__ returned None"),
         ({"shard": KeyError("gone")}, UnsupportedTensor, "__get_tensor_shard__ failed: KeyError('gone')"),
     ],
@@ -275,7 +275,7 @@ def stored(*boxes, shape=(8, 2), dtype=torch.float32):
 
 @pytest.mark.parametrize("wrap", [lambda: torch.empty(8, 2), lambda: bare(rows(0, 8)), lambda: hooks(rows(0, 8))])
 def test_a_destination_that_is_not_covered_names_the_box(wrap):
-    with pytest.raises(CoverageError, match=r"t: the checkpoint does not hold \[3:5, 0:2\] of shape \[8, 2\]"):
+    with pytest.raises(CoverageError, match=r"t: the checkpoint does not contain \[3:5, 0:2\] of shape \[8, 2\]"):
         load_plan({"t": wrap()}, {"t": stored(rows(0, 3)[0], rows(5, 8)[0])})
     # Overlaps could make up for a gap in the count of elements.
     with pytest.raises(CoverageError, match=r"t: stored chunks overlap in \[2:3, 0:2\]"):
@@ -283,7 +283,7 @@ def test_a_destination_that_is_not_covered_names_the_box(wrap):
 
 
 def test_a_wrapper_beyond_the_stored_tensor():
-    with pytest.raises(CoverageError, match=r"t: its shard \[6:10, 0:2\] is outside of the stored shape \[8, 2\]"):
+    with pytest.raises(CoverageError, match=r"t: its shard \[6:10, 0:2\] is outside the stored shape \[8, 2\]"):
         load_plan({"t": bare(rows(6, 10))}, {"t": stored(rows(0, 8)[0])})
 
 
@@ -310,7 +310,7 @@ def test_what_is_missing_stays_as_it_is_and_is_listed():
     state = {"t": torch.empty(8, 2), "mine": marker, "new": {"head": meta}}
     entries = {"t": stored(rows(0, 8)[0]), "old": stored(rows(0, 8)[0])}
     with pytest.raises(
-        MissingKeys, match=r"Missing key in checkpoint .*: mine, new.head \(2 in all\); it holds 1 .*: old"
+        MissingKeys, match=r"Missing key in checkpoint .*: mine, new.head \(2 in all\); it has 1 .*: old"
     ):
         load_plan(state, entries)
     with pytest.warns(UserWarning, match="2 of 3 entries are not in the checkpoint"):

@@ -421,7 +421,7 @@ class TestRights:
         save(options)
         assert "were not all" not in caplog.text
         save(options)
-        assert "were not all deleted" in caplog.text
+        assert "not all objects of the replaced checkpoint were deleted" in caplog.text
         load(options)
 
     def test_verify_and_prune(self, server: FaultyS3):

@@ -239,11 +239,11 @@ def test_hostile_names(module, name):
         (b"a.", "damaged"),
         (b"u.", "damaged"),
         (b"(N(R0.", "damaged"),
-        (b"NN.", "end comes too early"),
-        (b"(N.", "end comes too early"),
-        (b".", "end comes too early"),
+        (b"NN.", "stops too early"),
+        (b"(N.", "stops too early"),
+        (b".", "stops too early"),
         (b"", "ends early"),
-        (b"N.N.", "end comes too early"),
+        (b"N.N.", "stops too early"),
         (b"\xff\xfe garbage", "unknown instruction"),
         (b"\x8c\x02\xff\xff.", "damaged"),
         (b"N.", "a Metadata is missing"),
@@ -330,7 +330,7 @@ def test_one_chunk_named_over_and_over():
     chunks = [metadata.state_dict_metadata["w"].chunks[0]] * 10_000
     entry = TensorStorageMetadata(TensorProperties(torch.bfloat16), torch.Size([4, 3]), chunks)
     metadata.state_dict_metadata = dict.fromkeys(map(str, range(1000)), entry)
-    refuse(pickle.dumps(metadata), "more chunks than the manifest has room for")
+    refuse(pickle.dumps(metadata), "more chunks than fit in the manifest")
 
 
 def _tensor(**changes) -> dict:
@@ -355,7 +355,7 @@ def _stored(*arguments) -> dict:
         ({"state_dict_metadata": {"w": MetadataIndex("w")}}, "TensorStorageMetadata is missing"),
         ({"state_dict_metadata": {MetadataIndex("w"): BytesStorageMetadata()}}, "no name"),
         ({"storage_data": None}, "storage_data is not a dict"),
-        ({"storage_data": {}}, r"nothing says where w at \[0, 0\] is stored"),
+        ({"storage_data": {}}, r"it does not say where w at \[0, 0\] is stored"),
         ({"storage_data": {"w": _StorageInfo("a", 0, 1)}}, "MetadataIndex is missing"),
         ({"storage_data": {MetadataIndex("w", [0]): None}}, "_StorageInfo is missing"),
         ({"storage_data": {MetadataIndex(None): _StorageInfo("a", 0, 1)}}, "without|no name"),
@@ -370,11 +370,11 @@ def _stored(*arguments) -> dict:
         ({"version": 1}, "version is not text"),
         ({"storage_meta": StorageMeta(save_id=1)}, "save_id is not text"),
         ({"storage_meta": 1}, "a StorageMeta is missing"),
-        ({"planner_data": {"w": ("w", 1 << 40)}}, "lists longer than"),
-        ({"planner_data": {str(i): ("w", str(i), 500) for i in range(100)}}, "lists longer than"),
+        ({"planner_data": {"w": ("w", 1 << 40)}}, "lists too long"),
+        ({"planner_data": {str(i): ("w", str(i), 500) for i in range(100)}}, "lists too long"),
         (_tensor(size=None), "shape"),
-        (_tensor(size=torch.Size([4, 2])), "part outside of its shape"),
-        (_tensor(size=torch.Size([4])), "part outside of its shape"),
+        (_tensor(size=torch.Size([4, 2])), "part outside its shape"),
+        (_tensor(size=torch.Size([4])), "part outside its shape"),
         (_tensor(size=(4, "3")), "shape"),
         (_tensor(size=(4, True)), "shape"),
         (_tensor(size=(4, -3)), "shape"),

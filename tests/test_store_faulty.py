@@ -55,5 +55,5 @@ def test_readers_and_checks_take_locations_too(tmp_path):
 
 def test_a_location_has_options_of_its_own(tmp_path):
     for options in ({"storage_options": {"key": "x"}}, {"sync_files": False}):
-        with pytest.raises(ConfigError, match="options of its own"):
+        with pytest.raises(ConfigError, match="its own options"):
             AsyncStorageWriter(Location(tmp_path), **options)

@@ -299,7 +299,7 @@ def test_verify_on_the_command_line(saved, capsys):
     assert cli.main(["verify", str(saved)]) == 0
     out = capsys.readouterr().out
     assert out.startswith(f"SOUND  {saved}: 2 tensors and 1 other entry in")
-    assert "Beside it: 1 object (4 bytes)" in out
+    assert "Left over: 1 object (4 bytes)" in out
     flip(saved / manifest_of(saved).objects[0].name, 100)
     assert cli.main(["verify", str(saved)]) == 1
     out = capsys.readouterr().out
@@ -322,7 +322,7 @@ def test_names_are_no_markup(tmp_path, capsys):
 def test_prune_on_the_command_line(tmp_path, capsys):
     leave(tmp_path, ORPHAN, hours=3)
     assert cli.main(["prune", str(tmp_path)]) == 0
-    assert "0 objects (0 bytes) removed; 1 object too young" in capsys.readouterr().out
+    assert "0 objects (0 bytes) removed; 1 object too recent" in capsys.readouterr().out
     assert cli.main(["prune", str(tmp_path), "--older-than", "2h", "--dry-run"]) == 0
     assert f"Would remove  {ORPHAN}" in capsys.readouterr().out
     assert cli.main(["prune", str(tmp_path), "--older-than", "2h", "--json"]) == 0

@@ -1,1 +1,1 @@
-"""A checkpoint as something that lies somewhere, without torch: found, read, committed, checked, cleaned up."""
+"""A checkpoint in its store, without torch: found, read, committed, checked, cleaned up."""

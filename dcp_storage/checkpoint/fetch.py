@@ -1,4 +1,4 @@
-"""One manifest, read from its store, decoded and validated."""
+"""Reads, decodes and validates one manifest."""
 
 from msgspec.structs import replace
 from xxhash import xxh3_128_hexdigest
@@ -12,12 +12,12 @@ from dcp_storage.store.base import Store
 
 
 async def fetch_manifest(store: Store, name: str) -> Contents:
-    """Read a manifest; one that is damaged is read once more, as a block is.
+    """Read a manifest; if it is damaged, read it once more, like a block.
 
     Raises:
-        ObjectNotFound: It is not there.
-        ManifestCorrupt: It is damaged, or cannot be right.
-        UnsupportedFormat: It is of a later format, or a pickle that names what no stock checkpoint does.
+        ObjectNotFound: It is missing.
+        ManifestCorrupt: It is damaged or invalid.
+        UnsupportedFormat: It has a newer format, or is a pickle that names globals no stock checkpoint uses.
         StoreError: It could not be read.
     """
     where = f"{store.url}/{name}"
@@ -28,18 +28,18 @@ async def fetch_manifest(store: Store, name: str) -> Contents:
 
 
 async def fetch_head(store: Store, name: str) -> Head:
-    """Read the head of a manifest of this package alone, with one small request where it is not very large.
+    """Read only the head of a manifest of this package, with one small request unless it is very large.
 
     Raises:
         ObjectNotFound: There is no such manifest.
-        ManifestCorrupt: It is damaged, or cannot be right.
-        UnsupportedFormat: It is of a later format, or a stock checkpoint's.
+        ManifestCorrupt: It is damaged or invalid.
+        UnsupportedFormat: It has a newer format, or belongs to a stock checkpoint.
         StoreError: It could not be read.
     """
     where = f"{store.url}/{name}"
     data = bytes(await store.get_range(name, 0, HEAD_BYTES))
     if not is_manifest(data):
-        raise UnsupportedFormat(f"{where} is a stock checkpoint's, which has no head", url=where)
+        raise UnsupportedFormat(f"{where} belongs to a stock checkpoint, which has no head", url=where)
     try:
         return unpack_head(data, where)[0]
     except ManifestCorrupt:

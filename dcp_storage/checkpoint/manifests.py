@@ -1,4 +1,4 @@
-"""The manifest in its store: found, read and committed."""
+"""Finds, reads and commits manifests."""
 
 import logging
 
@@ -20,18 +20,18 @@ from dcp_storage.store.base import Store
 logger = logging.getLogger(__name__)
 
 _LISTINGS = 5
-"""How often parts are listed anew because a newer save deleted what was listed."""
+"""How often parts are listed, if a newer save deletes what was listed."""
 
 
 async def read_manifest(store: Store) -> Contents:
     """Read, decode and validate the manifest of the checkpoint at a store's prefix.
 
-    Where there is no `.metadata` but manifests of single ranks (a save without collectives), they are merged.
+    If there is no `.metadata`, but manifests of single ranks (a save without collectives), they are merged.
 
     Raises:
         CheckpointNotFound: There is neither.
-        ManifestCorrupt: There is one, and it is damaged or cannot be right; or a rank's is missing.
-        UnsupportedFormat: It is of a later format, or a pickle that names what no stock checkpoint does.
+        ManifestCorrupt: A manifest is damaged or invalid, or that of a rank is missing.
+        UnsupportedFormat: It has a newer format, or is a pickle that names globals no stock checkpoint uses.
         StoreError: It could not be read.
     """
     for listings_left in reversed(range(_LISTINGS)):
@@ -45,7 +45,7 @@ async def read_manifest(store: Store) -> Contents:
             if not listings_left:
                 raise
         except DcpStorageError as error:
-            # A commit may have replaced them by one for all while they were listed and read.
+            # A commit may have replaced them with one for all ranks while they were listed and read.
             try:
                 return await fetch_manifest(store, MANIFEST)
             except ObjectNotFound:
@@ -54,14 +54,14 @@ async def read_manifest(store: Store) -> Contents:
 
 
 async def write_manifest(store: Store, draft: Draft, *, over: str | None) -> None:
-    """Commit a manifest atomically: the last act of a save.
+    """Commit a manifest atomically: the last step of a save.
 
     `over` is the version of the manifest that may be replaced, `ABSENT`, or `None` for any.
 
     Raises:
-        ObjectExists: There is one of another version.
+        ObjectExists: There is a manifest with another version.
     """
-    name = MANIFEST  # of one rank's part, too, where no parts of others are to join it
+    name = MANIFEST  # also for one rank's part, if there are no others to merge it with
     if draft.rank is not None and draft.attempt is not None:
         name = part_manifest(Part(draft.attempt, draft.rank))
     await store.commit(name, encode(draft), over)
@@ -87,7 +87,7 @@ async def is_committed(store: Store, *, parts: bool) -> bool:
 
 
 async def _names(store: Store) -> list[str]:
-    """Return the names that are listed; none where listing is denied, since parts could not be read either."""
+    """List the names; none if listing is denied, since parts could not be read either."""
     try:
         return list(await store.list())
     except AccessDenied:
@@ -97,8 +97,8 @@ async def _names(store: Store) -> list[str]:
 async def replaced_objects(store: Store) -> list[str]:
     """Return the objects and parts of the checkpoint that a new manifest replaces.
 
-    A manifest that cannot be read names nothing, so its objects stay. Names that no save gives are left out: a manifest
-    must not make a save delete somebody else's file.
+    If the manifest cannot be read, its objects are unknown, so they stay. Names that no save uses are left out: a
+    manifest must not make a save delete foreign files.
     """
     names = await _names(store)
     parts = [name for name in names if parse_part_manifest(name) is not None]
@@ -107,10 +107,10 @@ async def replaced_objects(store: Store) -> list[str]:
     try:
         old = await read_manifest(store)
         named = old.deletable()
-    except (CheckpointNotFound, AccessDenied):  # what may not be read was refused before the data moved
+    except (CheckpointNotFound, AccessDenied):  # if access is denied, the save was refused before data moved
         return []
     except (ManifestCorrupt, UnsupportedFormat) as error:
-        logger.warning("what is replaced or removed cannot be read, so its objects are left for now: %s", error)
+        logger.warning("cannot read the manifest to replace or remove, so its objects are left for now: %s", error)
         return []
     return [*parts, *named]
 

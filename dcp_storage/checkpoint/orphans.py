@@ -1,4 +1,4 @@
-"""What else lies in a checkpoint's directory: objects that a dead save left, and foreign ones."""
+"""Other objects in a checkpoint's directory: those that an interrupted save left, and foreign ones."""
 
 from collections.abc import Iterable
 
@@ -7,9 +7,9 @@ from dcp_storage.format.names import MANIFEST, parse_part_manifest, save_of
 
 
 def orphans_and_foreign(listed: Iterable[str], contents: Contents | None) -> tuple[list[str], list[str]]:
-    """Return what is listed but not part of the checkpoint: orphans of this package's saves, and foreign objects.
+    """Return the listed objects that are not part of the checkpoint: orphans of this package, and foreign ones.
 
-    Without a `.metadata`, the part manifests of the attempt that is loaded are the checkpoint; all others are orphans.
+    Without a `.metadata`, the part manifests of the loaded attempt belong to the checkpoint; all others are orphans.
     """
     listed = set(listed)
     named = set() if contents is None else set(contents.object_names)

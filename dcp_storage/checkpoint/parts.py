@@ -21,15 +21,15 @@ _MOST_NAMED = 5
 logger = logging.getLogger(__name__)
 
 Attempts = dict[str | None, dict[int, str]]
-"""The names of manifests, by attempt and by rank; those of DCP's own writers have `None` for an attempt."""
+"""The names of manifests, by attempt and by rank; the attempt of DCP's own writers is `None`."""
 
 
 async def read_parts(store: Store) -> Contents:
-    """Read and merge the parts of one attempt: of several, the newest that is complete.
+    """Read and merge the parts of the newest complete attempt.
 
     Raises:
         CheckpointNotFound: There are no parts.
-        ManifestCorrupt: A part is damaged, no attempt is complete, or parts of DCP's own writers lie beside ours.
+        ManifestCorrupt: A part is damaged, no attempt is complete, or there are parts of DCP's own writers, too.
         StoreError: A part could not be read.
     """
     try:
@@ -52,12 +52,12 @@ async def read_parts(store: Store) -> Contents:
 
 async def _not_found(store: Store, objects: int) -> CheckpointNotFound:
     below = sorted(await store.directories(), key=_by_number)
-    found = f"the {objects} objects there are no committed checkpoint" if objects else "nothing is there"
-    advice = "Check the path, or list the steps beside it"
+    found = f"the {objects} objects there are not a committed checkpoint" if objects else "nothing is there"
+    advice = "Check the path, or list its parent directory"
     if below:
         found = found if objects else "only directories are there"
         newest = ", ".join(below[-_MOST_NAMED:])
-        advice = f"Give one of the directories below it: {'..., ' if len(below) > _MOST_NAMED else ''}{newest}"
+        advice = f"Use one of the directories below it: {'..., ' if len(below) > _MOST_NAMED else ''}{newest}"
     return CheckpointNotFound(f"no checkpoint at {store.url}: {found} (no {MANIFEST}). {advice}", url=store.url)
 
 
@@ -67,7 +67,7 @@ def _by_number(name: str) -> list[str | int]:
 
 
 def group_parts(names: Iterable[str]) -> Attempts:
-    """Return the part manifests among some names, by attempt and rank."""
+    """Return the part manifests among the names, by attempt and rank."""
     attempts: defaultdict[str | None, dict[int, str]] = defaultdict(dict)
     for name in names:
         if part := parse_part_manifest(name):
@@ -76,7 +76,7 @@ def group_parts(names: Iterable[str]) -> Attempts:
 
 
 async def complete_attempts(store: Store, attempts: Attempts) -> list[Manifest]:
-    """Return the lowest rank's part of each attempt that is complete, the newest attempt first."""
+    """Return the lowest rank's part of each complete attempt, newest attempt first."""
     return [part for part in await _first_parts(store, attempts) if is_complete(part, attempts[part.attempt])]
 
 
@@ -94,14 +94,14 @@ async def _read_newest(store: Store, attempts: Attempts) -> Manifest:
         if part.created > chosen.created:
             there = sorted(attempts[part.attempt])
             logger.warning(
-                "%s: the save of %s is loaded, not that of %s by %d ranks, of which only these committed: %s",
+                "%s: loading the save of %s, not the one of %s by %d ranks, of which only these committed: %s",
                 *(store.url, chosen.created, part.created, part.world_size, there),
             )
     return merge(await read_attempt(store, chosen.attempt, attempts[chosen.attempt]), store.url)
 
 
 async def _first_parts(store: Store, attempts: Attempts) -> list[Manifest]:
-    """Return the lowest rank's part of each attempt, the newest attempt first."""
+    """Return the lowest rank's part of each attempt, newest attempt first."""
     ours = {attempt: names for attempt, names in attempts.items() if attempt is not None}
     firsts = await asyncio.gather(
         *(read_attempt(store, attempt, {min(names): names[min(names)]}) for attempt, names in ours.items())
@@ -124,4 +124,4 @@ async def _read_all(store: Store, attempt: str | None, names: Mapping[int, str])
 
 
 def _mixed(store: Store) -> ManifestCorrupt:
-    return ManifestCorrupt(f"{store.url} holds parts of DCP's own writers and of this package, mixed", url=store.url)
+    return ManifestCorrupt(f"{store.url} mixes parts of DCP's own writers and of this package", url=store.url)

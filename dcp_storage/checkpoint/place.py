@@ -1,4 +1,4 @@
-"""`Location`: where a checkpoint is and how to get there; every save, load, check and clean-up begins with one."""
+"""`Location`: where a checkpoint is and how to access it; every save, load, check and clean-up begins with one."""
 
 import os
 from collections.abc import Callable, Coroutine, Mapping
@@ -17,7 +17,7 @@ R = TypeVar("R")
 
 
 class Opener(Protocol):
-    """Makes stores, as `open_store` does. It must pickle for `async_save` in a process."""
+    """Creates stores, like `open_store`. It must be picklable for `async_save` in a process."""
 
     def __call__(
         self, path: Address, storage_options: Mapping[str, Any] | None = None, *, sync_files: bool = True
@@ -27,18 +27,18 @@ class Opener(Protocol):
 
 @dataclass(frozen=True)
 class Location:
-    """Where one checkpoint is, or a directory of them. Plain values, so that it pickles.
+    """Where one checkpoint is, or a directory of them. Plain values, so that it can be pickled.
 
-    Whatever takes a path takes a `Location` too, and opens its stores with `opener`.
+    All functions that take a path also take a `Location`, and open its stores with `opener`.
 
     Attributes:
         path: A local path, made absolute, or a URL.
-        storage_options: Options of the URL's fsspec file system, with those that a path object carries.
+        storage_options: Options of the URL's fsspec file system, including those of a path object.
         sync_files: Whether local files are synced to the disk.
-        opener: Makes the store.
+        opener: Creates the store.
 
     Raises:
-        ConfigError: No store can be made of it: an unknown protocol, options for a local path.
+        ConfigError: No store can be created for it: an unknown protocol, options for a local path.
     """
 
     path: Address
@@ -49,8 +49,8 @@ class Location:
     def __post_init__(self) -> None:
         if carried := options_of(self.path):
             object.__setattr__(self, "storage_options", {**carried, **(self.storage_options or {})})
-        object.__setattr__(self, "path", resolve(self.path))  # once: the program may change its directory
-        self.store()  # an unknown protocol is better refused now than when the first checkpoint is due
+        object.__setattr__(self, "path", resolve(self.path))  # now: the program may change its directory
+        self.store()  # refuse an unknown protocol now, not when the first checkpoint is due
 
     def __repr__(self) -> str:
         return f"Location({self.url!r})"
@@ -63,15 +63,15 @@ class Location:
         *,
         sync_files: bool = True,
     ) -> "Location":
-        """Return the location of a path, or the location that is given.
+        """Return the location of a path, or the given location.
 
         Raises:
-            ConfigError: Options are given beside a location, which has its own.
+            ConfigError: Options are given with a location, which has its own.
         """
         if not isinstance(place, Location):
             return cls(place, storage_options, sync_files)
         if storage_options or not sync_files:
-            raise ConfigError(f"{place.url}: the Location has options of its own; pass these to it")
+            raise ConfigError(f"{place.url}: the Location has its own options; pass these to it")
         return place
 
     @property
@@ -81,7 +81,7 @@ class Location:
 
     @property
     def url(self) -> str:
-        """The same as text, for messages."""
+        """The URL as a string, for messages."""
         return self.store().url
 
     def child(self, name: str) -> "Location":
@@ -90,11 +90,11 @@ class Location:
         return replace(self, path=below)
 
     def store(self) -> Store:
-        """Return the store at this place, not yet open."""
+        """Return the store at this location, not yet open."""
         return self.opener(self.path, self.storage_options, sync_files=self.sync_files)
 
     def run(self, call: Callable[[Store], Coroutine[Any, Any, R]]) -> R:
-        """Run `call` with an open store, in an event loop of its own, and close both."""
+        """Run `call` with an open store, in a new event loop, and close both."""
 
         async def with_store() -> R:
             async with self.store() as store:

@@ -1,4 +1,4 @@
-"""Removes what dead saves left in a checkpoint's directory."""
+"""Removes what interrupted saves left in a checkpoint's directory."""
 
 import time
 from collections import defaultdict
@@ -13,7 +13,7 @@ from dcp_storage.format.names import save_of
 from dcp_storage.store.base import Store, times_of
 
 A_DAY = timedelta(days=1)
-"""Longer than any one save takes, and than clocks of machines differ."""
+"""Longer than any save takes, and than clocks differ."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +22,8 @@ class Pruning:
 
     Attributes:
         url: The checkpoint's directory.
-        removed: Orphans that were removed (with `dry_run`: that would be), with their sizes in bytes.
-        kept: Orphans that are too young: their save may be under way.
+        removed: Orphans that were removed (or would be, with `dry_run`), with their sizes in bytes.
+        kept: Orphans that are too recent: their save may still be running.
     """
 
     url: str
@@ -32,11 +32,11 @@ class Pruning:
 
 
 async def prune_store(store: Store, older_than: timedelta, *, dry_run: bool = False) -> Pruning:
-    """Remove what dead saves left, in a store that is open; see `prune`."""
+    """Remove what interrupted saves left in an open store; see `prune`."""
     now = time.time()
     listed = await store.list()
     times = times_of(store.url, listed)
-    # Read after the listing: what was committed since then is named, and what was put since then is not in it.
+    # Read after the listing: objects committed since then are named, and objects put since then are not listed.
     orphans = await _orphans(store, listed)
     old = _old_enough(orphans, times, now - older_than.total_seconds())
     if not dry_run:
@@ -57,7 +57,7 @@ async def _orphans(store: Store, names: Iterable[str]) -> list[str]:
 
 
 def _old_enough(orphans: Iterable[str], times: Mapping[str, float], before: float) -> set[str]:
-    """Return the orphans whose save has written nothing since then."""
+    """Return the orphans whose save wrote nothing after `before`."""
     by_save: defaultdict[str | None, list[str]] = defaultdict(list)
     for name in orphans:
         by_save[save_of(name)].append(name)

@@ -1,4 +1,4 @@
-"""Reads and checks every block of a checkpoint, and finds what else lies there."""
+"""Reads and checks every block of a checkpoint, and finds other objects next to it."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from dcp_storage.transfer.ranges import Block
 
 @dataclass(frozen=True)
 class Damage:
-    """Something in a checkpoint that is not as it was written.
+    """A difference between a checkpoint and what was written.
 
     Attributes:
-        object_name: The object that it is in.
-        offset: Where in the object the damaged block begins, or `None` where it is the object as a whole.
-        fqns: The entries that it is part of.
-        what: What is wrong, in words.
+        object_name: The damaged object.
+        offset: Offset of the damaged block in the object, or `None` for the object as a whole.
+        fqns: The entries affected.
+        what: A description.
     """
 
     object_name: str
@@ -33,23 +33,23 @@ class Damage:
 
 @dataclass(frozen=True)
 class Verification:
-    """What `verify` found.
+    """The result of `verify`.
 
     Attributes:
         url: The checkpoint.
-        stock: Whether stock DCP wrote it. Its blocks carry no checks: only presence and size of its objects are known.
-        part: The rank whose part it is, and of how many, where one rank saved it alone.
-        tensors: Tensors in it.
-        others: Entries in it that are not tensors.
-        objects: Data objects in it.
-        blocks: Blocks that were read and checked.
+        stock: Whether stock DCP wrote it. It has no check values: only presence and size of its objects are checked.
+        part: The rank and the world size, if it is the part of one rank that saved it alone.
+        tensors: Number of tensors.
+        others: Number of entries that are not tensors.
+        objects: Number of data objects.
+        blocks: Number of blocks that were read and checked.
         raw_bytes: Size of these blocks in memory.
         stored_bytes: Size of the data objects.
-        damage: All that is wrong, by object and offset.
-        orphans: Objects, with their sizes, of this package that are not part of the checkpoint: of a save that died,
-            or of one that is under way.
-        foreign: Objects that are not this package's.
-        sha256: The one number that proves all of it, where it was saved with `Codec(digest="sha256")`.
+        damage: All faults, by object and offset.
+        orphans: Objects of this package, with their sizes, that are not part of the checkpoint: of an interrupted save,
+            or of one that is still running.
+        foreign: Objects that do not belong to this package.
+        sha256: The digest that covers the whole checkpoint, if it was saved with `Codec(digest="sha256")`.
     """
 
     url: str
@@ -68,12 +68,12 @@ class Verification:
 
     @property
     def sound(self) -> bool:
-        """Whether nothing is wrong."""
+        """Whether there is no damage."""
         return not self.damage
 
 
 async def verify_store(context: Context, expect: str | None) -> Verification:
-    """Read and check every block of the checkpoint in a store that is open; see `verify`."""
+    """Read and check every block of the checkpoint in an open store; see `verify`."""
     store = context.store
     contents = await read_manifest(store)
     contents.check_whole()
@@ -107,7 +107,7 @@ def _unexpected(url: str, proof: str | None, expect: str | None) -> list[Damage]
     if expect is None or proof == expect.lower():
         return []
     if proof is None:
-        raise ConfigError(f"{url} has no SHA-256 digests: save with Codec(digest='sha256') to prove it by one number")
+        raise ConfigError(f"{url} has no SHA-256 digests: save with Codec(digest='sha256') to use expect")
     return [Damage(MANIFEST, None, (), f"its head's SHA-256 is {proof}, not the expected one")]
 
 
@@ -126,7 +126,7 @@ def _object_fault(expected: HeldObject, size: int | None) -> Damage | None:
 async def _block_damage(
     context: Context, contents: Contents, sizes: Mapping[str, int]
 ) -> tuple[list[Block], list[Damage]]:
-    """Check the blocks that are there; return them, and what is damaged."""
+    """Check the blocks of existing objects; return them, and the damage."""
     codec = contents.codec
     if codec is None:
         return [], []
@@ -142,14 +142,12 @@ def _damage(fault: BlockFault, items: Sequence[CheckedItem], names: Sequence[str
     block = fault.block or run.blocks[0]
     what = f"a damaged block of {block.length} bytes"
     if fault.block is None:
-        what = (
-            f"the digest of {run.stop - run.start} bytes, each block of which is sound, is not the one that was written"
-        )
+        what = f"the digest of {run.stop - run.start} bytes is not the one that was written, though each block is sound"
     return Damage(names[run.object], block.offset, (items[block.item].fqn,), what)
 
 
 async def _require_unchanged(store: Store, contents: Contents) -> None:
-    """Raise if another save replaced the checkpoint meanwhile: then its objects are gone, not damaged."""
+    """Raise if another save replaced the checkpoint meanwhile: then its objects were deleted, not damaged."""
     try:
         now = await read_manifest(store)
     except CheckpointNotFound:

@@ -1,1 +1,1 @@
-"""The sub-commands of `dcp-storage` on one checkpoint: each declares its options and has a function that runs it."""
+"""The sub-commands of `dcp-storage`: each declares its options and has a function that runs it."""

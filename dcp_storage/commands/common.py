@@ -1,4 +1,4 @@
-"""What the sub-commands share: arguments for the checkpoint's place, and output."""
+"""Shared by the sub-commands: arguments for the checkpoint's location, and output."""
 
 import argparse
 import json
@@ -18,11 +18,11 @@ def add_place(parser: argparse.ArgumentParser) -> None:
         "--storage-options", type=_options, default={}, metavar="JSON", help="options of the fsspec file system"
     )
     parser.add_argument("--endpoint-url", help="endpoint of an S3-compatible server, for an s3:// URL")
-    parser.add_argument("--json", action="store_true", help="print one JSON document, nothing else")
+    parser.add_argument("--json", action="store_true", help="print only one JSON document")
 
 
 def storage_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the options to open the file system with."""
+    """Return the options of the file system."""
     options: dict[str, Any] = args.storage_options
     return options | ({"endpoint_url": args.endpoint_url} if args.endpoint_url else {})
 
@@ -44,7 +44,7 @@ def _options(text: str) -> dict[str, Any]:
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"that is not JSON: {error}") from None  # the text itself may hold a secret
+        raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from None  # the text itself may contain a secret
     if not isinstance(options, dict):
         raise argparse.ArgumentTypeError("the options must be a JSON object")
     return options

@@ -1,4 +1,4 @@
-"""`dcp-storage prune` removes what dead saves left behind."""
+"""`dcp-storage prune` removes what interrupted saves left behind."""
 
 import argparse
 import re
@@ -18,9 +18,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options of the sub-command."""
     add_place(parser)
     parser.add_argument(
-        "--older-than", type=_age, default=A_DAY, metavar="AGE", help="age of a dead save: 90s, 30m, 2h or 1d (1d)"
+        "--older-than",
+        type=_age,
+        default=A_DAY,
+        metavar="AGE",
+        help="minimum age of a save to remove, such as 90s, 30m, 2h or 1d (default: 1d)",
     )
-    parser.add_argument("--dry-run", action="store_true", help="remove nothing, say what would be")
+    parser.add_argument("--dry-run", action="store_true", help="remove nothing, but print what would be removed")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,12 +42,12 @@ def _report(done: Pruning, *, dry_run: bool) -> list[str]:
     lines = [f"{'Would remove' if dry_run else 'Removed'}  {name}" for name in done.removed]
     verb = "would be removed" if dry_run else "removed"
     total = f"{counted(len(done.removed), 'object')} ({decimal(sum(done.removed.values()))}) {verb}"
-    kept = f"; {counted(len(done.kept), 'object')} too young, perhaps of a save under way" if done.kept else ""
+    kept = f"; {counted(len(done.kept), 'object')} too recent, perhaps from a running save" if done.kept else ""
     return [*lines, f"{done.url}: {total}{kept}"]
 
 
 def _age(text: str) -> timedelta:
     match = _AGE.fullmatch(text)
     if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not an age; give a number and s, m, h or d, such as 2h")
+        raise argparse.ArgumentTypeError(f"{text!r} is an invalid age; use a number and s, m, h or d, such as 2h")
     return timedelta(**{_UNITS[match[2]]: int(match[1])})

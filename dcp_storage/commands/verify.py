@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Verify a checkpoint and return the exit code: 0 when it is sound, 1 when it is damaged."""
+    """Verify a checkpoint and return the exit code: 0 if it is sound, 1 if it is damaged."""
     found = verify(args.path, storage_options=storage_options(args), observer=progress_bar(), expect=args.expect)
     if args.json:
         print_json({"sound": found.sound} | asdict(found))
@@ -36,10 +36,10 @@ def _report(found: Verification) -> list[str | Table]:
     if found.damage:
         parts.append(_table(found))
     if len(found.damage) > _ROWS:
-        parts.append(f"and {len(found.damage) - _ROWS:,} more, which --json lists")
+        parts.append(f"and {len(found.damage) - _ROWS:,} more; use --json to list all")
     if found.orphans:
         orphans = f"{counted(len(found.orphans), 'object')} ({decimal(sum(found.orphans.values()))})"
-        parts.append(f"Beside it: {orphans} of a save that died or is under way; `dcp-storage prune` removes dead ones")
+        parts.append(f"Left over: {orphans} of an interrupted or running save; see `dcp-storage prune`")
     return parts
 
 
@@ -49,7 +49,7 @@ def _verdict(found: Verification) -> str:
     if not found.sound:
         return f"DAMAGED  {found.url}: {counted(len(found.damage), 'fault')} in {held}"
     if found.stock:
-        return f"UNCHECKED  {found.url}: {held}, all there; stock DCP wrote it, without checks for what is in them"
+        return f"UNCHECKED  {found.url}: {held}, all present; stock DCP stores no check values for their contents"
     part = "; the part of rank {} of {}, which saved it alone".format(*found.part) if found.part else ""
     checked = f"{counted(found.blocks, 'block')}, {decimal(found.raw_bytes)} raw, all checked"
     proof = f"; SHA-256 {found.sha256}" if found.sha256 else ""

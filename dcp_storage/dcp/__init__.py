@@ -1,1 +1,1 @@
-"""torch: DCP's storage classes and planners, and tensors as bytes. Nothing below this layer knows torch."""
+"""The torch layer: DCP's storage classes and planners, and tensors as bytes. Nothing below it imports torch."""

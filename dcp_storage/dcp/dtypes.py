@@ -1,4 +1,4 @@
-"""Torch's dtypes and the format's names of them."""
+"""Torch's dtypes and their names in the format."""
 
 import torch
 
@@ -19,14 +19,14 @@ def dtype_name(dtype: torch.dtype, fqn: str) -> str:
     """
     if dtype not in _NAMES:
         raise UnsupportedTensor(
-            f"{fqn} is of {dtype}, which cannot be stored: save its integer representation, or a dequantized copy",
+            f"{fqn} has dtype {dtype}, which cannot be stored: save its integer representation or a dequantized copy",
             fqn=fqn,
         )
     return _NAMES[dtype]
 
 
 def check_text(fqn: str) -> None:
-    """Refuse a name that the manifest, which is UTF-8, cannot hold.
+    """Refuse a name that cannot be encoded in the manifest's UTF-8.
 
     Raises:
         UnsupportedTensor: It contains a lone surrogate.
@@ -38,18 +38,18 @@ def check_text(fqn: str) -> None:
 
 
 def dtype_from_name(name: str) -> torch.dtype:
-    """Return torch's dtype of this name.
+    """Return torch's dtype with this name.
 
     Raises:
         UnsupportedFormat: This torch has no such dtype.
     """
     if name not in _DTYPES:
         raise UnsupportedFormat(
-            f"torch {torch.__version__} has no dtype {name!r}, which the checkpoint holds: update torch"
+            f"torch {torch.__version__} has no dtype {name!r}, which the checkpoint uses: update torch"
         )
     return _DTYPES[name]
 
 
 def planes_of(dtype: str, codec: Codec) -> int:
-    """Return how many byte planes elements of this dtype are stored in; 1 is none."""
+    """Return the number of byte planes for elements of this dtype; 1 is none."""
     return CODECS[codec.compression].planes(number_bytes(dtype)) if codec.byte_planes else 1

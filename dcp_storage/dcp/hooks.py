@@ -1,4 +1,4 @@
-"""What surrounds every hook that DCP calls."""
+"""The decorator of every hook that DCP calls."""
 
 from collections.abc import Callable
 from functools import wraps
@@ -11,9 +11,9 @@ R = TypeVar("R")
 
 
 def hook(function: Callable[P, R]) -> Callable[P, R]:
-    """Drop this package's frames from the traceback of a typed error, whose message says more.
+    """Drop this package's frames from the traceback of a typed error, whose message is more useful.
 
-    DCP sends the traceback to all ranks, and prints it once for each. What caused the error keeps its own.
+    DCP sends the traceback to all ranks, and prints it once per rank. The cause of the error keeps its traceback.
     """
 
     @wraps(function)

@@ -1,4 +1,4 @@
-"""Basic tensor indexing as the box that it reads."""
+"""Basic tensor indexing, translated to the box to read."""
 
 from numbers import Integral
 from types import EllipsisType
@@ -18,13 +18,13 @@ def box_of(shape: Shape, index: tuple[Index, ...]) -> tuple[Box, tuple[int | sli
         if isinstance(one, slice):
             start, stop, step = one.indices(extent)
             if step < 1:
-                raise IndexError(f"a step of {step}; only positive ones can be taken")
+                raise IndexError(f"a step of {step}; only positive steps are supported")
             offsets.append(start)
             sizes.append(max(0, stop - start))
             rest.append(slice(None, None, step))
         else:
             if not -extent <= one < extent:
-                raise IndexError(f"index {one} is out of range in dimension {dim}, of {extent}")
+                raise IndexError(f"index {one} is out of range in dimension {dim}, of size {extent}")
             offsets.append(one % extent)
             sizes.append(1)
             rest.append(0)
@@ -35,12 +35,12 @@ def _expand(shape: Shape, index: tuple[Index, ...]) -> list[int | slice]:
     """Return an index for each dimension.
 
     Raises:
-        IndexError: There are too many, or one is of another kind.
+        IndexError: There are too many indices, or one of an unsupported type.
     """
     given = [one for one in index if not isinstance(one, EllipsisType)]
     plain = all(isinstance(one, slice | Integral) and not isinstance(one, bool) for one in given)
     if not plain or len(index) > len(given) + 1:
-        raise IndexError(f"{index!r}: give integers, slices and one `...` at most")
+        raise IndexError(f"{index!r}: use integers, slices and at most one `...`")
     if len(given) > len(shape):
         raise IndexError(f"{len(given)} indices for {len(shape)} dimensions")
     at = next((at for at, one in enumerate(index) if isinstance(one, EllipsisType)), len(given))

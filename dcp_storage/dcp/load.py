@@ -1,4 +1,4 @@
-"""`load`: `dcp.load`, begun anew by all ranks together where another save replaced what they read."""
+"""`load`: `dcp.load` that all ranks restart together if another save replaces what they read."""
 
 from typing import Any
 
@@ -21,17 +21,17 @@ def load(
     planner: LoadPlanner | None = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> None:
-    """Load a path that other jobs overwrite meanwhile: what all ranks get is one save, the newest that lasted.
+    """Load from a path that other jobs may overwrite meanwhile: all ranks get the same save, the newest that lasted.
 
-    This is `dcp.load`, up to 5 times: it begins anew where every rank that failed was overtaken by another save. DCP
-    tells all ranks of the same failures, so they do so together. The default `planner` is a `ShardedLoadPlanner`.
+    This calls `dcp.load` up to 5 times: it starts again if every rank that failed was overtaken by another save. DCP
+    reports the same failures to all ranks, so they restart together. The default `planner` is a `ShardedLoadPlanner`.
 
     ```python
     load(state, AsyncStorageReader("s3://bucket/run/step-100"))
     ```
 
     Raises:
-        CheckpointException: As `dcp.load` does. After the fifth time its `failures` are `CheckpointReplaced`.
+        CheckpointException: As for `dcp.load`. After the fifth attempt its `failures` are `CheckpointReplaced`.
     """
     for loads_left in reversed(range(_LOADS)):
         try:

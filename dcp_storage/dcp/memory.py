@@ -9,12 +9,12 @@ from dcp_storage.dcp.undocumented import is_zero_tensor
 
 
 def as_it_lies(tensor: Tensor) -> bool:
-    """Tell whether a tensor's memory holds its elements, in row-major order."""
+    """Return whether a tensor's memory holds its elements in row-major order."""
     return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg() and not is_zero_tensor(tensor)
 
 
 def borrowed_view(elements: Tensor) -> memoryview:
-    """Return the same as `byte_view`, for a tensor that the caller keeps alive: much faster, where there are many."""
+    """Like `byte_view`, but the caller must keep the tensor alive: much faster for many tensors."""
     nbytes = elements.numel() * elements.element_size()
     return (
         memoryview((ctypes.c_char * nbytes).from_address(elements.data_ptr())).cast("B") if nbytes else memoryview(b"")

@@ -23,10 +23,10 @@ def is_whole(metadata: Metadata) -> bool:
 
 @gc_paused
 def to_metadata(manifest: Contents) -> Metadata:
-    """Return what DCP's planners read; the manifest itself is its `storage_data`.
+    """Return the `Metadata` for DCP's planners; the manifest itself is its `storage_data`.
 
     Raises:
-        ManifestCorrupt: The names of its entries cannot be.
+        ManifestCorrupt: The names of its entries are invalid.
     """
     manifest.check_names()
     return Metadata(
@@ -38,7 +38,7 @@ def to_metadata(manifest: Contents) -> Metadata:
 
 
 def find_chunk(index: MetadataIndex, boxes: Boxes) -> int:
-    """Return the number of the chunk that begins where an index says; of several (empty ones), the one it hints at.
+    """Return the number of the chunk that begins at an index's offset; of several (empty ones), the one it hints at.
 
     Raises:
         CoverageError: No chunk begins there.

@@ -1,4 +1,4 @@
-"""A checkpoint without a template: what it holds, slices of its tensors, and states, without a process group."""
+"""A checkpoint without a template: its contents, slices of its tensors, and states, without a process group."""
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,37 +34,37 @@ def open_checkpoint(
     trust: TrustPolicy = "listed",
     observer: Observer | None = None,
 ) -> "Checkpoint":
-    """Open a checkpoint, of this package or a stock one, to look at and to read from: no model, no process group.
+    """Open a checkpoint, native or stock, for inspection and reading: it needs no model and no process group.
 
     ```python
     with open_checkpoint("s3://bucket/run/step-100") as checkpoint:
-        rows = checkpoint["model.embed.weight"][1000:1064]  # reads the blocks of these rows alone
+        rows = checkpoint["model.embed.weight"][1000:1064]  # reads only the blocks of these rows
         state = checkpoint.load(keys=["model.*"], rename={"model.": ""})
     ```
 
     Args:
-        path: A directory or a URL, as text or as a path object.
-        storage_options: Go to the fsspec file system as they are.
+        path: A directory or a URL, as a string or a path object.
+        storage_options: Passed to the fsspec file system unchanged.
         transfer: How bytes move.
-        allowed_types: Types that entries which are not tensors may hold; see `ShardedLoadPlanner`.
-        trust: `"all"` loads entries of any type, which may run anything.
-        observer: Is told of every transfer.
+        allowed_types: Types that are allowed in non-tensor entries; see `ShardedLoadPlanner`.
+        trust: `"all"` loads entries of any type, which may run arbitrary code.
+        observer: Called for every transfer.
 
     Raises:
-        CheckpointNotFound: There is none here.
-        ManifestCorrupt: There is one, and it is damaged.
-        UnsupportedFormat: It is of a later version, or a pickle that names what no stock checkpoint does.
+        CheckpointNotFound: There is no checkpoint at this path.
+        ManifestCorrupt: The manifest is damaged.
+        UnsupportedFormat: The manifest has a newer format, or is a pickle that names globals no stock checkpoint uses.
         StoreError: It could not be read.
-        ConfigError: The path or the options are impossible.
+        ConfigError: The path or the options are invalid.
     """
     reader = AsyncStorageReader(path, storage_options=storage_options, transfer=transfer, observer=observer)
     return Checkpoint(reader, allowed_types, trust)
 
 
 class StoredTensorView(NamedTuple):
-    """A tensor in a checkpoint: nothing of it is read until it is indexed.
+    """A tensor in a checkpoint: nothing is read until it is indexed.
 
-    It takes what a tensor's basic indexing takes: integers, slices with positive steps, and `...`. `view[...]` is all.
+    It supports a tensor's basic indexing: integers, slices with positive steps, and `...`. `view[...]` reads all of it.
     """
 
     checkpoint: "Checkpoint"
@@ -81,10 +81,10 @@ class StoredTensorView(NamedTuple):
         return f"<{self.name}: {self.dtype} of shape {list(self.shape)}>"
 
     def __getitem__(self, index: Any) -> Tensor:  # type: ignore[override]
-        """Read a part; see `Checkpoint.load` for what is raised.
+        """Read a part; see `Checkpoint.load` for other errors.
 
         Raises:
-            IndexError: An integer is out of range, there are too many indices, or one is of another kind.
+            IndexError: An integer is out of range, there are too many indices, or one has an unsupported type.
         """
         box, rest = box_of(self.shape, index if isinstance(index, tuple) else (index,))
         part: Tensor = self.checkpoint.read({self.name: box})[self.name]
@@ -92,11 +92,11 @@ class StoredTensorView(NamedTuple):
 
 
 class Checkpoint:
-    """What lies at a path, as it was when it was opened. It holds no file, connection or thread between calls.
+    """The checkpoint at a path, as it was when opened. It keeps no file, connection or thread between calls.
 
     Attributes:
-        url: Where it is, without credentials.
-        info: What its save said of it (`AsyncStorageWriter(info=...)`).
+        url: Its URL, without credentials.
+        info: The `info` given when it was saved (`AsyncStorageWriter(info=...)`).
     """
 
     def __init__(
@@ -118,13 +118,13 @@ class Checkpoint:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        """Do nothing: nothing is held."""
+        """Do nothing: there is nothing to release."""
 
     def __repr__(self) -> str:
         return f"<checkpoint at {self.url}: {len(self)} entries>"
 
     def keys(self) -> list[str]:
-        """Return the names of all entries, tensors and others, ascending."""
+        """Return the names of all entries, tensors or not, in ascending order."""
         return sorted(self._metadata.state_dict_metadata)
 
     def __iter__(self) -> Iterator[str]:
@@ -137,12 +137,12 @@ class Checkpoint:
         return name in self._metadata.state_dict_metadata
 
     def __getitem__(self, name: str) -> Any:
-        """Return a tensor, to be read by indexing it, or the value of an entry that is not a tensor, which is read.
+        """Return a view of a tensor, which reads when indexed, or read and return the value of another entry.
 
         Raises:
-            MissingKeys: There is none of this name; similar ones are named.
-            ManifestCorrupt: What the manifest says of it cannot be.
-            UnsupportedEntry: The entry holds a type that is not allowed.
+            MissingKeys: There is no entry of this name; the message suggests similar ones.
+            ManifestCorrupt: The manifest's data on it is invalid.
+            UnsupportedEntry: The entry contains a type that is not allowed.
         """
         entry = self._metadata.state_dict_metadata.get(name)
         if entry is None:
@@ -155,17 +155,17 @@ class Checkpoint:
         """Return whole tensors, in host memory, and values of other entries.
 
         Args:
-            keys: Names, or patterns of them (`fnmatch`); all of them where it is `None`.
-            rename: What names begin with, and what they shall begin with instead; the longest that fits counts.
+            keys: Names or patterns (`fnmatch`); `None` loads everything.
+            rename: Maps name prefixes to new ones; the longest matching prefix wins.
 
         Raises:
-            MissingKeys: A name or pattern fits nothing.
-            ManifestCorrupt: What the manifest says of one cannot be.
-            ConfigError: Two names would become one.
+            MissingKeys: A name or pattern matches nothing.
+            ManifestCorrupt: The manifest's data on an entry is invalid.
+            ConfigError: Two names would become the same.
             BlockCorrupt: A block failed its check twice.
-            CoverageError: The checkpoint is one rank's part, and does not hold all of a tensor.
-            UnsupportedEntry: An entry holds a type that is not allowed.
-            CheckpointReplaced: Another save replaced the checkpoint by one that holds something else.
+            CoverageError: The checkpoint is one rank's part, and does not contain all of a tensor.
+            UnsupportedEntry: An entry contains a type that is not allowed.
+            CheckpointReplaced: Another save replaced the checkpoint with one that has a different layout.
             StoreError: It could not be read.
         """
         names = self._match(keys)
@@ -192,7 +192,7 @@ class Checkpoint:
         if keys is None:
             return names
         if isinstance(keys, str):
-            raise ConfigError(f"keys is {keys!r}; give a list of names or patterns")
+            raise ConfigError(f"keys is {keys!r}; pass a list of names or patterns")
         stored = self._metadata.state_dict_metadata
         fits = {key: [key] if key in stored else [name for name in names if fnmatchcase(name, key)] for key in keys}
         if missing := [key for key, found in fits.items() if not found]:
@@ -201,12 +201,12 @@ class Checkpoint:
 
     def _missing(self, names: Sequence[str]) -> MissingKeys:
         near = {name: get_close_matches(name, self.keys(), 3) for name in names}
-        told = [f"{name} (is it {' or '.join(near[name])}?)" if near[name] else name for name in names]
-        return MissingKeys(f"{self.url} holds no {', '.join(told)}", url=self.url, fqns=tuple(names))
+        told = [f"{name} (did you mean {' or '.join(near[name])}?)" if near[name] else name for name in names]
+        return MissingKeys(f"{self.url} has no {', '.join(told)}", url=self.url, fqns=tuple(names))
 
 
 class _Planner(LoadPlanner):
-    """Gives reads memory of their own, and keeps what was read."""
+    """Allocates memory for reads, and keeps the values."""
 
     def __init__(
         self,
@@ -239,7 +239,7 @@ class _Planner(LoadPlanner):
         return found
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Do nothing: it was filled where it lies."""
+        """Do nothing: it was filled in place."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn

@@ -1,4 +1,4 @@
-"""`AsyncStorageReader`: DCP's `StorageReader` on this package's format, pipelines and stores."""
+"""`AsyncStorageReader`: DCP's `StorageReader`, built on this package's format, pipelines and stores."""
 
 import logging
 import time
@@ -32,14 +32,14 @@ from dcp_storage.words import transfer_text
 logger = logging.getLogger(__name__)
 
 _READINGS = 5
-"""How often a load begins anew because another save replaced what it reads."""
+"""How often a load is tried if another save replaces what it reads."""
 
 
 class AsyncStorageReader(StorageReader):
-    """Reads checkpoints of `AsyncStorageWriter`, and stock ones of DCP's own writers, under any sharding.
+    """Reads checkpoints written by `AsyncStorageWriter`, and stock ones of DCP's own writers, under any sharding.
 
     Pass it to `dcp.load` as `storage_reader=`. Only the blocks that a rank needs are read; each is verified, and
-    decoded once. It holds no loop, thread, connection or file between calls, and pickles.
+    decoded once. It keeps no event loop, thread, connection or file between calls, and can be pickled.
 
     ```python
     state = {"model": model.state_dict()}
@@ -49,21 +49,21 @@ class AsyncStorageReader(StorageReader):
     ```
 
     Args:
-        path: A directory (`str` or `os.PathLike`) or a URL that fsspec knows, such as `s3://bucket/run/step-100`.
-        storage_options: Go to the fsspec file system as they are (`key`, `secret`, `endpoint_url`, `profile`, ...).
+        path: A directory (`str` or `os.PathLike`) or a URL that fsspec supports, such as `s3://bucket/run/step-100`.
+        storage_options: Passed to the fsspec file system unchanged (`key`, `secret`, `endpoint_url`, `profile`, ...).
         transfer: How bytes move, and how much memory that may take.
         progress: Show a progress bar on local rank 0, if standard error is a terminal.
-        observer: Is told of every transfer of this rank.
+        observer: Called for every transfer of this rank.
 
     Raises:
-        ConfigError: An argument is impossible: an unknown protocol, options for a local path.
+        ConfigError: An argument is invalid: an unknown protocol, options for a local path.
 
-    A load reads one save, on all ranks. Where another save replaces it meanwhile and deletes its objects, a load by one
-    process begins anew by itself, up to 5 times; a load by several raises `CheckpointReplaced`: see `load`.
+    All ranks of a load read the same save. If another save replaces it meanwhile and deletes its objects, a load by a
+    single process starts again by itself, up to 5 times; a load by several raises `CheckpointReplaced`: see `load`.
 
-    What a load raises reaches the caller of `dcp.load`, on every rank, inside of DCP's `CheckpointException`, whose
-    `failures` hold the typed errors: `CheckpointNotFound`, `CheckpointReplaced`, `ManifestCorrupt`,
-    `UnsupportedFormat`, `BlockCorrupt`, `CoverageError`, `StoreError`.
+    `dcp.load` raises errors on every rank, inside DCP's `CheckpointException`, whose `failures` are the typed errors:
+    `CheckpointNotFound`, `CheckpointReplaced`, `ManifestCorrupt`, `UnsupportedFormat`, `BlockCorrupt`,
+    `CoverageError`, `StoreError`.
     """
 
     def __init__(
@@ -85,11 +85,11 @@ class AsyncStorageReader(StorageReader):
 
     @property
     def checkpoint_id(self) -> Address:
-        """Where the checkpoint is; DCP's logger reads it, so without credentials."""
+        """Where the checkpoint is, without credentials, because DCP logs it."""
         return self._location.shown
 
     def reset(self, checkpoint_id: Address | None = None) -> None:
-        """Begin another load, from `checkpoint_id` if it is given."""
+        """Begin another load, from `checkpoint_id` if given."""
         self._manifest, self._alone = None, False
         if checkpoint_id is not None:
             self._location = replace(self._location, path=checkpoint_id)
@@ -99,12 +99,12 @@ class AsyncStorageReader(StorageReader):
         """Read and validate the manifest.
 
         Raises:
-            CheckpointNotFound: There is none here.
-            ManifestCorrupt: There is one, and it is damaged.
-            UnsupportedFormat: It is of a later version, or a pickle that names what no stock checkpoint does.
+            CheckpointNotFound: There is no checkpoint at this path.
+            ManifestCorrupt: The manifest is damaged.
+            UnsupportedFormat: It has a newer format, or is a pickle that names globals no stock checkpoint uses.
             StoreError: It could not be read.
 
-        After any error `dcp.load` asks a second time, with `rank`, and would then make text of what it gets. So that
+        After any error `dcp.load` calls this again, with `rank`, and would convert a second error to text. So the
         second call returns empty metadata, and `set_up_storage_reader` raises the typed error.
         """
         if "rank" in kwargs and isinstance(self._manifest, DcpStorageError):
@@ -124,7 +124,7 @@ class AsyncStorageReader(StorageReader):
         """Take the manifest out of the metadata that `read_metadata` returned.
 
         Raises:
-            DcpStorageError: What made `read_metadata` fail.
+            DcpStorageError: The error of `read_metadata`.
         """
         if isinstance(metadata.storage_data, DcpStorageError):
             raise metadata.storage_data
@@ -133,12 +133,12 @@ class AsyncStorageReader(StorageReader):
 
     @hook
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Note in the plan which save this rank is about to read, and what of it."""
+        """Record in the plan which save this rank is about to read, and which chunks of it."""
         return replace(plan, storage_data=wanted_of(plan, self._contents().identity))
 
     @hook
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Compare what the ranks are about to read: each found its manifest by itself, and some may read the same.
+        """Check that the ranks are about to read the same save, and note which chunks several of them read.
 
         Raises:
             CheckpointReplaced: They found different saves.
@@ -146,19 +146,19 @@ class AsyncStorageReader(StorageReader):
         self._alone = len(plans) == 1
         told = [plan.storage_data for plan in plans]
         if not all(isinstance(each, Wanted) for each in told):
-            return plans  # the planner made others
+            return plans  # the planner replaced them
         if len({each.identity for each in told}) > 1:
             raise self._replaced("the ranks found different saves")
         return mark_shared(plans)
 
     @hook
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what the plan asks for, and return a future that is done: DCP waits for it at once.
+        """Read what the plan asks for, and return a completed future: DCP waits for it immediately.
 
         Raises:
             BlockCorrupt: A block failed its check twice.
-            CheckpointReplaced: Another save deleted what was to be read, and this load cannot begin anew by itself.
-            CoverageError: The plan asks for what the checkpoint does not hold.
+            CheckpointReplaced: Another save deleted objects to be read, and this load cannot start again by itself.
+            CoverageError: The plan asks for something that is not in the checkpoint.
             StoreError: An object is missing or could not be read.
         """
         check_default_plan(plan, planner)
@@ -191,10 +191,10 @@ class AsyncStorageReader(StorageReader):
     def _follow(self, error: ObjectNotFound, *, last: bool) -> None:
         """Switch to the save that replaced this one, if the plan fits it too.
 
-        Other ranks may have read theirs of the old save already, and DCP has no way to call them back.
+        Other ranks may already have read their parts of the old save, and DCP cannot make them start again.
 
         Raises:
-            ObjectNotFound: `error`: the manifest is the same, and names an object that is not there.
+            ObjectNotFound: `error`: the manifest is the same, and names an object that is missing.
             CheckpointReplaced: There are other ranks, the new save has another layout, or this was the last try.
         """
         old, new = self._contents(), self._location.run(read_manifest)
@@ -207,12 +207,12 @@ class AsyncStorageReader(StorageReader):
     def _replaced(self, what: str) -> CheckpointReplaced:
         where = self._location.url
         return CheckpointReplaced(
-            f"{where} was replaced by another save: {what}, and nothing of this load may be used. Load again", url=where
+            f"{where} was replaced by another save: {what}. Discard the loaded state and load again", url=where
         )
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Address) -> bool:
-        """Return whether a path or URL is one that this package can open."""
+        """Return whether this package can open a path or URL."""
         try:
             Location(checkpoint_id)
         except ConfigError:
@@ -221,12 +221,12 @@ class AsyncStorageReader(StorageReader):
 
 
 def _layout(contents: Contents) -> Metadata:
-    """Return all that a plan depends on."""
+    """Return everything that a plan depends on."""
     return replace(to_metadata(contents), storage_data=None)
 
 
 def _counting(observer: Observer, moved: Moved) -> Observer:
-    """Return an observer that counts what moves, and tells another."""
+    """Return an observer that counts bytes, and then calls another."""
 
     @contextmanager
     def told(operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:

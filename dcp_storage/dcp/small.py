@@ -1,4 +1,4 @@
-"""Small tensors of an accelerator, copied many at a time: alone, the smallest copy costs as much as a megabyte."""
+"""Small tensors on an accelerator are copied in batches: a copy of a few bytes takes as long as one of a megabyte."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,14 @@ from dcp_storage.dcp.undocumented import flatten
 
 SMALL_BYTES = 64 * KIB
 BATCH_BYTES = MIB
-"""The most that is copied at a time: the accelerator has to find room for as much."""
+"""The largest batch: the accelerator must have that much free memory."""
 
 Batchable = tuple[torch.device, torch.dtype]
-"""What the tensors of a batch have in common."""
+"""The device and the dtype of the tensors of a batch."""
 
 
 def batchable(tensor: Tensor) -> Batchable | None:
-    """Return which batches a tensor of an accelerator may be copied in, or `None` if it should be copied alone."""
+    """Return the kind of batch that a tensor may be copied in, or `None` if it should be copied alone."""
     if on_accelerator(tensor.device) and 0 < tensor.nbytes <= SMALL_BYTES and as_it_lies(tensor):
         return tensor.device, tensor.dtype
     return None
@@ -27,16 +27,16 @@ def batchable(tensor: Tensor) -> Batchable | None:
 
 @torch.no_grad()
 def gather(tensors: Sequence[Tensor], out: Tensor, *, non_blocking: bool) -> None:
-    """Copy small tensors to the host, one behind the other.
+    """Copy small tensors to adjacent places on the host.
 
     Args:
-        tensors: Of one device and dtype, and laid out as they are stored.
-        out: As many elements of the host.
+        tensors: Contiguous tensors of one device and dtype.
+        out: A host tensor of as many elements.
         non_blocking: As in `Tensor.copy_`.
     """
     try:
         batch = flatten(tensors)
-    except RuntimeError:  # training took all of the device's memory, or it cannot join tensors of this dtype
+    except RuntimeError:  # the device has no memory left, or cannot concatenate this dtype
         start = 0
         for tensor in tensors:
             stop = start + tensor.numel()

@@ -1,4 +1,4 @@
-"""What a checkpoint holds as DCP's planners see it, made when it is asked for."""
+"""The contents of a checkpoint as DCP's planners see them, created on demand."""
 
 from collections.abc import Iterator, Mapping
 from functools import cache, cached_property
@@ -22,7 +22,7 @@ from dcp_storage.format.manifest.boxes import Boxes, Listed
 
 
 class StoredTensorMetadata(TensorStorageMetadata):
-    """DCP's metadata of a stored tensor, whose chunks are made when they are asked for."""
+    """DCP's metadata of a stored tensor, whose chunks are created on demand."""
 
     def __init__(self, properties: TensorProperties, boxes: Boxes) -> None:
         self.properties = properties
@@ -50,10 +50,10 @@ def boxes_of(entry: TensorStorageMetadata) -> Boxes:
 
 
 class StoredEntries(Mapping[str, STORAGE_TYPES]):
-    """`Metadata.state_dict_metadata` of a checkpoint: its names, and what is stored of one when it is asked for.
+    """`Metadata.state_dict_metadata` of a checkpoint: its names, and the metadata of each on demand.
 
-    Raises (whenever an entry is asked for):
-        ManifestCorrupt: What the manifest says of it, or of those beside it, cannot be.
+    Raises (on access to an entry):
+        ManifestCorrupt: The manifest's data on it, or on the others in its frame, is invalid.
         UnsupportedFormat: This torch lacks its dtype.
     """
 
@@ -94,7 +94,7 @@ def _properties(dtype: str) -> TensorProperties:
 
 
 def entry_names(metadata: Metadata) -> list[str]:
-    """Return the names of what is stored and is not a tensor."""
+    """Return the names of the stored entries that are not tensors."""
     entries = metadata.state_dict_metadata
     if isinstance(entries, StoredEntries):
         return list(entries.others)

@@ -1,9 +1,9 @@
-"""Every name of torch that its documentation does not promise, and what rests on each; no other module uses one.
+"""All undocumented names of torch that this package uses, with what depends on them; no other module uses any.
 
-One of Python's own is among them.
+One undocumented name of Python is among them.
 
-`tests/test_undocumented.py` checks on each torch that they exist and mean this. A kind of tensor that this torch does
-not have stands here as a class without instances.
+`tests/test_undocumented.py` checks with each torch that they exist and have this meaning. A kind of tensor that this
+torch lacks is replaced by a class without instances.
 """
 
 import atexit
@@ -61,7 +61,7 @@ if TYPE_CHECKING:
 else:
 
     def _kind(module: str, name: str) -> type:
-        """Return a class, or one without instances where this torch lacks it: then no value can be of that kind."""
+        """Return a class, or one without instances if this torch lacks it: then no value can be of that kind."""
         try:
             return getattr(import_module(module), name)
         except (ImportError, AttributeError):
@@ -74,21 +74,21 @@ else:
 
 
 THREAD_NAME = "AsyncCheckpointExecutor"
-"""How the names begin of the threads in which `dcp.async_save` saves; each runs one save and ends with it."""
+"""Name prefix of the threads in which `dcp.async_save` saves; each runs one save and ends with it."""
 
 PROCESS_MODULE = "torch.distributed.checkpoint._async_process_executor"
-"""What the process runs in which `dcp.async_save` saves."""
+"""The module that the process in which `dcp.async_save` saves runs."""
 
 
 def call_before_executors_end(call: Callable[[], None]) -> None:
-    """Have Python call this when the program ends, before executors refuse new work; `atexit` is too late for that."""
-    import_module("concurrent.futures.thread")  # what is registered after its own call is called before it
-    register = getattr(threading, "_register_atexit", atexit.register)  # at its worst, saves fail there, which is told
+    """Have Python call this at the end of the program, before executors refuse new work; `atexit` is too late."""
+    import_module("concurrent.futures.thread")  # it registers a call, before which later registrations are called
+    register = getattr(threading, "_register_atexit", atexit.register)  # at worst, saves fail there, and it is logged
     register(call)
 
 
 def world_size_of_save() -> int:
-    """Return how many ranks take part in the save whose hook calls this: DCP tells a writer its rank alone."""
+    """Return how many ranks take part in the save whose hook calls this: DCP only passes the rank to a writer."""
     group = _group_of_save()
     if group:
         return group.get_world_size()
@@ -96,14 +96,14 @@ def world_size_of_save() -> int:
 
 
 def rank_alone() -> int | None:
-    """Return this rank, where it saves without the others of the default process group (`no_dist=True`)."""
+    """Return this rank if it saves without the others of the default process group (`no_dist=True`)."""
     group = _group_of_save()
     is_alone = group is not None and not group.use_dist and dist.is_initialized() and dist.get_world_size() > 1
     return dist.get_rank() if is_alone else None
 
 
 def _group_of_save() -> _DistWrapper | None:
-    """Find what DCP asks for its group, in the frames of its functions that call this."""
+    """Find DCP's group wrapper in the frames of its functions that call this."""
     frame = sys._getframe(1)  # noqa: SLF001
     while frame.f_back:
         frame = frame.f_back
@@ -114,7 +114,7 @@ def _group_of_save() -> _DistWrapper | None:
 
 
 def first_to_say(key: str, value: str) -> str | None:
-    """Return the value that the first rank gave for a key, or `None` where the default process group has no store."""
+    """Return the value that the first rank gave for a key, or `None` if the default process group has no store."""
     if not dist.is_initialized() or (store := dist.distributed_c10d._get_default_store()) is None:  # noqa: SLF001
         return None
     said: bytes = store.compare_set(key, "", value)
@@ -128,7 +128,7 @@ def stock_url_reader(url: str, **storage_options: Any) -> StorageReader:
 
 
 def stock_url_writer(url: str, **options: Any) -> StorageWriter:
-    """Return DCP's own writer to fsspec URLs; it does not sync, which on anything but a local file is `os.sync()`."""
+    """Return DCP's own writer to fsspec URLs, without sync, which is `os.sync()` on anything but a local file."""
     writer: StorageWriter = _fsspec_module().FsspecWriter(url, sync_files=False, **options)
     return writer
 
@@ -146,29 +146,29 @@ def stock_zstandard() -> Any:
 
 
 def rebuild_from_type(function: Any, cls: type, arguments: tuple[Any, ...], state: Any) -> Any:
-    """Return a tensor of a class out of what a function returns: what `torch.save` pickles subclasses as."""
+    """Turn the result of a function into a tensor of a class; `torch.save` pickles subclasses this way."""
     return torch._tensor._rebuild_from_type_v2(function, cls, arguments, state)  # type: ignore[no-untyped-call]  # noqa: SLF001
 
 
 def check_sparse_tensors() -> None:
-    """Check the invariants of the sparse tensors that were rebuilt: their own code trusts its arguments."""
+    """Check the invariants of rebuilt sparse tensors: the functions that rebuild them trust their arguments."""
     torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]  # noqa: SLF001
 
 
 def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
-    """Return a storage as the functions that rebuild tensors take it."""
+    """Return a storage in the form that the functions that rebuild tensors take."""
     return torch.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)  # type: ignore[no-untyped-call]
 
 
 def torch_globals() -> dict[str, Any]:
-    """Return by its dotted name what of torch `torch.load(weights_only=True)` lets a pickle name."""
+    """Return the globals of torch that `torch.load(weights_only=True)` allows in a pickle, by dotted name."""
     allowed: dict[str, Any] = import_module("torch._weights_only_unpickler")._get_allowed_globals()  # noqa: SLF001
     names = {name: value for name, value in allowed.items() if name.startswith("torch.")}
     return names | {"torch._tensor._rebuild_from_type_v2": rebuild_from_type}
 
 
 def torch_calls() -> dict[str, Any]:
-    """Return what of these may be called, and makes nothing larger than its arguments."""
+    """Return those that may be called, and create nothing larger than their arguments."""
     return {
         name: value
         for name, value in torch_globals().items()
@@ -178,36 +178,36 @@ def torch_calls() -> dict[str, Any]:
 
 
 def in_async_thread(thread: threading.Thread) -> bool:
-    """Tell whether a thread runs a save of `dcp.async_save`."""
+    """Return whether a thread runs a save of `dcp.async_save`."""
     return thread.name.startswith(THREAD_NAME)
 
 
 def in_async_process() -> bool:
-    """Tell whether this is the process of `dcp.async_save`, which does nothing else."""
+    """Return whether this is the process of `dcp.async_save`, which does nothing else."""
     task = getattr(multiprocessing.current_process(), "_target", None)
     return getattr(task, "__module__", None) == PROCESS_MODULE
 
 
 def local_tensor(value: DTensor) -> Tensor:
-    """Return this rank's part itself; `to_local` would give a view, which autograd may forbid to write."""
+    """Return this rank's part itself; `to_local` would return a view, which autograd may not allow to be written."""
     return settled(value._local_tensor)  # noqa: SLF001
 
 
 def settled(value: Tensor) -> Tensor:
-    """Return the result of a collective that may be under way, once it is there; any other tensor as it is."""
+    """Wait for the result of an asynchronous collective and return it; return any other tensor as it is."""
     return value.wait() if isinstance(value, AsyncCollectiveTensor) else value
 
 
 def with_local_tensor(value: DTensor, local: Tensor) -> DTensor:
     """Return a DTensor like this one over another local tensor.
 
-    Not `from_local`: it views the local tensor, which wrappers of several shards refuse in three dimensions.
+    `from_local` would view the local tensor, which wrappers of several shards refuse in three dimensions.
     """
     return DTensor(local, value._spec, requires_grad=False)  # type: ignore[no-untyped-call]  # noqa: SLF001
 
 
 def is_zero_tensor(value: Tensor) -> bool:
-    """Return whether a tensor is all zeros and has no memory, as autograd makes them."""
+    """Return whether a tensor is all zeros without memory, as autograd creates them."""
     return value._is_zerotensor()  # noqa: SLF001
 
 
@@ -223,7 +223,7 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 
 def without_memory(cls: type[T], size: torch.Size, dtype: torch.dtype) -> T:
-    """Return an instance of a subclass that looks like a tensor of the host and has no memory of its own."""
+    """Return an instance of a subclass that looks like a CPU tensor and has no memory of its own."""
     made: T = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=torch.device("cpu"))  # noqa: SLF001
     return made
 
@@ -235,7 +235,7 @@ def split_as(placement: Shard | StridedShard, tensor: Tensor, count: int) -> lis
 
 
 def group_device() -> torch.device:
-    """Return the current device of the type that the default process group is of: the CPU where it is of several."""
+    """Return the current device of the default process group's device type: the CPU if it has several types."""
     if not dist.is_initialized():
         return torch.device("cpu")
     kind = dist.distributed_c10d._get_object_coll_device()  # noqa: SLF001

@@ -1,4 +1,4 @@
-"""`AsyncStorageWriter`: DCP's `StorageWriter` on this package's format, pipelines and stores."""
+"""`AsyncStorageWriter`: DCP's `StorageWriter`, built on this package's format, pipelines and stores."""
 
 import threading
 import time
@@ -54,10 +54,10 @@ class _Thread(threading.local):
 class AsyncStorageWriter(StorageWriter):
     """Writes checkpoints to local disk, S3 or any fsspec file system: compressed, checksummed, atomically committed.
 
-    Pass it to `dcp.save` or `dcp.async_save` as `storage_writer=`. It holds no loop, thread, connection or file between
-    calls, pickles (for the PROCESS executor), and may be used for any number of saves, also at the same time from
-    several threads: each save's state is its thread's own. Saves of `dcp.async_save` that overlap follow one another in
-    the order of the calls. What fails one is raised by its future's `result()`, and logged.
+    Pass it to `dcp.save` or `dcp.async_save` as `storage_writer=`. It keeps no event loop, thread, connection or file
+    between calls, can be pickled (for the PROCESS executor), and may be used for any number of saves, also from several
+    threads at once: each save's state belongs to its thread. Overlapping saves of `dcp.async_save` run one after
+    another in the order of the calls. If one fails, its future's `result()` raises the error, which is also logged.
 
     ```python
     writer = AsyncStorageWriter("s3://bucket/run/step-100", info={"step": 100})
@@ -65,24 +65,23 @@ class AsyncStorageWriter(StorageWriter):
     ```
 
     Args:
-        path: A directory (`str` or `os.PathLike`) or a URL that fsspec knows, such as `s3://bucket/run/step-100`.
-        storage_options: Go to the fsspec file system as they are (`key`, `secret`, `endpoint_url`, `profile`, ...).
+        path: A directory (`str` or `os.PathLike`) or a URL that fsspec supports, such as `s3://bucket/run/step-100`.
+        storage_options: Passed to the fsspec file system unchanged (`key`, `secret`, `endpoint_url`, `profile`, ...).
         codec: How blocks are encoded.
         transfer: How bytes move, and how much memory that may take.
-        overwrite: Whether a checkpoint that stands at the path may be replaced; it stays whole until the new one does.
-        sync_files: On local disk, whether data reaches the disk (fsync) before the save is reported done.
-        info: What you want to know of the checkpoint before you load it (`{"step": 5, "metrics": {"loss": 0.3}}`): any
-            JSON object, of at most 4 KiB. `open_checkpoint` gives it back.
+        overwrite: Whether an existing checkpoint may be replaced; it stays intact until the new one is complete.
+        sync_files: On local disk, whether data must reach the disk (fsync) before the save completes.
+        info: What you want to know about the checkpoint before loading it (`{"step": 5, "metrics": {"loss": 0.3}}`):
+            any JSON object of at most 4 KiB. `open_checkpoint` returns it.
         progress: Show a progress bar on local rank 0, if standard error is a terminal.
-        observer: Is told of every transfer of this rank.
+        observer: Called for every transfer of this rank.
 
     Raises:
-        ConfigError: An argument is impossible: an unknown protocol, options for a local path, `info` that is not JSON.
+        ConfigError: An argument is invalid: an unknown protocol, options for a local path, `info` that is not JSON.
 
-    What a save raises reaches the caller of `dcp.save`, on every rank, inside of DCP's `CheckpointException`, whose
-    `failures` hold the typed errors: `CheckpointExists`, `UnsupportedTensor`, `CoverageError`, `DtypeMismatch`,
-    `StoreError`. After any of them the checkpoint that was there before is untouched; after `CheckpointReplaced`,
-    another save's stands there.
+    `dcp.save` raises errors on every rank, inside DCP's `CheckpointException`, whose `failures` are the typed errors:
+    `CheckpointExists`, `UnsupportedTensor`, `CoverageError`, `DtypeMismatch`, `StoreError`. After any of them the
+    previous checkpoint is untouched; after `CheckpointReplaced`, that of another save is in its place.
     """
 
     def __init__(
@@ -109,13 +108,13 @@ class AsyncStorageWriter(StorageWriter):
 
     @property
     def checkpoint_id(self) -> Address:
-        """Where this thread's save goes, without credentials; DCP's logger reads it."""
+        """Where this thread's save goes, without credentials, because DCP logs it."""
         return (self._thread.save.location if self._thread.save else self._location).shown
 
     def reset(self, checkpoint_id: Address | None = None) -> None:
-        """Begin a save of this thread: at `checkpoint_id`, if it is given, which is that of no other save.
+        """Begin a save in this thread, at `checkpoint_id` if given, which applies to this save only.
 
-        DCP calls it in the thread that saves, where a `checkpoint_id` was given.
+        DCP calls it in the thread that saves, if a `checkpoint_id` was given.
         """
         self._thread.save = self._begin(checkpoint_id)
 
@@ -124,7 +123,7 @@ class AsyncStorageWriter(StorageWriter):
         """Tell DCP's planners where this save goes.
 
         Raises:
-            DcpStorageError: What kept this rank's state from being staged: DCP tells all ranks of it now.
+            DcpStorageError: This rank's state could not be staged: DCP reports it to all ranks now.
         """
         staged = redeem()
         save = self._begun()
@@ -136,10 +135,10 @@ class AsyncStorageWriter(StorageWriter):
 
     @hook
     def set_up_storage_writer(self, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Note this rank's role. DCP passes `rank` and `use_collectives` only if a parameter is named `kwargs`.
+        """Record this rank's role. DCP passes `rank` and `use_collectives` only if a parameter is named `kwargs`.
 
         Raises:
-            ConfigError: Without collectives, nothing tells the ranks what the parts of one save are to share.
+            ConfigError: Without collectives, the ranks have no way to agree on an id for the parts of one save.
         """
         save = self._begun()
         with ending_on_error(save):
@@ -153,12 +152,12 @@ class AsyncStorageWriter(StorageWriter):
 
     @hook
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        """Refuse early what cannot be saved, before a byte is written.
+        """Refuse what cannot be saved, before a byte is written.
 
         Raises:
-            UnsupportedTensor: A dtype that the format does not hold, or a name that is not text.
-            CheckpointExists: A checkpoint stands here and may not be replaced.
-            AccessDenied: ... or may not be read by whoever saves.
+            UnsupportedTensor: A dtype is not supported by the format, or a name is not valid UTF-8.
+            CheckpointExists: A checkpoint already exists here and may not be replaced.
+            AccessDenied: The existing checkpoint may not be read, or nothing may be written here.
         """
         save, role = self._current()
         with ending_on_error(save):
@@ -172,16 +171,16 @@ class AsyncStorageWriter(StorageWriter):
 
     @hook
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Leave the plans as they are: nothing of a save may live in a plan that DCP caches and replays."""
+        """Leave the plans as they are: a plan, which DCP caches and replays, must not keep anything of a save."""
         return plans
 
     @hook
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[Any]:
-        """Encode and put this rank's items, and return a future that is done: DCP waits for it at once.
+        """Encode and put this rank's items, and return a completed future: DCP waits for it immediately.
 
         Raises:
-            CoverageError: The planner resolved an item to another shape than it planned.
-            DtypeMismatch: ... or to another dtype.
+            CoverageError: The planner resolved an item to a different shape than planned.
+            DtypeMismatch: The planner resolved an item to a different dtype than planned.
             UnsupportedTensor: An item is not plain strided memory.
             StoreError: The store failed.
         """
@@ -212,16 +211,16 @@ class AsyncStorageWriter(StorageWriter):
 
     @hook
     def finish(self, metadata: Metadata, results: list[Any]) -> None:
-        """Commit: write the manifest, and only then delete what the one that it replaced had named.
+        """Commit: write the manifest, and only then delete the objects of the one that it replaced.
 
         Called on the coordinator (without collectives: on every rank, which then commits its own manifest).
 
         Raises:
             ReplicaMismatch: Ranks hold different data under one name, and the planner's policy is `"error"`.
-            CoverageError: What was written is not what was planned, or does not tile a tensor.
+            CoverageError: What was written does not match the plan, or does not tile a tensor.
             CheckpointExists: Another save committed here meanwhile, and this one may not replace it.
-            CheckpointReplaced: Another save committed here in the same moment.
-            StoreError: The manifest could not be written; the checkpoint that was there before still stands.
+            CheckpointReplaced: Another save committed here at the same moment.
+            StoreError: The manifest could not be written; the previous checkpoint is still there.
         """
         save, role = self._current()
         with ending_on_error(save):
@@ -252,7 +251,7 @@ class AsyncStorageWriter(StorageWriter):
         return save
 
     def _begun(self) -> Save:
-        """Return the save that `reset` has begun in this thread, or begin one."""
+        """Return the save that `reset` began in this thread, or begin one."""
         if self._thread.save is None or self._thread.save.role:
             self._thread.save = self._begin()
         return self._thread.save
@@ -264,12 +263,13 @@ class AsyncStorageWriter(StorageWriter):
         return save, save.role
 
     def stage(self, state_dict: dict[str, Any]) -> StagedState:
-        """Copy what may be written of a state, before training changes it: DCP saves the copy beside training.
+        """Copy the parts of a state that may be written, before training changes it: DCP saves the copy meanwhile.
 
-        Of each tensor the elements are copied that this rank holds, whatever their strides, bits, kind and device, and
-        nothing else of its storage. The memory is the process's, and is used again once nothing refers to the copy.
+        Only the elements of each tensor that this rank holds are copied, whatever their strides, bits, kind and
+        device, and nothing else of its storage. The memory belongs to the process, and is reused once nothing refers
+        to the copy.
 
-        An entry that cannot be copied raises nothing here: the save fails on all ranks, with its name.
+        An entry that cannot be copied does not raise here: the save fails on all ranks, with an error that names it.
         """
         leave_save()
         begun = time.monotonic()
@@ -281,18 +281,18 @@ class AsyncStorageWriter(StorageWriter):
 
     @property
     def should_synchronize_after_execute(self) -> bool:
-        """Whether staging goes on after `stage` has returned: never."""
+        """Whether staging continues after `stage` returns: never."""
         return self._synchronize_after_execute
 
     def synchronize_staging(self) -> None:
-        """Do nothing: `stage` returns when the copy is there."""
+        """Do nothing: `stage` returns when the copy is complete."""
 
     def close(self) -> None:
-        """Do nothing: the writer holds nothing."""
+        """Do nothing: there is nothing to release."""
 
     @classmethod
     def validate_checkpoint_id(cls, checkpoint_id: Address) -> bool:
-        """Return whether a path or URL is one that this package can open."""
+        """Return whether this package can open a path or URL."""
         try:
             Location(checkpoint_id)
         except ConfigError:

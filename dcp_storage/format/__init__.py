@@ -1,1 +1,1 @@
-"""Bytes only: blocks, the manifest, stock metadata. No torch, no fsspec, no async. README.md is the format."""
+"""Bytes only: blocks, the manifest, stock metadata. No torch, no fsspec, no async. README.md specifies the format."""

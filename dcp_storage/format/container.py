@@ -1,4 +1,4 @@
-"""The zip containers that `torch.save` makes: a pickle, and a record for each storage."""
+"""The zip containers that `torch.save` writes: a pickle, and a record for each storage."""
 
 import io
 import struct
@@ -9,19 +9,19 @@ from typing import NamedTuple, TypeVar
 T = TypeVar("T")
 
 _LOCAL_HEADER = struct.Struct("<26xHH")
-"""What stands before a record: at its end how long name and extra field are, which follow."""
+"""The header before a record; it ends with the lengths of the name and the extra field, which follow it."""
 _SCRIPT = "constants.pkl"
-"""What tells a TorchScript archive, which `torch.load` would run."""
+"""Marks a TorchScript archive, which `torch.load` would run."""
 
 
 class Container(NamedTuple):
-    """What a container holds.
+    """The contents of a container.
 
     Attributes:
         pickled: Its pickle.
         storages: The size of each storage in bytes, by its key.
         read: Returns a storage by its key.
-        byteorder: Returns that of the storages' elements, `b"little"` or `b"big"`.
+        byteorder: Returns the byte order of the storages' elements, `b"little"` or `b"big"`.
     """
 
     pickled: bytes
@@ -31,10 +31,10 @@ class Container(NamedTuple):
 
 
 def read_container(data: bytes, *, most_records: int = 1 << 20) -> Container:
-    """Return what a container holds, none of whose records has to be inflated.
+    """Return the contents of a container, none of whose records may be compressed.
 
     Raises:
-        ValueError: It is not a container that `torch.save` makes; the message says why.
+        ValueError: It is not a container that `torch.save` writes; the message says why.
     """
     return _typed(lambda: _read(data, most_records))
 
@@ -60,7 +60,7 @@ def _read(data: bytes, most_records: int) -> Container:
     records = archive.infolist()
     if len(records) > most_records or not all(_is_stored(record, len(data)) for record in records):
         raise ValueError("it is not a container that torch.save made")
-    # By the name below the archive's own, which is the file's.
+    # By the name below the archive's top-level folder, which is named after the file.
     named = {record.filename.partition("/")[2]: record for record in records}
     if "data.pkl" not in named or _SCRIPT in named or len(named) != len(records):
         raise ValueError("it is not a container that torch.save made")
@@ -86,7 +86,7 @@ def _is_stored(record: zipfile.ZipInfo, available: int) -> bool:
 def _content(archive: zipfile.ZipFile, record: zipfile.ZipInfo, data: bytes) -> bytes:
     if record.CRC:
         return archive.read(record)
-    # torch.serialization.set_crc32_options(False) stores no checksums, and zipfile reads nothing without one.
+    # torch.serialization.set_crc32_options(False) stores no checksums, without which zipfile reads nothing.
     header = data[record.header_offset : record.header_offset + _LOCAL_HEADER.size]
     start = record.header_offset + len(header) + sum(_LOCAL_HEADER.unpack(header))
     return data[start : start + record.file_size]

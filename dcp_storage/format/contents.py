@@ -1,4 +1,4 @@
-"""What a checkpoint holds, whatever wrote it: the one interface through which it is read."""
+"""The contents of a checkpoint, whatever wrote it: the one interface through which it is read."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
@@ -8,7 +8,7 @@ from dcp_storage.format.manifest.frames import StoredCodec
 from dcp_storage.format.manifest.schema import Segment
 
 METADATA_VERSION = "1.0.0"
-"""What DCP's own writers call the version of `Metadata` by whose conventions checkpoints name their entries."""
+"""The version that DCP's own writers give `Metadata` with these naming conventions of entries."""
 
 
 class TensorContents(Protocol):
@@ -16,19 +16,19 @@ class TensorContents(Protocol):
 
     @property
     def dtype(self) -> str:
-        """Torch's name of it."""
+        """Torch's name of the dtype."""
 
     @property
     def boxes(self) -> Boxes:
-        """They tile it, unless the checkpoint is one rank's part."""
+        """The stored boxes; they tile the tensor, unless the checkpoint is one rank's part."""
 
 
 class HeldObject(NamedTuple):
     """A data object as a manifest describes it.
 
     Attributes:
-        size: In bytes; at least, unless `exact`.
-        fqns: The entries that lie in it.
+        size: Size in bytes; a lower bound unless `exact`.
+        fqns: The entries stored in it.
     """
 
     name: str
@@ -38,7 +38,7 @@ class HeldObject(NamedTuple):
 
 
 class CheckedItem(NamedTuple):
-    """An item whose blocks can be checked: its name, raw size, byte planes, segments, and the digests of these."""
+    """An item whose blocks can be checked: its name, raw size, byte planes, segments and their digests."""
 
     fqn: str
     raw_bytes: int
@@ -48,38 +48,38 @@ class CheckedItem(NamedTuple):
 
 
 class Contents(Protocol):
-    """What a checkpoint holds. `Manifest` is this package's, `StockManifest` that of DCP's own writers.
+    """The contents of a checkpoint: `Manifest` for this package's, `StockManifest` for those of DCP's own writers.
 
-    Whoever reads, verifies or prunes a checkpoint knows no more of it; how its bytes become tensors is `dcp.loads`.
+    Code that reads, verifies or prunes a checkpoint uses nothing else; `dcp.loads` turns the bytes into tensors.
     """
 
     @property
     def stock(self) -> bool:
-        """Whether DCP's own writers made it."""
+        """Whether DCP's own writers wrote it."""
 
     @property
     def identity(self) -> str:
-        """Unique to it."""
+        """Unique to this checkpoint."""
 
     @property
     def save_id(self) -> str | None:
-        """Unique to its save, if it is known."""
+        """Unique to its save, if known."""
 
     @property
     def version(self) -> str | None:
-        """What DCP calls the version of its names; `None` before it had versions."""
+        """The version of DCP's naming conventions; `None` if it was written before there were versions."""
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """What the caller said of the save."""
+        """The `info` that the caller of the save gave."""
 
     @property
     def part(self) -> tuple[int, int] | None:
-        """The rank whose part it is, and of how many, where one rank saved it alone."""
+        """The rank and the world size, if it is the part of one rank that saved it alone."""
 
     @property
     def attempt(self) -> str | None:
-        """What the parts of its save share, where ranks committed by themselves."""
+        """The id that the parts of its save share, if each rank committed its own."""
 
     @property
     def tensors(self) -> Mapping[str, TensorContents]:
@@ -91,11 +91,11 @@ class Contents(Protocol):
 
     @property
     def planner_data(self) -> Mapping[str, tuple[str | int, ...]] | None:
-        """For each name its path in the nested state dict, or `None` where the planner did not flatten."""
+        """The path of each name in the nested state dict, or `None` if the planner did not flatten."""
 
     @property
     def codec(self) -> StoredCodec | None:
-        """How its blocks are encoded, or `None` where it has none."""
+        """How its blocks are encoded, or `None` if it has no blocks."""
 
     @property
     def digest(self) -> str | None:
@@ -103,31 +103,31 @@ class Contents(Protocol):
 
     @property
     def proof(self) -> str | None:
-        """The number that proves all of it, if there is one."""
+        """The digest that covers the whole checkpoint, if there is one."""
 
     @property
     def object_names(self) -> Sequence[str]:
-        """The names of its data objects, by their numbers."""
+        """The names of its data objects, by number."""
 
     def check_whole(self) -> None:
-        """Decode and check all of it.
+        """Decode and check everything.
 
         Raises:
-            ManifestCorrupt: Something in it cannot be.
+            ManifestCorrupt: Something in it is invalid.
         """
 
     def check_names(self) -> None:
         """Decode and check the names of all tensors and entries.
 
         Raises:
-            ManifestCorrupt: They cannot be.
+            ManifestCorrupt: They are invalid.
         """
 
     def objects_held(self) -> list[HeldObject]:
-        """Return its data objects and what lies in each."""
+        """Return its data objects and the entries stored in each."""
 
     def checked_items(self) -> Iterator[CheckedItem]:
-        """Yield the items whose blocks carry checks."""
+        """Yield the items whose blocks have check values."""
 
     def deletable(self) -> list[str]:
-        """Return those of its objects that are of its writer's form: a manifest must not name somebody else's file."""
+        """Return its objects that its writer may have named: a manifest must not get a foreign file deleted."""

@@ -1,4 +1,4 @@
-"""The element types that format 1 can hold, by torch's names, with their size in bytes."""
+"""The element types that format 1 supports, by torch's names, with their size in bytes."""
 
 ITEM_BYTES: dict[str, int] = {
     "bool": 1,
@@ -31,5 +31,5 @@ REAL_PART_BYTES: dict[str, int] = {"complex32": 2, "bcomplex32": 2, "complex64":
 
 
 def number_bytes(dtype: str) -> int:
-    """Return the bytes of one number of an element: of the element, or of each part where it is complex."""
+    """Return the size of a number in bytes: that of the element, or of each part if it is complex."""
     return REAL_PART_BYTES.get(dtype, ITEM_BYTES[dtype])

@@ -1,4 +1,4 @@
-"""Names of objects: the only place that makes, parses and judges them."""
+"""Names of objects: the only place that creates, parses and checks them."""
 
 import re
 import secrets
@@ -16,40 +16,40 @@ _PART = re.compile(rf"__(\d+)(?:-({_TOKEN}))?\.metadata")
 
 
 def is_safe(name: str) -> bool:
-    """Return whether a name stays directly below the checkpoint's prefix on every store: no path, scheme or control."""
+    """Return whether a name stays directly below the checkpoint's prefix on every store."""
     return _SAFE.fullmatch(name) is not None
 
 
 def new_token() -> str:
-    """Return 64 random bits in hexadecimal: no two saves name an object alike."""
+    """Return 64 random bits in hexadecimal, so that no two saves use the same object names."""
     return secrets.token_hex(8)
 
 
 def data_object(token: str, rank: int, number: int, suffix: str) -> str:
-    """Return the name of a rank's `number`-th data object of one save; the suffix is its codec's."""
+    """Return the name of a rank's `number`-th data object of one save; the suffix is that of its codec."""
     return f"{token}-{rank}-{number}{suffix}"
 
 
 def temporary_name(name: str) -> str:
-    """Return the name that an object has while it is written, where a store writes it in place."""
+    """Return the name that an object has while it is written, if the store writes in place."""
     return f"{name}.tmp-{new_token()}"
 
 
 def is_data_object(name: str) -> bool:
-    """Return whether a name is of the form that this package gives to data objects."""
+    """Return whether a name has the form of this package's data objects."""
     match = _DATA_OBJECT.fullmatch(name)
     return match is not None and match[2] is None
 
 
 def is_stock_object(name: str) -> bool:
-    """Return whether a name is of the form that DCP's own writers give to data objects."""
+    """Return whether a name has the form of data objects of DCP's own writers."""
     return _STOCK_OBJECT.fullmatch(name) is not None
 
 
 class Part(NamedTuple):
-    """Whose part of a save without collectives a manifest is.
+    """Identifies one rank's part of a save without collectives.
 
-    `attempt` is what the parts of one save share, as no others; those of DCP's own writers have none.
+    The parts of one save share an `attempt` that no other save has; those of DCP's own writers have none.
     """
 
     attempt: str | None
@@ -57,21 +57,21 @@ class Part(NamedTuple):
 
 
 def part_manifest(part: Part) -> str:
-    """Return the name of the manifest that a rank commits by itself in a save without collectives."""
+    """Return the name of the manifest that one rank commits in a save without collectives."""
     return f"__{part.rank}-{part.attempt}{MANIFEST}"
 
 
 def parse_part_manifest(name: str) -> Part | None:
-    """Return the part that a manifest of this name is, or `None`."""
+    """Return the part that a manifest's name stands for, or `None`."""
     match = _PART.fullmatch(name)
     return Part(match[2], int(match[1])) if match else None
 
 
 def save_of(name: str) -> str | None:
-    """Return what the objects of one save have in common, where a name is of this package's form; else `None`.
+    """Return an id that the objects of one save share, or `None` if a name does not have this package's form.
 
-    That is the save's token for a data object. Manifests of single ranks, and temporaries of manifests, do not tell
-    their save and stand for themselves.
+    For a data object it is the save's token. Names of single ranks' manifests and of temporary manifests do not
+    identify their save, so each is its own id.
     """
     if match := _DATA_OBJECT.fullmatch(name):
         return match[1]

@@ -1,11 +1,11 @@
-"""Paths into a nested state dict, as planners store them: what a loader would make of them, before it does."""
+"""Paths into a nested state dict, as planners store them: what a loader would build from them, before it does."""
 
 from collections.abc import Iterable
 from typing import Any
 
 
 def list_slots(paths: Iterable[tuple[str | int, ...]]) -> int:
-    """Count the elements of the lists that a loader makes for these paths: it fills each up to its highest index."""
+    """Count the elements of the lists that a loader builds for these paths: it fills each up to its highest index."""
     slots = 0
     root: dict[Any, Any] = {}
     for path in paths:

@@ -1,8 +1,8 @@
-"""A machine that reads pickles and by itself executes none of them.
+"""A pickle machine that executes nothing by itself.
 
-A pickle is a program. This machine knows its instructions, builds plain data, and leaves to subclasses what names,
-calls and instances mean. It imports nothing, looks up no attribute, takes no length on trust and does not recurse, so
-that no pickle can do more than to cost memory in proportion to its size.
+A pickle is a program. This machine interprets its instructions, builds plain data, and leaves the meaning of globals,
+calls and instances to subclasses. It imports nothing, looks up no attribute, trusts no length and does not recurse, so
+the worst that a pickle can do is to use memory in proportion to its size.
 """
 
 import pickle
@@ -12,15 +12,15 @@ from typing import ClassVar
 
 
 class Refused(Exception):
-    """The pickle asks for something that may not be; the message completes "the pickle ..."."""
+    """The pickle asks for something that is not allowed; the message completes "the pickle ..."."""
 
 
 class Damaged(Exception):
-    """Bytes that no pickler writes."""
+    """The bytes are not a valid pickle."""
 
 
 class Machine:
-    """The stack, the memo and the place in a pickle."""
+    """The stack, the memo and the position in a pickle."""
 
     opcodes: ClassVar[dict[int, Callable[..., object]]]
     refused: ClassVar[dict[int, str]] = {}
@@ -38,13 +38,13 @@ class Machine:
         """Return the object that the pickle describes.
 
         Raises:
-            Refused: It asks for what may not be.
+            Refused: It asks for something that is not allowed.
             Damaged: It is truncated or not a pickle.
         """
         try:
             return self._run()
         except (IndexError, KeyError, ValueError) as error:
-            raise Damaged("no pickle holds this") from error
+            raise Damaged("not a valid pickle") from error
 
     def _run(self) -> object:
         data, opcodes = self.data, self.opcodes
@@ -62,24 +62,24 @@ class Machine:
 
     def _stop(self) -> object:
         if len(self.stack) != 1 or self.marks or self.pos != len(self.data):
-            raise Damaged("its end comes too early")
+            raise Damaged("it stops too early")
         return self.stack.pop()
 
     def _unknown(self, code: int) -> None:
         if code in self.refused:
-            raise Refused(f"holds the instruction {self.refused[code]}, which data does not need")
+            raise Refused(f"contains the instruction {self.refused[code]}, which plain data does not need")
         raise Damaged(f"unknown instruction {code:#04x}")
 
     def find(self, module: str, name: str) -> object:
-        """Return what stands for a global.
+        """Return the stand-in for a global.
 
         Raises:
-            Refused: It may not be named.
+            Refused: It is not allowed.
         """
         raise NotImplementedError
 
     def call(self, function: object, arguments: tuple[object, ...]) -> object:
-        """Return what a call gives."""
+        """Return the result of a call."""
         raise NotImplementedError
 
     def make(self, cls: object, arguments: tuple[object, ...], keywords: dict[str, object]) -> object:
@@ -90,12 +90,12 @@ class Machine:
         """Give a new instance its state."""
         raise NotImplementedError
 
-    def extend(self, target: object, values: list[object]) -> None:  # noqa: ARG002  # what subclasses need
-        """Append to what is not exactly a list."""
+    def extend(self, target: object, values: list[object]) -> None:  # noqa: ARG002  # subclasses use it
+        """Append to an object that is not exactly a list."""
         raise Damaged("an element for something that is not a list")
 
     def set_items(self, target: object, items: list[tuple[object, object]]) -> None:
-        """Set items of a dict, and check that the keys may be hashed."""
+        """Set items of a dict, and check that the keys are safe to hash."""
         raise NotImplementedError
 
     def take(self, count: int) -> bytes:
@@ -106,7 +106,7 @@ class Machine:
         return self.data[start : self.pos]
 
     def view(self, count: int) -> memoryview:
-        """Return the next bytes where they are."""
+        """Return the next bytes without copying them."""
         start, self.pos = self.pos, self.pos + count
         if self.pos > len(self.data):
             raise Damaged("it ends early")
@@ -117,7 +117,7 @@ class Machine:
         return int.from_bytes(self.take(width), "little")
 
     def line(self) -> str:
-        """Return what stands before the end of the line."""
+        """Return the text up to the end of the line."""
         return self.take(self.data.index(b"\n", self.pos) + 1 - self.pos)[:-1].decode()
 
     def push(self, value: object) -> None:
@@ -135,18 +135,18 @@ class Machine:
         self.stack.append(int.from_bytes(self.take(width), "little", signed=True))
 
     def text(self, width: int) -> None:
-        """Push a string; half a surrogate pair is not damage, since pickle writes any `str`."""
+        """Push a string; a lone surrogate is not damage, since pickle writes any `str`."""
         count = self.number(width)
         text = self.take(count) if count < _LONG_TEXT else self.view(count)
         self.stack.append(str(text, "utf-8", "surrogatepass"))
 
     def mark(self) -> None:
-        """Remember the stack's height, and push a run of numbers at once: there may be millions."""
+        """Mark the stack's height, and push a run of numbers at once: there may be millions."""
         self.marks.append(len(self.stack))
         run = _NUMBERS.match(self.data, self.pos)
         if run:
             self.pos = run.end()
-            self.stack += pickle.loads(b"(" + run[0] + b"t.")  # noqa: S301  # numbers and nothing else
+            self.stack += pickle.loads(b"(" + run[0] + b"t.")  # noqa: S301  # only numbers
 
     def since_mark(self) -> list[object]:
         """Pop down to the last mark."""

@@ -1,4 +1,4 @@
-"""Values of Python's built-in types as MessagePack: what most entries are, without a pickle."""
+"""Values of Python's built-in types as MessagePack, which most entries are: no pickle is needed."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import msgspec
 from msgspec.msgpack import Ext
 
 MAGIC = b"\xc1msgpack"
-"""What an encoded value begins with; MessagePack itself never uses the first byte."""
+"""The prefix of an encoded value; MessagePack itself never uses the first byte."""
 _TUPLE = 1
 """The extension type of a tuple: its bytes are the array of its elements."""
 _MOST_NESTED = 32
@@ -14,14 +14,14 @@ _ATOMS = frozenset({type(None), bool, int, float, str, bytes})
 
 
 class _Unencodable(Exception):
-    """The value holds something else, or something twice."""
+    """The value contains another type, or the same object twice."""
 
 
 def encode_value(value: object) -> bytes | None:
-    """Return `MAGIC` and a value as one MessagePack value, or `None` where that could not bring back the same.
+    """Return `MAGIC` and a value as one MessagePack value, or `None` if it would not round-trip.
 
-    It can of trees of exactly `None`, `bool`, `int` of 64 bits, `float`, `str`, `bytes`, `list`, `tuple` and `dict`
-    whose keys are such atoms. What stands in two places of a tree would come back as two.
+    Trees of exactly `None`, `bool`, 64-bit `int`, `float`, `str`, `bytes`, `list`, `tuple` and `dict` with such atoms
+    as keys do. An object in two places of a tree does not: it would come back as two.
     """
     try:
         return MAGIC + msgspec.msgpack.encode(_tree(value, set(), _MOST_NESTED))
@@ -51,15 +51,15 @@ def _trees(values: Any, seen: set[int], levels: int) -> list[Any]:
 
 
 def is_value(data: bytes | memoryview) -> bool:
-    """Return whether bytes are what `encode_value` made."""
+    """Return whether bytes were encoded by `encode_value`."""
     return data[: len(MAGIC)] == MAGIC
 
 
 def decode_value(data: bytes | memoryview) -> Any:
-    """Return the value in what `encode_value` made.
+    """Return the value that `encode_value` encoded.
 
     Raises:
-        ValueError: It is not that.
+        ValueError: The bytes are not a valid value.
     """
     return _decode(memoryview(data)[len(MAGIC) :])
 

@@ -1,4 +1,4 @@
-"""How the steps below a root are written and read: the writers and readers of DCP, one a step."""
+"""Writes and reads the steps below a root, with one DCP writer or reader per step."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from dcp_storage.steps.names import directory_of
 
 @dataclass(frozen=True)
 class Access:
-    """A root, and how bytes get there and back."""
+    """A root, and how bytes are written and read."""
 
     root: Location
     codec: Codec

@@ -1,4 +1,4 @@
-"""What goes on beside training: one save at a time, and what follows its commit."""
+"""Background work during training: one save at a time, and the chores after its commit."""
 
 import logging
 import threading
@@ -9,27 +9,27 @@ logger = logging.getLogger(__name__)
 
 
 class SaveFuture(Future[int | None]):
-    """A save in the background: its step, or `None` where nothing was saved and that was to be logged only.
+    """A save in the background: its step, or `None` if it was skipped, or failed and was only logged.
 
     Attributes:
-        step: What is saved.
-        told: Whether somebody was told of its failure.
+        step: The step that is saved.
+        told: Whether its failure was reported.
     """
 
     def __init__(self, step: int) -> None:
         super().__init__()
         self.step = step
         self.told = False
-        self.set_running_or_notify_cancel()  # what was copied is saved: nobody may cancel it
+        self.set_running_or_notify_cancel()  # the copied state will be saved: it cannot be cancelled
 
     def result(self, timeout: float | None = None) -> int | None:
-        """Return the step once it is committed, or raise what failed."""
+        """Return the step once it is committed, or raise its failure."""
         if self.exception(timeout):
             self.told = True
         return super().result(timeout)
 
     def take_failure(self) -> BaseException | None:
-        """Wait for the save, and return what failed it, once."""
+        """Wait for the save, and return its failure, once."""
         wait([self])
         failure = None if self.told else self.exception()
         self.told = True
@@ -37,9 +37,9 @@ class SaveFuture(Future[int | None]):
 
 
 class Chores:
-    """Does what follows a commit, one step after another, in a thread that ends where nothing is left to do.
+    """Does the chores after commits, one step after another, in a thread that ends when nothing is left to do.
 
-    At most one step waits: a newer one takes its place.
+    At most one step waits: a newer one replaces it.
     """
 
     def __init__(self, do: Callable[[int], None], skip: Callable[[int], None]) -> None:
@@ -49,7 +49,7 @@ class Chores:
         self._thread: threading.Thread | None = None
 
     def add(self, step: int) -> None:
-        """Do what follows the commit of a step, soon."""
+        """Schedule the chores after the commit of a step."""
         with self._lock:
             skipped, self._next = self._next, step
             if self._thread is None:
@@ -62,7 +62,7 @@ class Chores:
         assert self._thread is not None
         try:
             self._thread.start()
-        except RuntimeError:  # the program ends: the next run's first prune does the same
+        except RuntimeError:  # the program is ending: the next run's first prune does the same
             self._thread = self._next = None
 
     def wait(self) -> None:
@@ -75,7 +75,7 @@ class Chores:
             try:
                 self._do(step)
             except Exception:
-                logger.exception("what follows the save of step %d failed", step)
+                logger.exception("the chores after the save of step %d failed", step)
 
     def _take(self) -> int | None:
         with self._lock:

@@ -1,4 +1,4 @@
-"""Which steps lie below a root, as the store tells it now."""
+"""Lists the steps below a root, by the current state of the store."""
 
 from datetime import datetime
 
@@ -18,13 +18,13 @@ async def step_directories(root: Store) -> list[int]:
     """Return the steps that have a directory, committed or not, ascending.
 
     Raises:
-        StoreError: The store failed, which never means that there are none.
+        StoreError: The store failed; a failure is never returned as an empty list.
     """
     return sorted(step for name in await root.directories() if (step := parse_step(name)) is not None)
 
 
 async def list_steps(root: Store) -> list[Step]:
-    """Return the committed steps, ascending, of which only the heads are read.
+    """Return the committed steps, ascending; only their heads are read.
 
     Raises:
         StoreError: The store failed.
@@ -54,7 +54,7 @@ async def list_steps(root: Store) -> list[Step]:
 
 
 async def latest_step(root: Store) -> int | None:
-    """Return the newest committed step, or `None` where there is none.
+    """Return the newest committed step, or `None` if there is none.
 
     Raises:
         StoreError: The store failed.

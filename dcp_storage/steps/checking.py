@@ -1,4 +1,4 @@
-"""Checks of committed steps: each rank checks what it wrote, and tells the others when they next meet."""
+"""Checks committed steps: each rank checks what it wrote, and tells the others when they next communicate."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -19,7 +19,7 @@ How = Literal["sizes", "full"]
 
 
 class Verdict(Enum):
-    """What a check says of a step."""
+    """The result of checking a step."""
 
     SOUND = "sound"
     DAMAGED = "damaged"
@@ -27,11 +27,11 @@ class Verdict(Enum):
 
 
 class Verdicts:
-    """What the checks of this rank say, and what those of all ranks say together.
+    """The verdicts of this rank, and those of all ranks together.
 
     Attributes:
-        pending: Steps that were committed and of which not all ranks have told yet.
-        unchecked: Steps that a rank could not check, or did not, because the next one was there already.
+        pending: Committed steps on which not all ranks have reported yet.
+        unchecked: Steps that a rank could not check, or skipped because the next one was already there.
         damaged: Steps that a rank found damaged.
     """
 
@@ -42,22 +42,22 @@ class Verdicts:
         self._own: dict[int, Verdict] = {}
 
     def expect(self, step: int) -> None:
-        """Note that a step was committed."""
+        """Record that a step was committed."""
         self.unchecked.discard(step)
         self.damaged.discard(step)
         self._own.pop(step, None)
         self.pending.add(step)
 
     def note(self, step: int, verdict: Verdict) -> None:
-        """Note what this rank's check says."""
+        """Record the verdict of this rank's check."""
         self._own[step] = verdict
 
     def told(self) -> dict[int, Verdict]:
-        """Return what the other ranks are to be told."""
+        """Return the verdicts to send to the other ranks."""
         return dict(self._own)
 
     def settle(self, told: Sequence[Mapping[int, Verdict]]) -> None:
-        """Take what all ranks tell, the same on each."""
+        """Merge the verdicts of all ranks, with the same result on each."""
         for step in set(told[0]).intersection(*told):
             verdicts = {each[step] for each in told}
             self._own.pop(step, None)
@@ -69,7 +69,7 @@ class Verdicts:
 
 
 async def check_own(context: Context, rank: int, how: How) -> Verdict:
-    """Check the objects that a rank wrote of the checkpoint that stands in a store, and log what is wrong."""
+    """Check the objects that a rank wrote of the checkpoint in a store, and log faults."""
     store = context.store
     try:
         faults = await _faults(context, rank, how)
@@ -100,7 +100,7 @@ async def _faults(context: Context, rank: int, how: How) -> list[str]:
             faults.append(f"{stored.name} is missing")
             return
         if size != stored.size:
-            faults.append(f"{stored.name} is of {size} bytes, and was written with {stored.size}")
+            faults.append(f"{stored.name} has {size} bytes, but {stored.size} were written")
 
     await for_each(context.transfer.concurrency, own, compare)
     if how == "full" and not faults:
@@ -112,7 +112,7 @@ async def _block_faults(context: Context, manifest: Manifest, own: set[int]) -> 
     sizes = [stored.size for stored in manifest.objects]
     items, names = list(manifest.checked_items()), manifest.object_names
     runs = [run for run in runs_of(items, manifest.codec, sizes) if run.object in own]
-    threads = max(1, context.transfer.resolve_threads() - 1)  # one core is training's
+    threads = max(1, context.transfer.resolve_threads() - 1)  # leave a core to training
     beside_training = replace(context, transfer=replace(context.transfer, threads=threads))
     faults = await check_runs(beside_training, runs, names, manifest.codec, manifest.digest)
     return [f"{names[fault.run.object]} has a damaged block at {fault.run.start}" for fault in faults]

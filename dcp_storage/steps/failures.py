@@ -1,4 +1,4 @@
-"""What a rank raised, out of what DCP makes of it."""
+"""Finds the error that a rank raised in DCP's exception."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +11,7 @@ _DAMAGE = (BlockCorrupt, CheckpointNotFound, ManifestCorrupt, ObjectNotFound)
 
 
 def cause_of(error: BaseException) -> BaseException:
-    """Return the error of the lowest rank that DCP tells all ranks of, one of this package's if there is any."""
+    """Return the error of the lowest rank in DCP's exception, preferably one of this package's."""
     if not isinstance(error, CheckpointException):
         return error
     failed = sorted(error.failures.items())
@@ -25,7 +25,7 @@ def cause_of(error: BaseException) -> BaseException:
 
 @contextmanager
 def unwrapped() -> Iterator[None]:
-    """Raise what a rank raised instead of DCP's `CheckpointException`, which `except Exception` misses."""
+    """Raise a rank's error instead of DCP's `CheckpointException`, which `except Exception` does not catch."""
     try:
         yield
     except CheckpointException as error:
@@ -34,5 +34,5 @@ def unwrapped() -> Iterator[None]:
 
 
 def is_damage(error: CheckpointException) -> bool:
-    """Return whether what was read is damaged or not there, and nothing else failed."""
+    """Return whether all failures mean that the checkpoint is damaged or missing."""
     return all(isinstance(cause, _DAMAGE) for cause, _ in error.failures.values())

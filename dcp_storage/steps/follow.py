@@ -9,7 +9,7 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.5, 30.0
 
 
 async def wait_for(root: Store, step: int | None, timeout_s: float | None) -> int:
-    """Return the newest committed step, once it is at least `step`; between looks the pauses grow.
+    """Return the newest committed step, once it is at least `step`; polls with growing pauses.
 
     Raises:
         TimeoutError: There was none in time.

@@ -1,4 +1,4 @@
-"""The ranks that share a `Checkpoints`, and the groups of their own in which they meet."""
+"""The ranks that share a `Checkpoints`, and the process groups in which they communicate."""
 
 import pickle
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +17,7 @@ Here = TypeVar("Here")
 
 @dataclass(frozen=True)
 class _Outcome(Generic[R]):
-    """What a call returned or raised on a rank."""
+    """The result or error of a call on a rank."""
 
     value: R | None
     error: Exception | None
@@ -28,17 +28,17 @@ class _Outcome(Generic[R]):
 
 @dataclass(frozen=True)
 class _Groups:
-    """Both are of gloo, so that what training does on its own group, or on a GPU, never mixes with it."""
+    """Two gloo groups, so that their collectives never mix with those of training on its own group or on a GPU."""
 
     asked: dist.ProcessGroup
     background: dist.ProcessGroup
 
 
 class Ranks:
-    """Those of a process group, or this process alone where there is none.
+    """The ranks of a process group, or only this process if there is none.
 
-    All of them must make the same calls in the same order, from one thread. The groups are made by the first call.
-    Where a rank has ended, or parted, a call of the others raises `DcpStorageError`.
+    All of them must make the same calls in the same order, from one thread. The first call creates the groups. If a
+    rank has ended or left, calls of the others raise `DcpStorageError`.
     """
 
     def __init__(self, process_group: dist.ProcessGroup | None = None) -> None:
@@ -47,17 +47,17 @@ class Ranks:
 
     @property
     def rank(self) -> int:
-        """The number of this rank among them."""
+        """This process's rank in the group."""
         return dist.get_rank(self._process_group) if _has_groups() else 0
 
     @property
     def size(self) -> int:
-        """How many they are."""
+        """The number of ranks."""
         return dist.get_world_size(self._process_group) if _has_groups() else 1
 
     @property
     def asked(self) -> dist.ProcessGroup | None:
-        """The group for what the training's thread asks."""
+        """The group for calls in the training thread."""
         groups = self._meet()
         return groups.asked if groups else None
 
@@ -68,9 +68,9 @@ class Ranks:
         return groups.background if groups else None
 
     def meet(self, call: Callable[[], tuple[Here, R]]) -> tuple[Here, list[R]]:
-        """Have every rank call; return the first of what this one's returns, and the second of all, by rank.
+        """Run a call on every rank; return the first result of this rank's, and the second of all, by rank.
 
-        What the call raises, on the lowest rank where it does, is raised on all.
+        If the call fails on a rank, the error of the lowest such rank is raised on all.
         """
         group = self.asked
         here = _outcome(call)
@@ -80,15 +80,15 @@ class Ranks:
             outcomes = [told] * self.size
             with _meeting():
                 dist.all_gather_object(outcomes, told, group=group)
-            outcomes[self.rank] = told  # an error of this rank's keeps its traceback
+            outcomes[self.rank] = told  # this rank's own error keeps its traceback
         return (here.value and here.value[0]), [_take(each, rank) for rank, each in enumerate(outcomes)]  # type: ignore[return-value]
 
     def on_each(self, call: Callable[[], R]) -> list[R]:
-        """Return what a call returns on every rank, by rank; what it raises on the lowest is raised on all."""
+        """Return the results of a call on every rank, by rank; the error of the lowest rank is raised on all."""
         return self.meet(lambda: (None, call()))[1]
 
     def on_first(self, call: Callable[[], R]) -> R:
-        """Return on every rank what a call returns, or raise what it raises, on rank 0."""
+        """Run a call on rank 0, and return its result or raise its error on every rank."""
         group = self.asked
         outcome = _outcome(call) if self.rank == 0 else None
         if group:
@@ -100,7 +100,7 @@ class Ranks:
         return _take(outcome, 0)
 
     def greatest(self, numbers: Sequence[int]) -> list[int]:
-        """Return the greatest of each number that any rank gives: one small collective."""
+        """Return the maximum of each number over all ranks, with one small collective."""
         group = self.asked
         if group is None:
             return list(numbers)
@@ -111,11 +111,11 @@ class Ranks:
 
     @property
     def have_met(self) -> bool:
-        """Whether there are groups, which the ranks made together."""
+        """Whether there are groups, which the ranks create together."""
         return self._groups is not None and _has_groups()
 
     def part(self) -> None:
-        """Give up the groups. No rank waits for another here."""
+        """Destroy the groups. No rank waits for another here."""
         groups, met, self._groups = self._groups, self.have_met, None
         if groups and met:
             dist.destroy_process_group(groups.background)
@@ -146,14 +146,14 @@ def _meeting() -> Iterator[None]:
         yield
     except RuntimeError as error:
         raise DcpStorageError(
-            f"the ranks could not meet: has one ended, or left its Checkpoints with an error? ({error})"
+            f"the ranks could not communicate: has one ended, or left its Checkpoints with an error? ({error})"
         ) from error
 
 
 def _outcome(call: Callable[[], R]) -> _Outcome[R]:
     try:
         return _Outcome(call(), None)
-    except Exception as error:  # noqa: BLE001 - raised once all ranks know
+    except Exception as error:  # noqa: BLE001 - raised after all ranks know
         return _Outcome(None, error)
 
 
@@ -166,7 +166,7 @@ def _take(outcome: _Outcome[R], rank: int) -> R:
 
 def _picklable(error: Exception) -> Exception:
     try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - what was pickled just now
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - pickled just now
     except Exception:  # noqa: BLE001 - its own code may raise anything
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -1,4 +1,4 @@
-"""`Checkpoints`: the steps of a run, saved, resumed from and thinned out."""
+"""`Checkpoints`: saves the steps of a run, resumes from them and removes old ones."""
 
 import logging
 import os
@@ -41,7 +41,7 @@ State = dict[str, Any]
 
 
 class Checkpoints:
-    """The steps of a run below one root, each a checkpoint of its own in a directory `step-N`.
+    """The steps of a run below one root, each a separate checkpoint in a directory `step-N`.
 
     ```python
     with Checkpoints("s3://bucket/run", keep=KeepLatest(3) | KeepEvery(1000)) as checkpoints:
@@ -55,31 +55,31 @@ class Checkpoints:
     ```
 
     `save`, `async_save`, `load`, `prune`, `should_save` and `close` are **collective**: all ranks of the process group
-    call them, in the same order, from one thread. What is wrong on one rank is raised on all. `steps`, `latest`,
-    `wait`, `wait_for`, `pin` and `request_save` are **local**: any rank, and any other program, calls them by itself.
+    call them, in the same order, from one thread. An error on one rank is raised on all. `steps`, `latest`, `wait`,
+    `wait_for`, `pin` and `request_save` are **local**: any rank, and any other program, may call them by itself.
 
-    Nothing is read, made or installed before the first call. The ranks meet in two gloo groups of their own, so that a
-    save beside training never mixes with what training sends; `close` gives them up.
+    Nothing is read, created or installed before the first call. The ranks communicate in two separate gloo groups, so
+    that a save during training never mixes with the collectives of training; `close` destroys them.
 
     Args:
-        root: A directory or a URL, as text or as a path object.
-        storage_options: Go to the fsspec file system as they are.
-        keep: Which steps stay, such as `KeepLatest(3) | KeepBest(2, "loss", mode="min")`; all do where it is `None`.
-            Old ones go in the background, after the commit of a new one.
+        root: A directory or a URL, as a string or a path object.
+        storage_options: Passed to the fsspec file system unchanged.
+        keep: Which steps to keep, such as `KeepLatest(3) | KeepBest(2, "loss", mode="min")`; `None` keeps all. Old
+            steps are removed in the background, after the commit of a new one.
         codec: How blocks are encoded.
         transfer: How bytes move.
-        save_planner: In place of a `ShardedSavePlanner`.
-        load_planner: In place of a `ShardedLoadPlanner()`, to say what may be missing or which types are trusted.
-        process_group: The ranks that take part; all of the default group where it is `None`.
-        verify: Have each rank check after a commit, in the background, what it wrote: that all its objects are there
-            (`"sizes"`), or every block of them (`"full"`). Then old steps go only for steps that passed.
-        on_error: `"log"` logs a save that fails, counts it in `failed_saves`, and lets the run go on.
-        observer: Is told of every transfer of this rank.
+        save_planner: Used instead of a `ShardedSavePlanner`.
+        load_planner: Used instead of a `ShardedLoadPlanner()`, to say what may be missing or which types are trusted.
+        process_group: The ranks that take part; `None` for all of the default group.
+        verify: Have each rank check what it wrote after a commit, in the background: that all its objects are there
+            (`"sizes"`), or every block of them (`"full"`). Then only steps that passed can replace old ones.
+        on_error: `"log"` logs a failed save, counts it in `failed_saves`, and lets the run continue.
+        observer: Called for every transfer of this rank.
         progress: Show progress bars on local rank 0.
-        signals: What `should_save` listens to.
+        signals: The signals that `should_save` listens to.
 
     Raises:
-        ConfigError: An argument is impossible.
+        ConfigError: An argument is invalid.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class Checkpoints:
         if on_error not in {"raise", "log"}:
             raise ConfigError(f'on_error is {on_error!r}; choose "raise" or "log"')
         if keep is not None and not isinstance(keep, Policy):
-            raise ConfigError(f"keep is {keep!r}; give a policy, such as KeepLatest(3), or None")
+            raise ConfigError(f"keep is {keep!r}; pass a policy, such as KeepLatest(3), or None")
         self._root = Location.of(root, storage_options)
         self._ranks = Ranks(process_group)
         self._access = Access(self._root, codec, transfer, choose_observer(observer, progress=progress))
@@ -122,18 +122,18 @@ class Checkpoints:
         """Save a step, and return its number once it is committed (collective).
 
         Args:
-            step: A whole number from 0.
-            state: What DCP saves, and `PerRank`s.
-            metrics: Numbers by name, for `KeepBest` and for `steps`; those of rank 0 count.
-            overwrite: Replace a step that is committed. One that was found damaged is replaced without it.
+            step: A non-negative integer.
+            state: A state dict as for DCP, which may also contain `PerRank`s.
+            metrics: Numbers by name, for `KeepBest` and for `steps`; those of rank 0 are stored.
+            overwrite: Replace a step that is already committed. A step that was found damaged is always replaced.
 
         Returns:
-            The step, or `None` where the save failed and `on_error` is `"log"`.
+            The step, or `None` if the save failed and `on_error` is `"log"`.
 
         Raises:
-            ConfigError: The step, the metrics or a `PerRank` is impossible, or the ranks do not agree.
-            CheckpointExists: The step is committed.
-            DcpStorageError: What failed the save, or the one in the background before it.
+            ConfigError: The step, the metrics or a `PerRank` is invalid, or the ranks do not agree.
+            CheckpointExists: The step is already committed.
+            DcpStorageError: The save failed, or the one in the background before it.
         """
         self._check_open()
         return self._saver.save(Asked(step, state, metrics, overwrite))
@@ -147,66 +147,66 @@ class Checkpoints:
         overwrite: bool = False,
         skip_if_busy: bool = False,
     ) -> SaveFuture:
-        """Copy a state, and save it beside training (collective).
+        """Copy a state, and save it in the background (collective).
 
-        One save goes on at a time: this waits for the one before it, or with `skip_if_busy` saves nothing where that
-        goes on still, on any rank. What fails in the background is raised once: by the future's `result`, or else by
-        the next call, `wait` or `close`.
+        Only one save runs at a time: this waits for the previous one, or with `skip_if_busy` saves nothing if that is
+        still running on any rank. A failure in the background is raised once: by the future's `result`, or else by the
+        next call, `wait` or `close`.
 
         Returns:
-            A future of the step; of `None` where nothing was saved, because of `skip_if_busy` or `on_error="log"`.
+            A future of the step; of `None` if nothing was saved, because of `skip_if_busy` or `on_error="log"`.
 
         Raises:
-            As `save`: what the ranks find out before they copy, and what failed the save before this one.
+            As `save`: errors that the ranks find before they copy, and the failure of the previous save.
         """
         self._check_open()
         return self._saver.begin(Asked(step, state, metrics, overwrite, skip_if_busy))
 
     def wait(self) -> None:
-        """Wait for the save in the background, and for what follows it: its check, and old steps' removal (local).
+        """Wait for the save in the background, for its check, and for the removal of old steps (local).
 
         Raises:
-            DcpStorageError: What failed the save, if nobody was told yet.
+            DcpStorageError: The save failed, and this was not raised yet.
         """
         self._saver.raise_failed()
         self._upkeep.wait()
 
     def load(self, state: State, step: int | None = None, *, strict: bool = False) -> int | None:
-        """Load the newest sound step into a state; return its number, or `None` where there is none (collective).
+        """Load the newest sound step into a state; return its number, or `None` if there is none (collective).
 
-        A step whose manifest or an object is damaged or missing is passed over, which the log says, and the one before
-        it is loaded instead, on all ranks: up to 3 of them, and then what is wrong with the last is raised.
+        If the manifest or an object of a step is damaged or missing, all ranks skip the step, log it, and load the one
+        before it instead. Up to 3 steps are skipped; then the error of the last is raised.
 
         Args:
-            state: What DCP fills, and `PerRank`s.
-            step: Take this one, or raise.
-            strict: Take the newest, or raise.
+            state: A state dict as for DCP, which may also contain `PerRank`s.
+            step: Load this step, or raise.
+            strict: Load the newest step, or raise.
 
         Raises:
-            CheckpointNotFound: The step that was asked for is not there.
-            ManifestCorrupt: It, or with `strict` the newest one, is damaged; or so are several.
+            CheckpointNotFound: The requested step does not exist.
+            ManifestCorrupt: It is damaged, or with `strict` the newest one is, or several are.
             BlockCorrupt: Likewise.
-            MissingKeys: The state asks for what the step does not hold.
-            CoverageError: Another number of ranks saved a `PerRank` that has no `regroup`.
+            MissingKeys: The state asks for entries that are not in the step.
+            CoverageError: A `PerRank` without `regroup` was saved by another number of ranks.
             StoreError: The store failed.
         """
         self._check_open()
         template, asked = self._ranks.meet(lambda: (self._template(state, step), (step, strict)))
         if len(set(asked)) > 1:
-            raise ConfigError(f"the ranks load different steps (step, strict): {asked[:8]}, by rank")
+            raise ConfigError(f"the ranks load different steps: (step, strict) by rank is {asked[:8]}")
         resume = Resume(self._ranks, self._access, self._upkeep, template, self._load_planner)
         return resume.load_newest(strict=strict) if step is None else resume.load(step)
 
     def steps(self) -> list[Step]:
-        """Return the committed steps, ascending, of which only the heads are read (local).
+        """Return the committed steps, ascending; only their heads are read (local).
 
         Raises:
-            StoreError: The store failed, which never means that there are none.
+            StoreError: The store failed; a failure is never returned as an empty list.
         """
         return self._root.run(list_steps)
 
     def latest(self) -> int | None:
-        """Return the newest committed step, as the store tells it now (local).
+        """Return the newest committed step, by the current state of the store (local).
 
         Raises:
             StoreError: The store failed.
@@ -214,10 +214,10 @@ class Checkpoints:
         return self._root.run(latest_step)
 
     def wait_for(self, step: int | None = None, timeout: float | None = None) -> int:
-        """Return the newest committed step, once one is there that is at least `step` (local).
+        """Wait until there is a committed step of at least `step`, and return the newest (local).
 
-        Another program follows a run by it: it lists now and then, with growing pauses. Where several ranks follow,
-        let one ask and tell the others.
+        With it another program can follow a run: it polls with growing pauses. If several ranks follow, let one poll
+        and tell the others.
 
         Raises:
             TimeoutError: There was none for `timeout` seconds.
@@ -226,30 +226,30 @@ class Checkpoints:
         return self._root.run(partial(wait_for, step=step, timeout_s=timeout))
 
     def pin(self, step: int, name: str) -> AbstractContextManager[None]:
-        """Keep a step from every prune, of any program, for as long as the block lasts (local).
+        """Protect a step from being pruned, by any program, while the block runs (local).
 
         ```python
         with checkpoints.pin(step, "eval"), open_checkpoint(f"{root}/step-{step}") as checkpoint: ...
         ```
 
         Raises (when the block begins):
-            CheckpointNotFound: The step is not there, or is being removed.
-            ConfigError: The name is impossible.
-            StoreError: The store failed, or does not tell when objects were written.
+            CheckpointNotFound: The step does not exist, or is being removed.
+            ConfigError: The name is invalid.
+            StoreError: The store failed, or does not report when objects were written.
         """
         return hold_pin(self._root, step, name)
 
     def prune(self, *, dry_run: bool = False) -> list[Decision]:
-        """Remove the steps that `keep` does not keep, and return what was decided (collective).
+        """Remove the steps that `keep` does not keep, and return the decisions (collective).
 
-        Never removed are the newest committed step, the one that was saved last, those that this program saves, loads
-        or checks, and those that are pinned.
+        The newest committed step, the one that was saved last, steps that this program is saving, loading or checking,
+        and pinned steps are never removed.
 
         Args:
-            dry_run: Decide, and remove nothing.
+            dry_run: Decide, but remove nothing.
 
         Raises:
-            StoreError: The store failed; the next prune goes on where this one stopped.
+            StoreError: The store failed; the next prune continues where this one stopped.
         """
         self._check_open()
         return self._ranks.on_first(partial(self._upkeep.prune, dry_run=dry_run))
@@ -258,10 +258,10 @@ class Checkpoints:
         """Return on all ranks whether a save was requested on any of them since the last call (collective, and cheap).
 
         A save is requested by a signal (SIGTERM, unless `signals` says otherwise) or by `request_save`. The first call
-        in the main thread installs the handlers. They call those that they replace, and let a second signal pass.
+        in the main thread installs the handlers. They call those that they replace, and pass on a second signal.
 
         Raises:
-            ConfigError: The ranks are not at the same step, or it is not a valid one.
+            ConfigError: The ranks are not at the same step, or it is invalid.
         """
         self._check_open()
         self._preemption.listen()
@@ -269,24 +269,24 @@ class Checkpoints:
         return self._preemption.agree(self._ranks, step if is_step else -1)
 
     def request_save(self) -> None:
-        """Have the next `should_save` return true, on all ranks (local)."""
+        """Make the next `should_save` return true, on all ranks (local)."""
         self._preemption.request()
 
     @property
     def failed_saves(self) -> int:
-        """How many saves failed and were only logged, because of `on_error="log"`."""
+        """Number of saves that failed and were only logged, because of `on_error="log"`."""
         return self._saver.failed
 
     @property
     def preempted(self) -> bool:
-        """Whether `should_save` told of a signal, the same on all ranks: time to end."""
+        """Whether `should_save` reported a signal, the same on all ranks: time to end."""
         return self._preemption.signalled
 
     def close(self) -> None:
-        """Wait for what goes on in the background, and give up groups and signal handlers (collective).
+        """Wait for background work, and release groups and signal handlers (collective).
 
         Raises:
-            DcpStorageError: What failed the last save, if nobody was told yet.
+            DcpStorageError: The last save failed, and this was not raised yet.
         """
         if not self._begin_to_close():
             return
@@ -301,9 +301,9 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        """Close; after an error, which may be this rank's alone, without waiting for the other ranks to do so.
+        """Close; after an error, which may have occurred only on this rank, do not wait for the other ranks.
 
-        The save in the background ends first: all ranks take part in it. If it fails, the log says so.
+        The save in the background ends first: all ranks take part in it. If it fails, that is logged.
         """
         if kind is None:
             self.close()
@@ -313,14 +313,12 @@ class Checkpoints:
         try:
             self._end()
         except Exception:
-            logger.exception("the save in the background failed, too")
+            logger.exception("the save in the background also failed")
         finally:
             self._let_go()
 
     def __reduce__(self) -> NoReturn:
-        raise ConfigError(
-            "a Checkpoints holds groups and threads of this process: make another one in the other process"
-        )
+        raise ConfigError("a Checkpoints has groups and threads of this process: create a new one in the other process")
 
     def _template(self, state: State, step: int | None) -> Template:
         if step is not None:
@@ -336,7 +334,7 @@ class Checkpoints:
         return self._upkeep.verdicts.told()
 
     def _begin_to_close(self) -> bool:
-        """Return whether there is something to close: a fork has none of the threads, and shares the connections."""
+        """Return whether there is something to close: a forked process has no threads, and shares the connections."""
         was_closed, self._closed = self._closed, True
         return not was_closed and self._process == os.getpid()
 
@@ -346,6 +344,6 @@ class Checkpoints:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise ConfigError("this Checkpoints is closed: make another one")
+            raise ConfigError("this Checkpoints is closed: create a new one")
         if self._process != os.getpid():
-            raise ConfigError("this process is a fork of the one that made the Checkpoints: make another one here")
+            raise ConfigError("this process is a fork of the one that created the Checkpoints: create a new one here")

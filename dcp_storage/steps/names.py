@@ -11,6 +11,6 @@ def directory_of(step: int) -> str:
 
 
 def parse_step(name: str) -> int | None:
-    """Return the step whose directory has just this name, or `None`: `step-7.backup` and `step-07` are not ours."""
+    """Return the step whose directory has exactly this name, or `None`, as for `step-7.backup` and `step-07`."""
     match = _STEP.fullmatch(name)
     return int(match[1]) if match else None

@@ -1,4 +1,4 @@
-"""`PerRank`: state that is a rank's own, stored once a rank in the same commit."""
+"""`PerRank`: state that belongs to one rank, stored once per rank in the same commit."""
 
 from collections.abc import Callable, Iterable, Iterator, MutableMapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +17,7 @@ _ATOMS = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 
 class PerRank(Generic[T]):
-    """A value that differs from rank to rank: a random state, a data loader's place. For `Checkpoints`.
+    """A value that differs from rank to rank: a random state, a data loader's position. For `Checkpoints`.
 
     ```python
     state = {"model": model.state_dict(), "rng": PerRank(torch.get_rng_state()), "loader": PerRank(loader)}
@@ -26,17 +26,17 @@ class PerRank(Generic[T]):
     torch.set_rng_state(state["rng"].value)
     ```
 
-    It is stored whole, as one entry a rank: that of rank 3 is called `rng.3`, and is a tuple of the one value. Whatever
-    an entry may hold, the value may; tensors in it are those of the rank alone.
+    It is stored whole, as one entry per rank: that of rank 3 is called `rng.3`, and is a one-element tuple of the
+    value. The value may be anything that an entry may be; tensors in it belong to this rank only.
 
     Args:
-        value: What is stored, and where a load puts what it found. What has `state_dict` and `load_state_dict` is
-            stored and loaded by these.
-        regroup: What another number of ranks makes of the values: given them all, by the rank that saved them, it
+        value: The value to store, and to replace by a load. An object with `state_dict` and `load_state_dict` is
+            stored and loaded with these.
+        regroup: A function for loads by another number of ranks: it takes all values, by the rank that saved them, and
             returns this rank's. Without it such a load raises `CoverageError`.
 
     Attributes:
-        value: What was given, or what was loaded.
+        value: The value that was given or loaded.
     """
 
     def __init__(self, value: T, *, regroup: Callable[[list[Any]], Any] | None = None) -> None:
@@ -48,16 +48,16 @@ class PerRank(Generic[T]):
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         raise ConfigError(
-            "a PerRank is saved and loaded by Checkpoints, where it stands in dicts and lists of the state dict. With "
-            "plain dcp.save put the rank into the name: state[f'rng.{rank}'] = value"
+            "a PerRank can only be saved and loaded by Checkpoints, in dicts and lists of the state dict. With plain "
+            "dcp.save, put the rank into the name: state[f'rng.{rank}'] = value"
         )
 
     def stored(self) -> Any:
-        """Return what is stored."""
+        """Return the value to store."""
         return self.value.state_dict() if isinstance(self.value, Stateful) else self.value
 
     def take(self, values: Sequence[Any], *, regrouped: bool) -> None:
-        """Take what was loaded: this rank's value, or those of all."""
+        """Take the loaded values: this rank's, or those of all ranks."""
         value = self.regroup(list(values)) if regrouped and self.regroup else values[0]
         if isinstance(self.value, Stateful):
             self.value.load_state_dict(value)
@@ -67,31 +67,31 @@ class PerRank(Generic[T]):
 
 @dataclass(frozen=True)
 class Place:
-    """Where a `PerRank` stands in a state dict."""
+    """The position of a `PerRank` in a state dict."""
 
     path: tuple[Any, ...]
     own: PerRank[Any]
 
     @property
     def name(self) -> str:
-        """What DCP calls it."""
+        """Its name in DCP."""
         return ".".join(map(str, self.path))
 
     def swap(self, state: Any, value: Any) -> Any:
-        """Put a value there, and return what was there."""
-        container = reduce(getitem, self.path[:-1], state)  # found anew: DCP's planner makes other lists
+        """Put a value there, and return the previous one."""
+        container = reduce(getitem, self.path[:-1], state)  # looked up again: DCP's planner creates new lists
         was, container[self.path[-1]] = container[self.path[-1]], value
         return was
 
 
 Slot = dict[str, tuple[Any]]
-"""What stands there while DCP saves or loads: entries by rank. A tuple is a leaf for planners, and stagers copy it."""
+"""Replaces it while DCP saves or loads: entries by rank. A tuple is a leaf for planners, and stagers copy it."""
 
 _UNREAD = "nothing was read"
 
 
 def places(state: Any, above: tuple[Any, ...] = ()) -> list[Place]:
-    """Return where the `PerRank`s of a state dict are."""
+    """Return the places of all `PerRank`s in a state dict."""
     found: list[Place] = []
     for key, held in _inner(state):
         path = (*above, key)
@@ -108,22 +108,22 @@ def _inner(container: Any) -> Iterable[tuple[Any, Any]]:
 
 
 def to_save(found: Sequence[Place], rank: int) -> list[Slot]:
-    """Return what a rank stores of each."""
+    """Return what a rank stores for each."""
     return [{str(rank): (place.own.stored(),)} for place in found]
 
 
 def to_load(found: Sequence[Place], rank: int, size: int, saved: int | None) -> list[Slot]:
-    """Return what is to be filled for each: this rank's entry, or those of all `saved` ranks, to be regrouped.
+    """Return what a load fills for each: this rank's entry, or those of all `saved` ranks, to be regrouped.
 
     Raises:
-        CoverageError: Another number of ranks saved them than the `size` that load, and one cannot be regrouped.
+        CoverageError: They were saved by another number of ranks than `size`, and one cannot be regrouped.
     """
     if saved in {None, size}:
         return [{str(rank): (_UNREAD,)} for _ in found]
     if stuck := [place.name for place in found if place.own.regroup is None]:
         raise CoverageError(
-            f"{', '.join(stuck)}: stored for each of {saved} ranks, and {size} ranks load. Load on {saved}, or say "
-            "what to make of the list of all values: PerRank(value, regroup=function)",
+            f"{', '.join(stuck)}: saved by {saved} ranks, but {size} ranks load. Load on {saved}, or pass a function "
+            "that takes the list of all values: PerRank(value, regroup=function)",
             fqn=stuck[0],
             fqns=tuple(stuck),
         )
@@ -132,7 +132,7 @@ def to_load(found: Sequence[Place], rank: int, size: int, saved: int | None) -> 
 
 @contextmanager
 def standing_in(state: Any, found: Sequence[Place], slots: list[Slot]) -> Iterator[None]:
-    """Put slots in the places of a state dict for as long as DCP looks at it; what was loaded is in them then."""
+    """Put slots in the places of a state dict while DCP uses it; afterwards, loaded values are in the slots."""
     for place, slot in zip(found, slots, strict=True):
         place.swap(state, slot)
     try:
@@ -142,7 +142,7 @@ def standing_in(state: Any, found: Sequence[Place], slots: list[Slot]) -> Iterat
 
 
 def take(found: Sequence[Place], slots: Sequence[Slot], *, regrouped: bool) -> None:
-    """Hand over what was loaded; what was allowed to be missing stays as it is."""
+    """Hand over the loaded values; values that were allowed to be missing stay unchanged."""
     for place, slot in zip(found, slots, strict=True):
         values = [value for (value,) in slot.values()]
         if all(value is not _UNREAD for value in values):

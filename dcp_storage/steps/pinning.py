@@ -1,4 +1,4 @@
-"""A pin that is held for as long as a block lasts."""
+"""A pin that is held while a block runs."""
 
 import logging
 import threading
@@ -20,11 +20,11 @@ _REFRESH_S = ALIVE_S / 12
 
 @contextmanager
 def hold_pin(root: Location, step: int, name: str) -> Iterator[None]:
-    """Pin a step, keep the pin young, and remove it at the end.
+    """Pin a step, refresh the pin regularly, and remove it at the end.
 
     Raises:
-        CheckpointNotFound: The step is not there, or is being removed.
-        ConfigError: The name is impossible.
+        CheckpointNotFound: The step does not exist, or is being removed.
+        ConfigError: The name is invalid.
         StoreError: The store failed.
     """
     directory, pin = directory_of(step), new_pin(name)
@@ -37,7 +37,7 @@ def hold_pin(root: Location, step: int, name: str) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
-        _try(root, directory, partial(remove_pin, pin=pin), "a pin was not removed, and dies by itself: %s")
+        _try(root, directory, partial(remove_pin, pin=pin), "a pin was not removed, and will expire by itself: %s")
 
 
 def _refresh(root: Location, directory: str, pin: str, ended: threading.Event) -> None:

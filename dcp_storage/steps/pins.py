@@ -1,8 +1,8 @@
-"""Pins, small objects that keep a step from every prune; and tombstones, which keep a pin and a prune from crossing.
+"""Pins, small objects that protect a step from being pruned; and tombstones, which prevent races between the two.
 
-A prune puts a tombstone, looks for pins, and deletes; a pin puts its object, and looks for a tombstone. Whichever is
-first, one of them sees the other. A tombstone names what is to be deleted, so that the next prune finishes one that was
-cut short, whoever saves to that step meanwhile.
+A prune puts a tombstone, looks for pins, and deletes; a pin puts its object, and looks for a tombstone. Whichever comes
+first, at least one of them sees the other. A tombstone lists what is to be deleted, so that the next prune can finish
+an interrupted one, even if the step is saved again meanwhile.
 """
 
 import json
@@ -15,7 +15,7 @@ from dcp_storage.format.names import MANIFEST, is_data_object, is_stock_object, 
 from dcp_storage.store.base import Store
 
 ALIVE_S = 3600
-"""A pin that was not refreshed for so long is dead, by the store's clock; so is a tombstone."""
+"""A pin that was not refreshed for so long has expired, by the store's clock; so has a tombstone."""
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}", re.ASCII)
 _TOMBSTONE = re.compile(r"\.removing-[0-9a-f]{16}", re.ASCII)
@@ -26,10 +26,10 @@ def new_pin(name: str) -> str:
     """Return the name of an object that no other pin has.
 
     Raises:
-        ConfigError: Not every store takes the name.
+        ConfigError: The name is not valid in every store.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ConfigError(f"the pin's name is {name!r}; give up to 64 letters, digits, dots, dashes and underscores")
+        raise ConfigError(f"the pin's name is {name!r}; use up to 64 letters, digits, dots, dashes and underscores")
     return f".pin-{name}-{new_token()}"
 
 
@@ -47,14 +47,14 @@ async def put_pin(step: Store, pin: str) -> None:
     """Pin a committed step.
 
     Raises:
-        CheckpointNotFound: It is not there, or is being removed.
-        StoreError: The store failed, or does not tell times.
+        CheckpointNotFound: It does not exist, or is being removed.
+        StoreError: The store failed, or does not report times.
     """
-    if not await is_committed(step, parts=True):  # else the pin would make its directory
+    if not await is_committed(step, parts=True):  # else the pin would create its directory
         raise _gone(step)
     await refresh_pin(step, pin)
     times = await step.modified()
-    # A prune that has removed the step takes the pin along.
+    # A prune that has removed the step has removed the pin, too.
     buried = [name for name, at in times.items() if is_tombstone(name) and pin in times and times[pin] - at < ALIVE_S]
     if buried or pin not in times or not await is_committed(step, parts=True):
         await remove_pin(step, pin)
@@ -72,21 +72,21 @@ async def remove_pin(step: Store, pin: str) -> None:
 
 
 def held_pins(times: Mapping[str, float], now: float) -> list[str]:
-    """Return the pins of a step that are alive, by when they were written."""
+    """Return the pins of a step that have not expired, by the times when they were written."""
     return [name for name, at in times.items() if is_pin(name) and now - at < ALIVE_S]
 
 
 async def bury(step: Store) -> bool:
-    """Delete a step's manifest, unless somebody holds the step; return whether that was done.
+    """Delete a step's manifest, unless the step is pinned; return whether that was done.
 
-    The tombstone that is left names its objects, for `unearth`.
+    The tombstone that remains lists the step's objects, for `unearth`.
     """
-    parts = filter(parse_part_manifest, await step.list())  # also those that nobody can read
+    parts = filter(parse_part_manifest, await step.list())  # including unreadable ones
     named = list(dict.fromkeys([*await replaced_objects(step), *parts]))
     tombstone = f".removing-{new_token()}"
     await step.commit(tombstone, json.dumps(named).encode())
     times = await step.modified()
-    if tombstone not in times:  # another prune has removed the step, and it with that
+    if tombstone not in times:  # another prune has removed the step, and the tombstone with it
         return True
     if held_pins(times, times[tombstone]):
         await step.delete([tombstone])
@@ -96,26 +96,26 @@ async def bury(step: Store) -> bool:
 
 
 async def unearth(step: Store) -> None:
-    """Delete what the tombstones of a step name, except what the manifest that stands there now names.
+    """Delete the objects that the tombstones of a step list, unless the current manifest names them.
 
-    Such a step was saved anew, and the prune that buried it may still withdraw because of a pin.
+    Such a step was saved again, and the prune that buried it may still withdraw because of a pin.
     """
     there = await step.list()
     buried = {tombstone: await _named(step, tombstone) for tombstone in sorted(filter(is_tombstone, there))}
     if not buried:
         return
-    standing = set(await replaced_objects(step))  # after the tombstones: what they name was not saved since
+    standing = set(await replaced_objects(step))  # read after the tombstones: what they list was not saved since
     done = [tombstone for tombstone, named in buried.items() if standing.isdisjoint(named)]
     pins = [] if standing else filter(is_pin, there)
     await step.delete([*dict.fromkeys(name for tombstone in done for name in buried[tombstone]), *pins])
-    await step.delete(done)  # last: they tell that there is more to do
+    await step.delete(done)  # last: they show that there is more to do
 
 
 async def _named(step: Store, tombstone: str) -> list[str]:
-    """Return what a tombstone names, of the forms that saves name."""
+    """Return the names in a tombstone that have the form of a save's objects."""
     try:
         named = json.loads(await step.get(tombstone))
-    except (ObjectNotFound, ValueError):  # another prune is done with it; or it was written half, and deletes nothing
+    except (ObjectNotFound, ValueError):  # another prune finished it; or it is incomplete, and deletes nothing
         return []
     texts = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     return [name for name in texts if is_data_object(name) or is_stock_object(name) or parse_part_manifest(name)]

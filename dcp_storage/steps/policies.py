@@ -1,4 +1,4 @@
-"""Which steps to keep: small pure policies, combined with `|`."""
+"""Policies that decide which steps to keep: small and pure, combined with `|`."""
 
 import math
 from abc import ABC, abstractmethod
@@ -12,11 +12,11 @@ from dcp_storage.steps.step import Step
 
 
 class Policy(ABC):
-    """Says which steps to keep, and why. `one | other` keeps what either keeps."""
+    """Decides which steps to keep, and why. `one | other` keeps what either keeps."""
 
     @abstractmethod
     def kept(self, steps: Sequence[Step], now: datetime) -> dict[int, list[str]]:
-        """Return the steps to keep of those that there are, ascending, with the reasons."""
+        """Return which of the steps, given in ascending order, to keep, with the reasons."""
 
     def __or__(self, other: "Policy") -> "Policy":
         return _Either((self, other))
@@ -55,7 +55,7 @@ class KeepLatest(Policy):
 
 @dataclass(frozen=True)
 class KeepEvery(Policy):
-    """Keeps the steps that a number divides.
+    """Keeps the steps that are multiples of a number.
 
     ```python
     checkpoints = Checkpoints("s3://bucket/run", keep=KeepLatest(3) | KeepEvery(1000))
@@ -68,20 +68,20 @@ class KeepEvery(Policy):
         _check_positive("KeepEvery", self.interval)
 
     def kept(self, steps: Sequence[Step], now: datetime) -> dict[int, list[str]]:  # noqa: ARG002
-        """Return those that it divides."""
+        """Return the multiples."""
         return _because(f"every {self.interval}", [step for step in steps if step.step % self.interval == 0])
 
 
 @dataclass(frozen=True)
 class KeepBest(Policy):
-    """Keeps the steps of the best values of a metric.
+    """Keeps the steps with the best values of a metric.
 
     ```python
     checkpoints = Checkpoints("s3://bucket/run", keep=KeepLatest(3) | KeepBest(2, "loss", mode="min"))
     checkpoints.save(200, state, metrics={"loss": 0.31})
     ```
 
-    Steps without it, or where it is NaN, are not best; of equal ones the newer is better.
+    Steps without the metric, or with NaN, are never best; of equal ones the newer is better.
     """
 
     count: int
@@ -103,7 +103,7 @@ class KeepBest(Policy):
 
 @dataclass(frozen=True)
 class KeepYounger(Policy):
-    """Keeps steps that were committed lately, by the clock of the machine that committed; where none tells, all.
+    """Keeps steps that were committed recently (by the committing host's clock), and those whose time is unknown.
 
     ```python
     checkpoints = Checkpoints("s3://bucket/run", keep=KeepYounger(timedelta(days=7)))
@@ -114,17 +114,17 @@ class KeepYounger(Policy):
 
     def __post_init__(self) -> None:
         if not isinstance(self.age, timedelta) or self.age <= timedelta():
-            raise ConfigError(f"KeepYounger: age is {self.age!r}; give a positive timedelta")
+            raise ConfigError(f"KeepYounger: age is {self.age!r}; pass a positive timedelta")
 
     def kept(self, steps: Sequence[Step], now: datetime) -> dict[int, list[str]]:
-        """Return the young ones."""
+        """Return the recent ones."""
         young = [step for step in steps if step.created is None or now - step.created < self.age]
         return _because(f"younger than {self.age}", young)
 
 
 def _check_positive(name: str, count: object) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ConfigError(f"{name}({count!r}) keeps no steps; give a whole number from 1")
+        raise ConfigError(f"{name}({count!r}) is invalid; pass a positive integer")
 
 
 def _because(reason: str, steps: Iterable[Step]) -> dict[int, list[str]]:

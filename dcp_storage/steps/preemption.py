@@ -1,4 +1,4 @@
-"""Signals that ask a run to save and end, noticed by all ranks at the same step."""
+"""Signals that ask a run to save and end, handled by all ranks at the same step."""
 
 import os
 import signal
@@ -14,32 +14,32 @@ _NOTHING, _ASKED, _SIGNALLED = range(3)
 
 
 class Preemption:
-    """What asks this process for a save: a signal, or its own program.
+    """Requests for a save, by a signal or by the program itself.
 
-    Handlers only count, so that what comes while the ranks talk counts for the next time.
+    Handlers only count, so that a signal that arrives while the ranks communicate counts for the next time.
     """
 
     def __init__(self, signals: Sequence[int]) -> None:
         self.signalled = False
-        """Whether all ranks were told of a signal."""
+        """Whether a signal was reported to all ranks."""
         self._handlers = [_Handler(number) for number in signals]
         self._requests = self._answered = self._signals_told = 0
 
     def request(self) -> None:
-        """Ask for a save."""
+        """Request a save."""
         self._requests += 1
 
     def listen(self) -> None:
-        """Install the handlers, once, if this is the main thread: elsewhere Python forbids it."""
+        """Install the handlers, once, if this is the main thread: Python forbids it elsewhere."""
         if threading.current_thread() is threading.main_thread():
             for handler in self._handlers:
                 handler.install()
 
     def agree(self, ranks: Ranks, step: int) -> bool:
-        """Return on all ranks whether any of them was asked since the last time.
+        """Return on all ranks whether a save was requested on any since the last time.
 
         Raises:
-            ConfigError: The ranks are not at the same step, or it is not a valid one.
+            ConfigError: The ranks are not at the same step, or it is invalid.
         """
         requests, signals = self._requests, sum(handler.count for handler in self._handlers)
         asked = _ASKED if requests > self._answered else _NOTHING
@@ -47,21 +47,21 @@ class Preemption:
         most, highest, lowest = ranks.greatest([news, step, -step])
         if highest != -lowest or -lowest < 0:
             raise ConfigError(
-                f"should_save was called with steps from {-lowest} to {highest}, or something else: give all ranks "
-                "the same step, a whole number from 0"
+                f"should_save was called with steps from {-lowest} to {highest}, or with an invalid step: pass the "
+                "same step on all ranks, a non-negative integer"
             )
         self._answered, self._signals_told = requests, signals
         self.signalled = self.signalled or most == _SIGNALLED
         return most != _NOTHING
 
     def stop(self) -> None:
-        """Take the handlers back."""
+        """Restore the previous handlers."""
         for handler in self._handlers:
             handler.take_back()
 
 
 class _Handler:
-    """Counts the first signal and calls the handler that was there before; a second one is left to that."""
+    """Counts the first signal and calls the previous handler; a second signal is left to that handler."""
 
     def __init__(self, number: int) -> None:
         self.count = 0
@@ -80,7 +80,7 @@ class _Handler:
             self._let_through()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        # A fork (a data loader's worker) is asked to end by whoever made it, and has nothing to save.
+        # A forked process (a data loader's worker) is asked to end by its parent, and has nothing to save.
         if self.count or self._process != os.getpid():
             self._let_through()
             signal.raise_signal(number)
@@ -90,5 +90,5 @@ class _Handler:
             self._before(number, frame)
 
     def _let_through(self) -> None:
-        # A handler that was not set from Python is not known: then the system's own is the best there is.
+        # A handler that was not set from Python is unknown: then the system's default is the best choice.
         signal.signal(self._number, signal.SIG_DFL if self._before is None else self._before)

@@ -1,4 +1,4 @@
-"""Old steps are removed only for steps that passed their check."""
+"""Old steps are only replaced by steps that passed their check."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +11,16 @@ from dcp_storage.steps.step import Step
 
 @dataclass(frozen=True)
 class ProvenOnly(Policy):
-    """What a policy keeps of the sound steps, and of these together with those of which nothing is known.
+    """Keeps what a policy keeps of the sound steps, and of the sound and unchecked steps together.
 
-    So a step that was not checked takes nobody's place, and a damaged one counts for nothing. Steps of earlier runs
-    count as sound.
+    So an unchecked step does not replace any other, and a damaged one is ignored. Steps of earlier runs count as sound.
     """
 
     policy: Policy
     verdicts: Verdicts
 
     def kept(self, steps: Sequence[Step], now: datetime) -> dict[int, list[str]]:
-        """Return what either choice keeps."""
+        """Return the steps that either choice keeps."""
         unknown = self.verdicts.pending | self.verdicts.unchecked
         whole = [step for step in steps if step.step not in self.verdicts.damaged]
         sound = [step for step in whole if step.step not in unknown]

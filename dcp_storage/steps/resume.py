@@ -1,4 +1,4 @@
-"""Loads the newest sound step: all ranks take the same."""
+"""Loads the newest sound step, the same on all ranks."""
 
 import logging
 from collections.abc import Sequence
@@ -29,22 +29,22 @@ from dcp_storage.store.base import Store
 logger = logging.getLogger(__name__)
 
 _MOST_PASSED_OVER = 3
-"""More damaged steps than this are not one accident: somebody should look."""
+"""More damaged steps than this are not a single accident, and need attention."""
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A step that is there, and how many ranks saved it, if that is known."""
+    """A step to load, and the number of ranks that saved it, if known."""
 
     step: int
     ranks: int | None
 
 
 async def newest_below(root: Store, below: int | None) -> Candidate | None:
-    """Return the newest committed step, of those below another if that is given; `None` where there is none.
+    """Return the newest committed step (below `below`, if given), or `None` if there is none.
 
     Raises:
-        StoreError: The store failed, which never means that there is none.
+        StoreError: The store failed; a failure is never returned as `None`.
     """
     for step in sorted(await step_directories(root), reverse=True):
         store = root.child(directory_of(step))
@@ -54,18 +54,18 @@ async def newest_below(root: Store, below: int | None) -> Candidate | None:
 
 
 async def given(root: Store, step: int) -> Candidate:
-    """Return a step, whether it is there or not: its load tells."""
+    """Return a step, whether it exists or not: its load will report that."""
     return Candidate(step, await _ranks_of(root.child(directory_of(step))))
 
 
 async def _ranks_of(store: Store) -> int | None:
-    with suppress(ObjectNotFound, ManifestCorrupt, UnsupportedFormat):  # its load tells
+    with suppress(ObjectNotFound, ManifestCorrupt, UnsupportedFormat):  # its load will report that
         return (await fetch_head(store, MANIFEST)).world_size
     return None
 
 
 class Template:
-    """A state dict as DCP is to fill it: without `Stateful`s at its top, which may raise on a single rank."""
+    """A state dict for DCP to fill, without `Stateful`s at the top level, which may raise on a single rank."""
 
     def __init__(self, state: dict[str, Any]) -> None:
         self._state = state
@@ -76,7 +76,7 @@ class Template:
         self.places: Sequence[Place] = places(self.plain)
 
     def hand_over(self) -> None:
-        """Give what was loaded to the state dict and its `Stateful`s."""
+        """Pass the loaded values to the state dict and its `Stateful`s."""
         for key, held in self._state.items():
             if isinstance(held, Stateful):
                 held.load_state_dict(self.plain[key])
@@ -85,7 +85,7 @@ class Template:
 
 
 class Resume:
-    """One call of `Checkpoints.load`: all ranks go the same way."""
+    """One call of `Checkpoints.load`, with the same steps on all ranks."""
 
     def __init__(
         self,
@@ -100,13 +100,13 @@ class Resume:
         self._damages: list[BaseException] = []
 
     def load(self, step: int) -> int:
-        """Load a step, or raise why not."""
+        """Load a step, or raise."""
         with unwrapped():
             self._load(self._ranks.on_first(lambda: self._access.root.run(partial(given, step=step))))
         return step
 
     def load_newest(self, *, strict: bool) -> int | None:
-        """Load the newest step that is sound, or with `strict` the newest alone; `None` where there is none."""
+        """Load the newest sound step, or with `strict` only the newest; return `None` if there is none."""
         below: int | None = None
         while found := self._ranks.on_first(lambda: self._access.root.run(partial(newest_below, below=below))):  # noqa: B023
             try:
@@ -127,12 +127,12 @@ class Resume:
         self._damages.append(cause)
         self._upkeep.verdicts.damaged.add(step)
         if self._ranks.rank == 0:
-            logger.warning("step %d is damaged, and the one before it is loaded instead: %s", step, cause)
+            logger.warning("step %d is damaged; loading the one before it instead: %s", step, cause)
 
     def _load(self, found: Candidate) -> None:
         planner = self._planner or ShardedLoadPlanner()
         template, ranks = self._template, self._ranks
-        # On one rank alone something may be wrong with a `PerRank`.
+        # A `PerRank` may fail on a single rank.
         slots, _ = ranks.meet(lambda: (to_load(template.places, ranks.rank, ranks.size, found.ranks), None))
         reader = self._access.reader(found.step)
         with self._upkeep.using(found.step), standing_in(template.plain, template.places, slots):
@@ -141,6 +141,6 @@ class Resume:
 
     def _take(self, slots: Sequence[Any], planner: LoadPlanner, *, regrouped: bool) -> None:
         if self._damages and getattr(planner, "skipped", None):
-            raise self._damages[0]  # what this step lacks may be filled from the damaged one
+            raise self._damages[0]  # entries missing from this step may have been filled from the damaged one
         take(self._template.places, slots, regrouped=regrouped)
         self._template.hand_over()

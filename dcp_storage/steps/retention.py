@@ -1,4 +1,4 @@
-"""Removes old steps: decides by what the store lists, deletes the manifests, and then the objects."""
+"""Removes old steps: decides by the store's listing, deletes the manifests, and then the objects."""
 
 import logging
 import time
@@ -21,7 +21,7 @@ from dcp_storage.store.base import Store
 logger = logging.getLogger(__name__)
 
 Claim = Callable[[int], AbstractContextManager[bool]]
-"""Claims a step for removal while the block lasts, and says whether that may be: nobody here writes or reads it."""
+"""Claims a step for removal while the block runs; yields whether it is free, neither written nor read here."""
 
 
 @dataclass(frozen=True)
@@ -34,11 +34,11 @@ class Decision:
 
 
 def decide(steps: Sequence[Step], keep: Policy | None, in_use: Container[int], now: datetime) -> list[Decision]:
-    """Return which of the committed steps, ascending, are kept; always the newest, the last saved and those in use."""
+    """Decide which of the committed steps, ascending, to keep; always the newest, the last saved and those in use."""
     reasons = {step.step: ["no policy"] for step in steps} if keep is None else keep.kept(steps, now)
     for step in steps[-1:]:
         reasons.setdefault(step.step, []).append("the newest")
-    # After a return to an earlier step, what is saved now has a lower number than what was left behind.
+    # After a run has returned to an earlier step, new steps have lower numbers than those it left behind.
     if dated := [(step.created, step.step) for step in steps if step.created is not None]:
         reasons.setdefault(max(dated)[1], []).append("the last saved")
     for step in steps:
@@ -49,7 +49,7 @@ def decide(steps: Sequence[Step], keep: Policy | None, in_use: Container[int], n
 
 @contextmanager
 def unclaimed(step: int) -> Iterator[bool]:  # noqa: ARG001 - a `Claim`
-    """Claim a step where nobody in this process writes or reads any."""
+    """Claim a step if nothing in this process writes or reads steps."""
     yield True
 
 
@@ -62,7 +62,7 @@ async def prune_steps(
     dry_run: bool = False,
     dead_after: timedelta = A_DAY,
 ) -> list[Decision]:
-    """Remove what is not kept, and what saves left that wrote nothing for `dead_after`; return what was decided.
+    """Remove steps that are not kept, and what saves left that wrote nothing for `dead_after`; return the decisions.
 
     Raises:
         StoreError: The store failed.
@@ -84,7 +84,7 @@ async def prune_steps(
 
 
 async def _remove(store: Store, step: int, claim: Claim, dead_after: timedelta) -> str | None:
-    """Remove a committed step; return why not, if so."""
+    """Remove a committed step; return the reason if it was not removed."""
     with claim(step) as is_free:
         if not is_free:
             return "in use"
@@ -95,7 +95,7 @@ async def _remove(store: Store, step: int, claim: Claim, dead_after: timedelta) 
 
 
 async def _finish(root: Store, committed: Collection[int], claim: Claim, dead_after: timedelta) -> None:
-    """Remove what is left of steps whose removal was cut short, and of saves that died."""
+    """Remove what is left of steps whose removal was interrupted, and of interrupted saves."""
     for step in await step_directories(root):
         if step in committed:
             continue
@@ -107,18 +107,18 @@ async def _finish(root: Store, committed: Collection[int], claim: Claim, dead_af
 
 
 async def _clear(store: Store, dead_after: timedelta) -> None:
-    """Remove from a step without a manifest what was buried, and what dead saves left."""
+    """Remove what was buried, and what interrupted saves left, from a step without a manifest."""
     await unearth(store)
     try:
         await prune_store(store, dead_after)
-    except CheckpointNotFound:  # nothing of this package's saves is there
+    except CheckpointNotFound:  # there is nothing from this package's saves
         pass
-    except ManifestCorrupt as error:  # parts of some ranks: the others' may lie elsewhere
+    except ManifestCorrupt as error:  # parts of some ranks: the others may be elsewhere
         _tell_left(store.url, str(error))
     await store.remove_directory()
 
 
 @cache
 def _tell_left(url: str, why: str) -> None:
-    """Say so once: the next prune finds the same."""
+    """Log it once: the next prune finds the same."""
     logger.warning("%s is left as it is: %s", url, why)

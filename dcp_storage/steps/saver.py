@@ -1,4 +1,4 @@
-"""Saves steps, in the training's thread or beside it. All ranks do the same, and every failure is reported."""
+"""Saves steps, in the training thread or in the background. All ranks do the same, and every failure is reported."""
 
 import logging
 from concurrent.futures import Future
@@ -20,10 +20,10 @@ logger = logging.getLogger(__name__)
 
 
 class Saver:
-    """The saves of one `Checkpoints`, of which one at most goes on in the background.
+    """The saves of one `Checkpoints`, of which at most one runs in the background.
 
     Attributes:
-        failed: How many failed and were logged only.
+        failed: Number of saves that failed and were only logged.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class Saver:
         self._flight: SaveFuture | None = None
 
     def save(self, asked: Asked) -> int | None:
-        """Save a step while training waits; return it, or `None` where that failed and was logged."""
+        """Save a step while training waits; return it, or `None` if that failed and was logged."""
         try:
             self._save(asked)
         except Exception as error:  # noqa: BLE001 - raised unless it is to be logged
@@ -45,7 +45,7 @@ class Saver:
         return asked.step
 
     def begin(self, asked: Asked) -> SaveFuture:
-        """Copy a state, and save it beside training."""
+        """Copy a state, and save it in the background."""
         future = SaveFuture(asked.step)
         try:
             if not self._begin(asked, future):
@@ -57,7 +57,7 @@ class Saver:
 
     def _save(self, asked: Asked) -> None:
         prepared = self._prepare(asked)
-        assert prepared, "it waits for the save before it"
+        assert prepared, "it waits for the previous save"
         with self._upkeep.using(asked.step), unwrapped(), prepared.spread() as plain:
             group = self._ranks.asked
             dcp_save(plain, storage_writer=prepared.writer, planner=self._planner, process_group=group)
@@ -83,14 +83,14 @@ class Saver:
         return True
 
     def raise_failed(self) -> None:
-        """Wait for the save in the background, and raise what failed it, if nobody was told yet."""
+        """Wait for the save in the background, and raise its failure, if that was not reported yet."""
         failure = self._flight.take_failure() if self._flight else None
         self._flight = None
         if failure:
             raise failure
 
     def _prepare(self, asked: Asked) -> Prepared | None:
-        """Meet the other ranks; return `None` where nothing is to be saved, because a rank is busy."""
+        """Agree with the other ranks; return `None` if nothing is to be saved, because a rank is busy."""
         verdicts = self._upkeep.verdicts
 
         def here() -> tuple[Prepared | None, Told]:
@@ -111,7 +111,7 @@ class Saver:
         return prepared
 
     def _land(self, future: SaveFuture, rank: int, error: BaseException | None) -> None:
-        """Take the end of a save in the background, in its thread."""
+        """Handle the end of a save in the background, in its thread."""
         self._upkeep.release(future.step)
         if error is None:
             self._upkeep.committed(future.step, rank)
@@ -125,7 +125,7 @@ class Saver:
             future.set_exception(cause)
 
     def _tolerate(self, step: int, error: Exception) -> None:
-        """Log what failed a save, or raise it."""
+        """Log the failure of a save, or raise it."""
         if not self._is_logged(error):
             raise error
         self._log(step, error)
@@ -135,4 +135,4 @@ class Saver:
 
     def _log(self, step: int, error: BaseException) -> None:
         self.failed += 1
-        logger.error("step %s was not saved, and the run goes on (%d so far): %s", step, self.failed, error)
+        logger.error("step %s was not saved; the run continues (%d failed so far): %s", step, self.failed, error)

@@ -1,4 +1,4 @@
-"""What the ranks tell each other before they save a step, so that what is wrong on one is raised on all."""
+"""Data that ranks exchange before they save a step, so that an error on one is raised on all."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ from dcp_storage.steps.per_rank import Place, Slot, places, standing_in, to_save
 
 @dataclass(frozen=True)
 class Asked:
-    """What a program asks for; see `Checkpoints.save` and `async_save`."""
+    """The arguments of a save; see `Checkpoints.save` and `async_save`."""
 
     step: int
     state: dict[str, Any]
@@ -26,13 +26,13 @@ class Asked:
 
 @dataclass(frozen=True)
 class Told:
-    """What a rank tells the others before a save.
+    """What a rank sends the others before a save.
 
     Attributes:
         step: The step that it saves.
-        names: Its `PerRank`s.
-        verdicts: What its checks of earlier steps say.
-        busy: Whether its last save goes on, where that is a reason to save nothing.
+        names: The names of its `PerRank`s.
+        verdicts: Its verdicts on earlier steps.
+        busy: Whether its last save is still running, and this one is to be skipped for that.
     """
 
     step: int
@@ -43,7 +43,7 @@ class Told:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A state dict as DCP is to save it, with nothing in it that may raise on one rank alone before the ranks meet."""
+    """A state dict for DCP to save, without anything that may raise on a single rank before the ranks communicate."""
 
     plain: dict[str, Any]
     places: Sequence[Place]
@@ -52,7 +52,7 @@ class Prepared:
 
     @classmethod
     def of(cls, state: Mapping[str, Any], rank: int, writer: AsyncStorageWriter) -> "Prepared":
-        """Ask the `Stateful`s of a state dict, as DCP does."""
+        """Call `state_dict` of the `Stateful`s in a state dict, as DCP does."""
         plain = {key: held.state_dict() if isinstance(held, Stateful) else held for key, held in state.items()}
         found = places(plain)
         return cls(plain, found, to_save(found, rank), writer)
@@ -76,19 +76,19 @@ def check_step(step: object) -> int:
         ConfigError: It is not a step.
     """
     if not isinstance(step, int) or isinstance(step, bool) or step < 0:
-        raise ConfigError(f"the step is {step!r}; give a whole number from 0")
+        raise ConfigError(f"the step is {step!r}; pass a non-negative integer")
     return step
 
 
 def check_alike(told: Sequence[Told]) -> None:
-    """Check that all ranks save the same step, and have `PerRank`s of the same names.
+    """Check that all ranks save the same step, and have `PerRank`s with the same names.
 
     Raises:
         ConfigError: They do not.
     """
     steps = [each.step for each in told]
     if len(set(steps)) > 1:
-        raise ConfigError(f"the ranks save different steps: {steps[:8]}, by rank")
+        raise ConfigError(f"the ranks save different steps: by rank, {steps[:8]}")
     for rank, each in enumerate(told):
         if odd := sorted(set(each.names).symmetric_difference(told[0].names)):
-            raise ConfigError(f"{', '.join(odd)}: a PerRank on rank {rank} or on rank 0, and not on the other")
+            raise ConfigError(f"{', '.join(odd)}: a PerRank on only one of ranks {rank} and 0")

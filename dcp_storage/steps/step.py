@@ -1,4 +1,4 @@
-"""`Step`: a committed checkpoint of a run, as its head tells."""
+"""`Step`: a committed checkpoint of a run, as its head describes it."""
 
 import math
 from collections.abc import Mapping
@@ -18,10 +18,10 @@ class Step:
     Attributes:
         step: Its number.
         url: Where it is, without credentials.
-        created: When it was committed; `None` for stock checkpoints and damaged heads, which do not say.
-        raw_bytes: Size of what it holds in memory, likewise.
+        created: When it was committed; `None` if unknown, for stock checkpoints and damaged heads.
+        raw_bytes: Size of its contents in memory, likewise.
         stored_bytes: Size of its objects, likewise.
-        metrics: What its save said.
+        metrics: The metrics given when it was saved.
     """
 
     step: int
@@ -33,21 +33,21 @@ class Step:
 
 
 def info_of(step: int, metrics: Mapping[str, float] | None) -> dict[str, Any]:
-    """Return what the head of a step says of it.
+    """Return the `info` in the head of a step.
 
-    JSON has no number for NaN and the infinities: they are written as the text that `float` reads.
+    JSON has no NaN or infinity: they are written as strings that `float` can read.
 
     Raises:
-        ConfigError: A metric is not a number, or its name is not text.
+        ConfigError: A metric is not a number, or its name is not a string.
     """
     for name, value in (metrics or {}).items():
         if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, int | float):
-            raise ConfigError(f"metrics[{name!r}] is {value!r}; give numbers by name, such as {{'loss': loss.item()}}")
+            raise ConfigError(f"metrics[{name!r}] is {value!r}; pass numbers by name, such as {{'loss': loss.item()}}")
     return {"step": step, "metrics": {name: _written(float(value)) for name, value in (metrics or {}).items()}}
 
 
 def metrics_of(info: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics that a head holds, whoever wrote it."""
+    """Return the metrics in a head, whatever wrote it."""
     found = info.get("metrics")
     read = found.items() if isinstance(found, dict) else ()
     numbers = {name: _NOT_JSON.get(value, value) if isinstance(value, str) else value for name, value in read}

@@ -1,4 +1,4 @@
-"""What follows a commit, beside training: the step is checked, and old ones are removed."""
+"""Chores after a commit, during training: the step is checked, and old ones are removed."""
 
 import logging
 from collections import Counter
@@ -23,10 +23,10 @@ logger = logging.getLogger(__name__)
 
 
 class Upkeep:
-    """Checks what this rank wrote, and on the first rank removes what `keep` does not keep.
+    """Checks what this rank wrote, and on rank 0 removes steps that `keep` does not keep.
 
     Attributes:
-        verdicts: What checks say of the steps that were saved.
+        verdicts: The verdicts on the saved steps.
     """
 
     def __init__(self, access: Access, keep: Policy | None, verify: How | None) -> None:
@@ -52,7 +52,7 @@ class Upkeep:
 
     @contextmanager
     def using(self, step: int) -> Iterator[None]:
-        """Hold a step for a while."""
+        """Hold a step while a block runs."""
         self.hold(step)
         try:
             yield
@@ -60,7 +60,7 @@ class Upkeep:
             self.release(step)
 
     def committed(self, step: int, rank: int) -> None:
-        """Begin what follows the commit of a step on this rank."""
+        """Start the chores after the commit of a step on this rank."""
         self._rank = rank
         self.verdicts.damaged.discard(step)
         if self._verify:
@@ -73,12 +73,12 @@ class Upkeep:
         self._chores.wait()
 
     def end(self) -> None:
-        """Remove what the last verdicts allow to."""
+        """Remove what the last verdicts allow."""
         if self._verify and self._keep and self._rank == 0:
             self._prune_quietly()
 
     def prune(self, *, dry_run: bool) -> list[Decision]:
-        """Remove what is not to be kept, and return what was decided."""
+        """Remove steps that are not to be kept, and return the decisions."""
         keep = self._keep and ProvenOnly(self._keep, self.verdicts)
         with self._pruning:
             how = partial(prune_steps, keep=keep, in_use=_Held(self), claim=self._claim, dry_run=dry_run)
@@ -86,7 +86,7 @@ class Upkeep:
 
     @contextmanager
     def _claim(self, step: int) -> Iterator[bool]:
-        """Be a `Claim`."""
+        """Implement `Claim`."""
         with self._turn:
             is_free = not self.holds(step)
             if is_free:
@@ -123,11 +123,11 @@ class Upkeep:
         try:
             self.prune(dry_run=False)
         except DcpStorageError as error:
-            logger.warning("old steps were not all removed, and the next prune goes on: %s", error)
+            logger.warning("not all old steps were removed; the next prune will continue: %s", error)
 
 
 class _Held(Container[int]):
-    """The steps that an `Upkeep` holds now, while a prune goes on."""
+    """The steps that an `Upkeep` holds, looked up during a prune."""
 
     def __init__(self, upkeep: Upkeep) -> None:
         self._upkeep = upkeep

@@ -1,4 +1,4 @@
-"""`Kind`: what the planners and the stager ask of a tensor, whatever its type. A new kind is one new class of these."""
+"""`Kind`: the interface of tensors for the planners and the stager, whatever their type. A new kind is a new class."""
 
 from abc import ABC, abstractmethod
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from dcp_storage.geometry import Box, Shape
 
 
 class LocalShard(NamedTuple):
-    """A box of the global tensor, and the memory that holds it."""
+    """A box of the global tensor, and the memory for it."""
 
     box: Box
     memory: Tensor
@@ -24,10 +24,10 @@ class LocalShard(NamedTuple):
 class Kind(ABC):
     """One value of a state dict, as a part of a global tensor.
 
-    A kind that knows its parts gives them; one that has only hooks overrides what is made of the parts here.
+    A kind that knows its parts implements `parts`; one that only has hooks overrides the methods that use it.
 
     Attributes:
-        is_whole: Whether the value is all of its tensor, and itself the memory to read and write.
+        is_whole: Whether the value is its whole tensor, and is itself the memory to read and write.
     """
 
     is_whole = False
@@ -42,17 +42,17 @@ class Kind(ABC):
         """Return whether a value is of this kind."""
 
     def parts(self) -> list[LocalShard]:
-        """Return what this rank holds, in the order of its shards.
+        """Return the parts on this rank, in the order of its shards.
 
         Raises:
-            CoverageError: The value contradicts itself.
-            UnsupportedTensor: It is of a kind that cannot be told or held.
+            CoverageError: The value is inconsistent.
+            UnsupportedTensor: Its kind is not supported.
         """
         raise NotImplementedError
 
     @property
     def shape(self) -> Shape | None:
-        """The shape of the global tensor, or `None` where this rank cannot know it."""
+        """The shape of the global tensor, or `None` if this rank cannot know it."""
         return tuple(self.value.shape)
 
     @property
@@ -62,10 +62,10 @@ class Kind(ABC):
         return dtype
 
     def write_items(self) -> list[WriteItem]:
-        """Return what this rank would write.
+        """Return the items that this rank would write.
 
         Raises:
-            CoverageError: The value contradicts itself.
+            CoverageError: The value is inconsistent.
             UnsupportedTensor: It cannot be stored.
         """
         parts = self.parts()
@@ -74,22 +74,22 @@ class Kind(ABC):
         return [box_item(self.fqn, part.box, self.shape or (), self.dtype) for part in parts]
 
     def boxes(self) -> list[Box]:
-        """Return the boxes that this rank wants read, in the order of its shards.
+        """Return the boxes that this rank wants to read, in the order of its shards.
 
         Raises:
-            CoverageError: The value contradicts itself.
-            UnsupportedTensor: It is of a kind that cannot be told or held.
+            CoverageError: The value is inconsistent.
+            UnsupportedTensor: Its kind is not supported.
         """
         return [part.box for part in self.parts()]
 
     def shard(self, index: MetadataIndex) -> Tensor:
         """Return the memory of one of this rank's boxes.
 
-        The index's hint is the box's place among those of this rank: with it, shards that share an offset are told
-        apart. Without an offset it means the only one.
+        The index's hint is the position of the box among those of this rank; it distinguishes shards that share an
+        offset. Without an offset the index means the only one.
 
         Raises:
-            CoverageError: There is none.
+            CoverageError: There is no such box.
             UnsupportedTensor: The value's own hook failed.
         """
         parts = self.parts()
@@ -101,13 +101,13 @@ class Kind(ABC):
         for part in parts:
             if part.box.offsets == wanted:
                 return part.memory
-        raise CoverageError(f"{self.fqn}: this rank holds no shard that begins at {list(wanted)}", fqn=self.fqn)
+        raise CoverageError(f"{self.fqn}: this rank has no shard that begins at {list(wanted)}", fqn=self.fqn)
 
     def materialized(self) -> Any:
-        """Return a value like this one with memory where it has none, on the device of the process group, else itself.
+        """Return the value itself, or if it is on the meta device, one like it on the process group's device.
 
         Raises:
-            UnsupportedTensor: It is of a type whose memory only its own code can make.
+            UnsupportedTensor: Only the code of its type can allocate its memory.
         """
         if self.value.device.type != "meta":
             return self.value
@@ -115,19 +115,19 @@ class Kind(ABC):
             made = torch.empty_like(self.value, device=group_device(), requires_grad=False)
         except (NotImplementedError, RuntimeError, TypeError) as error:
             raise self.no_memory() from error
-        # Attributes make a plain tensor a shard, or give it the hooks of one.
+        # Attributes may make a plain tensor a shard, or give it hooks.
         made.__dict__.update(self.value.__dict__)
         return made
 
     def no_memory(self) -> UnsupportedTensor:
-        """Return the error that asks the user to make the memory."""
+        """Return the error that asks the user to allocate the memory."""
         kind = type(self.value).__name__
         return UnsupportedTensor(
-            f"{self.fqn} is a {kind} on the meta device: give it memory before the load", fqn=self.fqn
+            f"{self.fqn} is a {kind} on the meta device: allocate its memory before the load", fqn=self.fqn
         )
 
     def ask(self, hook: str, *arguments: Any) -> Any:
-        """Call a hook of the value's own.
+        """Call one of the value's own hooks.
 
         Raises:
             UnsupportedTensor: It failed.
@@ -142,8 +142,8 @@ class Kind(ABC):
 
 
 def dispatches(tensor: Tensor) -> bool:
-    """Return whether a tensor's type overrides torch's operations: its memory may then not be what it looks like."""
-    # The attribute is the same object for every class that leaves dispatch to torch, Parameter among them.
+    """Return whether a tensor's type overrides torch's operations: then its memory may not be what it appears to be."""
+    # The attribute is the same object for every class that leaves dispatch to torch, including Parameter.
     return type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
@@ -151,11 +151,11 @@ def check_plain(fqn: str, tensor: Tensor) -> None:
     """Refuse a tensor that is not plain strided memory.
 
     Raises:
-        UnsupportedTensor: It is sparse, quantized, on the meta device, or a subclass with operations of its own.
+        UnsupportedTensor: It is sparse, quantized, on the meta device, or a subclass that overrides operations.
     """
     if tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized or dispatches(tensor)):
         return
     kind = f"{type(tensor).__name__} of layout {tensor.layout} on device {tensor.device}"
     raise UnsupportedTensor(
-        f"{fqn} is a {kind}; what is stored must be plain strided memory: save its parts as tensors", fqn=fqn
+        f"{fqn} is a {kind}; only plain strided memory can be stored: save its parts as tensors", fqn=fqn
     )

@@ -1,4 +1,4 @@
-"""DTensors: one box by DCP's own arithmetic, several where the placements or the local tensor say so."""
+"""DTensors: one box by DCP's own arithmetic, or several if the placements or the local tensor say so."""
 
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from dcp_storage.geometry import Box
 
 
 class Distributed(Hooked):
-    """A DTensor; hooks of its local tensor (a wrapper's, Megatron's) count for more than its placements."""
+    """A DTensor; hooks of its local tensor (a wrapper's, Megatron's) take precedence over its placements."""
 
     @staticmethod
     def takes(value: Any) -> bool:
@@ -27,7 +27,7 @@ class Distributed(Hooked):
 
     @cached_property
     def _is_here(self) -> bool:
-        """Whether this rank has a part in it: the mesh may be of other ranks only."""
+        """Whether this rank is part of the mesh."""
         return self.value.device_mesh.get_coordinate() is not None
 
     @cached_property
@@ -39,15 +39,15 @@ class Distributed(Hooked):
         return None if has_hooks(self._local) else pieces_of(self.fqn, self.value)
 
     def parts(self) -> list[LocalShard]:
-        """Return the pieces of a DTensor that is cut otherwise than `Shard` cuts."""
+        """Return the pieces of a DTensor that is not cut as `Shard` does."""
         return [LocalShard(piece.box, self._local[piece.local.slices]) for piece in self._pieces or ()]
 
     def write_items(self) -> list[WriteItem]:
-        """Return what this rank would write.
+        """Return the items that this rank would write.
 
         Raises:
-            CoverageError: The local tensor contradicts the placements, or its hooks returned no items.
-            UnsupportedTensor: It is of partial sums, or a placement or the local tensor is of an unknown kind.
+            CoverageError: The local tensor contradicts the placements, or its hooks did not return items.
+            UnsupportedTensor: It has partial sums, or a placement or the local tensor is of an unknown kind.
         """
         if not self._is_here:
             return []
@@ -58,11 +58,11 @@ class Distributed(Hooked):
         items = super().write_items()
         if items or self.value.numel():
             return items
-        # Else no rank would tell of the tensor.
+        # Otherwise no rank would report the tensor.
         return [box_item(self.fqn, Box((0,) * self.value.dim(), self.shape or ()), self.shape or (), self.dtype)]
 
     def boxes(self) -> list[Box]:
-        """Return the boxes that this rank wants read.
+        """Return the boxes that this rank wants to read.
 
         Raises:
             CoverageError: See `write_items`.
@@ -73,11 +73,11 @@ class Distributed(Hooked):
         return super().boxes() if self._pieces is None else [piece.box for piece in self._pieces]
 
     def shard(self, index: MetadataIndex) -> Tensor:
-        """Return the local tensor, or the piece of it that is one of the boxes."""
+        """Return the local tensor, or the piece of it for one of the boxes."""
         return super().shard(index) if self._pieces is None else Kind.shard(self, index)
 
     def materialized(self) -> Any:
-        """Return a DTensor over local memory."""
+        """Return a DTensor over allocated local memory."""
         kind = Wrapper if Wrapper.takes(self._local) else Plain
         filled = kind(self.fqn, self._local).materialized()
         return self.value if filled is self._local else with_local_tensor(self.value, filled)

@@ -1,4 +1,4 @@
-"""Values with DCP's three hooks: types of any library, and `LocalShardsWrapper`."""
+"""Values with DCP's three hooks: types from any library, and `LocalShardsWrapper`."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ _HOOKS = ("__create_write_items__", "__create_chunk_list__", "__get_tensor_shard
 
 
 def has_hooks(value: Any) -> bool:
-    """Return whether a value has any of DCP's hooks, of its type or its own."""
+    """Return whether a value has any of DCP's hooks, on its type or on itself."""
     return any(hasattr(value, hook) for hook in _HOOKS)
 
 
 class Hooked(Kind):
-    """A value of any type that has some of DCP's hooks, whose answers are checked, and else is plain."""
+    """A value with some of DCP's hooks, whose results are checked; without a hook it is treated as plain."""
 
     @staticmethod
     def takes(value: Any) -> bool:
@@ -30,10 +30,10 @@ class Hooked(Kind):
         return has_hooks(value)
 
     def write_items(self) -> list[WriteItem]:
-        """Return what the value's hook returns.
+        """Return the items that the value's hook returns.
 
         Raises:
-            CoverageError: That is something else than items of this entry.
+            CoverageError: The hook did not return items of this entry.
             UnsupportedTensor: The hook failed.
         """
         hook = "__create_write_items__"
@@ -60,7 +60,7 @@ class Hooked(Kind):
         """Return the chunks that the value's hook returns.
 
         Raises:
-            CoverageError: Those are not chunks.
+            CoverageError: They are not chunks.
             UnsupportedTensor: The hook failed.
         """
         hook = "__create_chunk_list__"
@@ -76,10 +76,10 @@ class Hooked(Kind):
             ) from error
 
     def shard(self, index: MetadataIndex) -> Tensor:
-        """Return what the value's hook finds.
+        """Return the tensor that the value's hook finds.
 
         Raises:
-            CoverageError: That is not a tensor.
+            CoverageError: The hook did not return a tensor.
             UnsupportedTensor: The hook failed.
         """
         hook = "__get_tensor_shard__"
@@ -95,7 +95,7 @@ class Hooked(Kind):
         """Return a value of the same type with memory.
 
         Raises:
-            UnsupportedTensor: The type cannot be made anew.
+            UnsupportedTensor: The type cannot be created this way.
         """
         made = super().materialized()
         if type(made) is not type(self.value):
@@ -104,9 +104,9 @@ class Hooked(Kind):
 
 
 class Wrapper(Hooked):
-    """A bare `LocalShardsWrapper`: it knows its own shards and no global shape.
+    """A bare `LocalShardsWrapper`: it knows its own shards but no global shape.
 
-    What it reaches stands for the shape in a save, and the largest of all ranks is the tensor's.
+    A save uses the extent of its shards as the shape, and the largest of all ranks is the tensor's.
     """
 
     @staticmethod
@@ -136,7 +136,7 @@ class Wrapper(Hooked):
         """Return a wrapper whose shards have memory.
 
         Raises:
-            UnsupportedTensor: The memory of one cannot be made.
+            UnsupportedTensor: The memory of one cannot be allocated.
         """
         shards = self.value.local_shards()
         filled = [Plain(self.fqn, shard).materialized() for shard in shards]

@@ -10,11 +10,11 @@ from dcp_storage.dcp.kinds.plain import Checkpointable, Plain, Sharded
 from dcp_storage.dcp.undocumented import settled
 
 _KINDS: tuple[type[Kind], ...] = (Distributed, Wrapper, Hooked, Checkpointable, Sharded, Plain)
-"""In the order of DCP's own rules: hooks before attributes, and attributes before what the type says."""
+"""In the order of DCP's own rules: hooks before attributes, and attributes before the type."""
 
 
 def kind_of(fqn: str, value: Tensor) -> Kind:
-    """Return what a tensor is a part of, by its type, its hooks and its attributes."""
+    """Return the kind of a tensor, by its type, its hooks and its attributes."""
     if type(value) in {Tensor, torch.nn.Parameter} and not value.__dict__:  # by far the most common
         return Plain(fqn, value)
     value = settled(value)

@@ -1,4 +1,4 @@
-"""Which boxes of its global tensor a DTensor holds if its placements are not plain `Shard`s: they are asked by row."""
+"""The boxes that a DTensor holds if its placements are not plain `Shard`s: placements are asked to cut row indices."""
 
 from itertools import product
 from math import prod
@@ -12,7 +12,7 @@ from dcp_storage.dcp.undocumented import StridedShard, local_tensor, split_as
 from dcp_storage.errors import CoverageError, UnsupportedTensor
 from dcp_storage.geometry import Box
 
-_Run = tuple[int, int, int]  # first index in the local tensor, first index in the global one, how many
+_Run = tuple[int, int, int]  # first index in the local tensor, first index in the global one, length
 
 
 class LocalPiece(NamedTuple):
@@ -23,13 +23,13 @@ class LocalPiece(NamedTuple):
 
 
 def pieces_of(fqn: str, value: DTensor) -> list[LocalPiece] | None:
-    """Return the pieces that a DTensor holds whose placements cut it otherwise than `Shard`; `None` for any other.
+    """Return the pieces of a DTensor whose placements do not cut it as `Shard` does, or `None` for any other.
 
-    DCP knows one box a DTensor. For FSDP over TP that is right as long as the rows divide evenly; with the TP dimension
-    replicated again, an odd split factor, or an interleaved placement of one's own, a rank holds rows that are apart.
+    DCP supports one box per DTensor. For FSDP over TP that is right as long as the rows divide evenly; with the TP
+    dimension replicated again, an odd split factor, or a custom interleaved placement, a rank's rows are scattered.
 
     Raises:
-        CoverageError: The local tensor's shape does not tell, or contradicts, which elements it holds.
+        CoverageError: The local tensor's shape contradicts the placements, or does not determine its elements.
         UnsupportedTensor: A placement does not say how it cuts.
     """
     if not any(_has_to_be_asked(fqn, placement) for placement in value.placements):
@@ -47,7 +47,7 @@ def _has_to_be_asked(fqn: str, placement: Placement) -> bool:
     if isinstance(placement, Shard | Replicate) and not changed:
         return False
     raise UnsupportedTensor(
-        f"{fqn} has the placement {placement!r}, a {type(placement).__name__}, which does not say by _split_tensor "
+        f"{fqn} has the placement {placement!r}, a {type(placement).__name__}, which does not say in _split_tensor "
         "which elements a rank holds. Redistribute it to plain Shard placements first",
         fqn=fqn,
     )
@@ -73,8 +73,8 @@ def _runs(fqn: str, value: DTensor, dim: int) -> list[_Run]:
 def _held_indices(fqn: str, value: DTensor, dim: int) -> Tensor:
     """Return the global indices that the local tensor holds along a dimension.
 
-    FSDP shards what TP left, which is the placements from right to left; `distribute_tensor` goes from left to right.
-    The two differ where rows do not divide evenly, and then the local tensor's extent must tell which it was.
+    FSDP shards the result of TP, which is the placements from right to left; `distribute_tensor` goes from left to
+    right. The two differ if rows do not divide evenly, and then the local tensor's extent must show which it was.
     """
     extent = local_tensor(value).shape[dim]
     known = all(type(placement) in {Shard, StridedShard} for _, placement in _shards(value, dim))
@@ -82,9 +82,9 @@ def _held_indices(fqn: str, value: DTensor, dim: int) -> Tensor:
     fitting = [index for index in readings if index is not None and len(index) == extent]
     if not fitting or any(not torch.equal(index, fitting[0]) for index in fitting):
         raise CoverageError(
-            f"{fqn}: a local tensor of {extent} along dimension {dim} does not tell which part of "
+            f"{fqn}: with a local size of {extent} in dimension {dim} it is ambiguous which part of "
             f"{value.shape[dim]} the placements {value.placements} on a mesh of {tuple(value.device_mesh.shape)} "
-            "mean. Redistribute it to plain Shard placements first, or pad that dimension to divide evenly",
+            "select. Redistribute it to plain Shard placements first, or pad that dimension to divide evenly",
             fqn=fqn,
         )
     return fitting[0]
@@ -98,7 +98,7 @@ def _left_to_right(value: DTensor, dim: int) -> Tensor:
 
 
 def _right_to_left(value: DTensor, dim: int) -> Tensor | None:
-    """Cut as FSDP over TP does; return `None` where the split factors say otherwise."""
+    """Cut as FSDP over TP does; return `None` if the split factors contradict that."""
     index, sizes = _all_indices(value, dim), list[int]()
     for mesh_dim, placement in reversed(_shards(value, dim)):
         if getattr(placement, "split_factor", prod(sizes)) != prod(sizes) or (
@@ -127,7 +127,7 @@ def _all_indices(value: DTensor, dim: int) -> Tensor:
 def _cut(value: DTensor, index: Tensor, mesh_dim: int, placement: Shard | StridedShard) -> Tensor:
     """Return this rank's part of a row of indices, cut by the placement itself."""
     coordinate = value.device_mesh.get_coordinate()
-    assert coordinate is not None, "ranks outside of the mesh hold nothing and are not asked"
+    assert coordinate is not None, "ranks outside the mesh hold nothing and are not asked"
     count = value.device_mesh.size(mesh_dim)
     return split_as(placement, index, count)[coordinate[mesh_dim]]
 

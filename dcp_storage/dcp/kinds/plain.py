@@ -13,7 +13,7 @@ from dcp_storage.geometry import Box, Shape, contains, whole
 
 
 class Plain(Kind):
-    """A tensor that is all of itself; of a subclass with operations of its own, a destination that `copy_` fills."""
+    """A whole tensor; one of a subclass that overrides operations is only a destination, which `copy_` fills."""
 
     is_whole = True
 
@@ -27,7 +27,7 @@ class Plain(Kind):
         return [LocalShard(whole(tuple(self.value.shape)), self.value)]
 
     def boxes(self) -> list[Box]:
-        """Return the one box."""
+        """Return the only box."""
         return [whole(tuple(self.value.shape))]
 
     def write_items(self) -> list[WriteItem]:
@@ -42,38 +42,38 @@ class Plain(Kind):
 
 
 SHARD_ATTRIBUTES = ("global_shape", "global_offsets", "local_offsets", "local_sizes")
-"""What makes a plain tensor shards of a global one."""
+"""The attributes that make a plain tensor shards of a global one."""
 
 
 class Checkpointable(Kind):
-    """A local tensor whose four attributes say which boxes of it are which of a global tensor; the rest is padding.
+    """A local tensor whose four attributes map boxes of it to those of a global tensor; the rest is padding.
 
-    Torch 2.14 calls this protocol `CheckpointableTensor`. A type with DCP's hooks is what the hooks say, even if it
-    carries the attributes.
+    Torch 2.14 calls this protocol `CheckpointableTensor`. DCP's hooks take precedence, even if a type also has the
+    attributes.
     """
 
     @staticmethod
     def takes(value: Any) -> bool:
-        """Take a tensor that carries all four attributes."""
+        """Take a tensor that has all four attributes."""
         return isinstance(value, Tensor) and all(hasattr(value, name) for name in SHARD_ATTRIBUTES)
 
     @property
     def shape(self) -> Shape:
-        """What the value says."""
+        """The `global_shape` of the value."""
         return tuple(map(int, self.value.global_shape))
 
     def parts(self) -> list[LocalShard]:
         """Return a view of each shard.
 
         Raises:
-            CoverageError: The attributes are not such boxes.
+            CoverageError: The attributes do not define such boxes.
         """
         try:
             return [self._part(*places) for places in self._places()]
         except (TypeError, ValueError) as error:
             raise CoverageError(
-                f"{self.fqn}: its attributes global_shape, global_offsets, local_offsets and local_sizes are not those "
-                f"of shards: {error}",
+                f"{self.fqn}: its attributes global_shape, global_offsets, local_offsets and local_sizes do not define "
+                f"shards: {error}",
                 fqn=self.fqn,
             ) from error
 
@@ -86,9 +86,9 @@ class Checkpointable(Kind):
 
     def _part(self, box: Box, local: Box) -> LocalShard:
         if not contains(self.shape, box):
-            raise ValueError(f"{box} is outside of the global shape {list(self.shape)}")
+            raise ValueError(f"{box} is outside the global shape {list(self.shape)}")
         if not contains(tuple(self.value.shape), local):
-            raise ValueError(f"{local} is outside of the local shape {list(self.value.shape)}")
+            raise ValueError(f"{local} is outside the local shape {list(self.value.shape)}")
         return LocalShard(box, self.value[local.slices])
 
 
@@ -114,10 +114,10 @@ class Sharded(Kind):
         ]
 
     def materialized(self) -> Any:
-        """Return the value, whose memory only torch's own code can make.
+        """Return the value, whose memory only torch's own code can allocate.
 
         Raises:
-            UnsupportedTensor: It has none.
+            UnsupportedTensor: It has no memory.
         """
         if self.value.device.type == "meta" or any(part.memory.device.type == "meta" for part in self.parts()):
             raise self.no_memory()

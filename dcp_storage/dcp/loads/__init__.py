@@ -1,1 +1,1 @@
-"""Loads: from DCP's plan to bytes in their places."""
+"""Loads: from DCP's plan to bytes in their destinations."""

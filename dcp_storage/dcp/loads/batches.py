@@ -1,4 +1,4 @@
-"""Small chunks that go to an accelerator: decoded one behind the other on the host, and copied there together."""
+"""Small chunks for an accelerator: decoded to one piece of host memory, and copied together."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -13,21 +13,21 @@ from dcp_storage.dcp.undocumented import copy_all
 
 
 class Member(Protocol):
-    """A chunk whose destinations are on one device."""
+    """A stored chunk whose destinations are all on one device."""
 
     @property
     def nbytes(self) -> int:
         """Raw size of the chunk in bytes."""
 
     def copies(self, start: int, elements: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield every destination of the chunk's elements from byte `start` on, with what belongs there."""
+        """Yield each destination of the chunk's elements from byte `start` on, with its elements."""
 
     def commit(self) -> None:
-        """Hand the destinations over, once they are filled."""
+        """Return the filled destinations to the planner."""
 
 
 class Room(NamedTuple):
-    """Where in a batch a chunk is decoded."""
+    """The place of a chunk in a batch."""
 
     batch: "_Batch"
     memory: memoryview
@@ -40,7 +40,7 @@ class Batches:
         self._filling: dict[Batchable, _Batch] = {}
 
     def join(self, member: Member, which: Batchable) -> Room:
-        """Return room for a chunk in the batch with those before it, as long as there is some."""
+        """Return room for a chunk, in the current batch if it fits there."""
         batch = self._filling.get(which)
         if batch is None or not batch.has_room(member):
             if batch:
@@ -49,7 +49,7 @@ class Batches:
         return batch.join(member)
 
     def finish(self) -> None:
-        """Copy what is left."""
+        """Copy the batches that are not full."""
         for batch in self._filling.values():
             batch.end()
 
@@ -74,12 +74,12 @@ class _Batch:
         return Room(self, self._memory[start : self._nbytes])
 
     def filled(self) -> None:
-        """Note that one of the members is decoded."""
+        """Record that one of the members is decoded."""
         self._unfilled -= 1
         self._copy_if_whole()
 
     def end(self) -> None:
-        """Take no more members."""
+        """Accept no more members."""
         self._ended = True
         self._copy_if_whole()
 
@@ -89,7 +89,7 @@ class _Batch:
             for member in self._members:
                 member.commit()
 
-    @torch.inference_mode()  # destinations that were made in it take writes in it only
+    @torch.inference_mode()  # tensors created in inference mode can only be written in it
     def _copy(self) -> None:
         item = self._host.element_size()
         sizes = [member.nbytes // item for member in self._members]

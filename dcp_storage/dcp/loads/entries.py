@@ -1,4 +1,4 @@
-"""Entries that are not tensors: built-in values, or `torch.save` containers read without running what they name."""
+"""Non-tensor entries: built-in values, or `torch.save` containers that are read without running what they name."""
 
 import io
 from typing import Any, Literal
@@ -19,11 +19,11 @@ TrustPolicy = Literal["listed", "all"]
 
 
 def load_entry(fqn: str, value: io.BytesIO, allowed: Allowed = (), *, trust: TrustPolicy = "listed") -> Any:
-    """Return the object in an entry: of types that run no code, or that are allowed.
+    """Return the object in an entry, if its types run no code or are allowed.
 
     Raises:
-        UnsupportedEntry: It holds another type, no code of which ran; or an allowed type cannot take what was stored.
-        BlockCorrupt: It is not what a save makes.
+        UnsupportedEntry: It contains another type, whose code did not run; or an allowed type cannot be rebuilt.
+        BlockCorrupt: It is not in the format that a save writes.
     """
     data = value.getvalue()
     try:
@@ -46,28 +46,28 @@ def _rebuild(fqn: str, container: Container, allowed: Allowed) -> Any:
         raise _damaged(fqn, str(error)) from error
     except Failed as error:
         raise UnsupportedEntry(
-            f"{fqn} could not be rebuilt: {error}. It is stored whole; has the type changed since? Load it with the "
+            f"{fqn} could not be rebuilt: {error}. Its bytes are intact; has the type changed since? Load it with the "
             "code that saved it, or leave it out of the state dict",
             fqn=fqn,
         ) from error
-    except Exception as error:  # hashing and comparing run what is listed, too
+    except Exception as error:  # hashing and comparing run listed code, too
         raise UnsupportedEntry(f"{fqn} could not be rebuilt: {type(error).__name__}: {error}", fqn=fqn) from error
 
 
 def _untrusted(fqn: str, refused: Refused, names: list[str]) -> UnsupportedEntry:
     if names:
-        says = f"{fqn} holds what is not loaded from an untrusted checkpoint: {', '.join(names)}. "
-        advice = f"If you trust it, list its types: ShardedLoadPlanner(allowed_types=[{', '.join(names)}])"
+        says = f"{fqn} holds types that are not loaded from an untrusted checkpoint: {', '.join(names)}. "
+        advice = f"If you trust them, list them: ShardedLoadPlanner(allowed_types=[{', '.join(names)}])"
     else:
         says = f"{fqn} holds a pickle that {refused}, which no listed type explains. "
-        advice = 'If you trust all of the checkpoint, ShardedLoadPlanner(trust="all") runs whatever it holds'
+        advice = 'If you trust the whole checkpoint, ShardedLoadPlanner(trust="all") runs any code in it'
     return UnsupportedEntry(says + advice, fqn=fqn, names=tuple(names))
 
 
 def _load_anything(fqn: str, value: io.BytesIO) -> Any:
     try:
         return torch.load(value, map_location="cpu", weights_only=False)
-    except Exception as error:  # anybody's code
+    except Exception as error:  # arbitrary code
         raise UnsupportedEntry(f"{fqn} could not be unpickled: {type(error).__name__}: {error}", fqn=fqn) from error
 
 

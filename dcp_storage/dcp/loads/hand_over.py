@@ -1,4 +1,4 @@
-"""Gives a planner the entries that were read, in the form that it knows."""
+"""Passes entries that were read to a planner, in the form that it expects."""
 
 import io
 
@@ -13,10 +13,10 @@ from dcp_storage.format.values import is_value
 
 
 def hand_over(planner: LoadPlanner, read: ReadItem, data: bytes | memoryview) -> None:
-    """Give an entry to a planner.
+    """Pass an entry to a planner.
 
-    DCP's default planner would run any code in it: what it sets is loaded here, and trusts what
-    `torch.serialization.add_safe_globals` lists. A planner of another kind gets what its own save stored, or a
+    DCP's default planner would run any code in it, so the entry is loaded here, with trust in the types listed by
+    `torch.serialization.add_safe_globals`. Another kind of planner gets the bytes that its own save stored, or a
     `torch.save` container of a built-in value.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Checkpoints of this package, loaded into a plan: the blocks that hold what is wanted, fetched and decoded once."""
+"""Loads checkpoints of this package into a plan: the blocks that are needed are fetched and decoded once."""
 
 from typing import NamedTuple
 
@@ -27,8 +27,8 @@ async def load_native(context: Context, manifest: Manifest, plan: LoadPlan, plan
 
     Raises:
         BlockCorrupt: A block failed its check twice.
-        CoverageError: The plan reads what is not in the checkpoint.
-        ObjectNotFound: An object is not there.
+        CoverageError: The plan reads something that is not in the checkpoint.
+        ObjectNotFound: An object is missing.
         StoreError: A range could not be read.
     """
     batches = Batches()
@@ -49,7 +49,7 @@ class _Chunk(NamedTuple):
 
 @gc_paused
 def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner, batches: Batches) -> list[LoadItem]:
-    """Group the reads by the stored chunk that they read: resharding aims many at one."""
+    """Group the reads by stored chunk: resharding may read one many times."""
     items = []
     chunks: dict[tuple[str, int], _Chunk] = {}
     for read, shared in zip(plan.items, shared_items(plan), strict=True):
@@ -88,4 +88,4 @@ def _chunk_item(chunk: _Chunk, codec: StoredCodec, planner: LoadPlanner, batches
 
 
 def _not_stored(fqn: str) -> CoverageError:
-    return CoverageError(f"the plan reads {fqn}, which the checkpoint does not hold", fqn=fqn)
+    return CoverageError(f"the plan reads {fqn}, which is not in the checkpoint", fqn=fqn)

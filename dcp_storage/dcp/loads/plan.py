@@ -1,4 +1,4 @@
-"""How the bytes of each kind of checkpoint become what a plan asks for: the one place that tells the kinds apart."""
+"""Loads each kind of checkpoint into a plan: the only place that distinguishes the kinds."""
 
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 
@@ -11,7 +11,7 @@ from dcp_storage.transfer.context import Context
 
 
 async def load_plan(context: Context, contents: Contents, plan: LoadPlan, planner: LoadPlanner) -> None:
-    """Read every item of a plan; see `load_native` and `load_stock` for what is raised."""
+    """Read every item of a plan; see `load_native` and `load_stock` for the errors."""
     if isinstance(contents, StockManifest):
         await load_stock(context, contents, plan, planner)
     else:

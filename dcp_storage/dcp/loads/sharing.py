@@ -1,4 +1,4 @@
-"""What several ranks of one machine read: its disk should read that once, and its page cache serve the others."""
+"""Finds what several ranks on one machine read: its disk should read that once, its page cache serve the rest."""
 
 import socket
 from collections import defaultdict
@@ -13,12 +13,12 @@ from xxhash import xxh3_64_intdigest
 
 
 class Wanted(NamedTuple):
-    """What a rank tells the others of its plan.
+    """What a rank tells the coordinator about its plan.
 
     Attributes:
-        identity: Which save it read the manifest of.
+        identity: The save whose manifest it read.
         host: The machine that it runs on.
-        chunks: A number for the stored chunk of each item; two chunks may have the same one, at the cost of some speed.
+        chunks: A hash of the stored chunk of each item; a collision only costs speed.
     """
 
     identity: Any
@@ -27,12 +27,12 @@ class Wanted(NamedTuple):
 
 
 def wanted_of(plan: LoadPlan, identity: Any) -> Wanted:
-    """Return what a rank tells of its plan."""
+    """Return what a rank tells about its plan."""
     return Wanted(identity, socket.gethostname(), np.fromiter(map(_number, plan.items), np.uint64, len(plan.items)))
 
 
 def mark_shared(plans: Sequence[LoadPlan]) -> list[LoadPlan]:
-    """Return the plans of all ranks, each with whether other ranks of its machine read the chunks of its items, too."""
+    """Return the plans, with a mark for each item: whether other ranks on the same machine read its chunk too."""
     by_host: defaultdict[str, list[NDArray[np.uint64]]] = defaultdict(list)
     for plan in plans:
         by_host[plan.storage_data.host].append(plan.storage_data.chunks)
@@ -43,7 +43,7 @@ def mark_shared(plans: Sequence[LoadPlan]) -> list[LoadPlan]:
 
 
 def shared_items(plan: LoadPlan) -> Iterable[bool]:
-    """Return for each item of a marked plan whether its chunk is shared; none is where the planner has changed it."""
+    """Return for each item of a marked plan whether its chunk is shared; if the planner changed the plan, none is."""
     marks = plan.storage_data
     if isinstance(marks, np.ndarray) and len(marks) == len(plan.items):
         return list(map(bool, marks))
@@ -56,6 +56,6 @@ def _number(read: ReadItem) -> int:
 
 
 def _common(chunks: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
-    """Return the numbers that more than one rank has."""
+    """Return the hashes that more than one rank has."""
     numbers, counts = np.unique(np.concatenate([np.unique(each) for each in chunks]), return_counts=True)
     return numbers[counts > 1]

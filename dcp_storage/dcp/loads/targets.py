@@ -1,4 +1,4 @@
-"""Targets: where the bytes of tensors and of other entries go, as the load pipeline fills them."""
+"""Targets: the destinations of tensors and of other entries, which the load pipeline fills."""
 
 from collections.abc import Callable, Iterator, Sequence
 from math import prod
@@ -20,7 +20,7 @@ from dcp_storage.geometry import Box, Shape, boxes_of_run, flat_extent, intersec
 
 
 class BytesTarget:
-    """Collects a whole entry that is not a tensor, and gives it to the planner."""
+    """Collects a whole non-tensor entry, and passes it to the planner."""
 
     def __init__(self, read: ReadItem, nbytes: int, planner: LoadPlanner) -> None:
         self._read = read
@@ -32,46 +32,46 @@ class BytesTarget:
         """Allocate; the size was validated against the number of stored blocks.
 
         Raises:
-            UnsupportedFormat: This machine has no memory for it.
+            UnsupportedFormat: There is not enough memory for it.
         """
         try:
             self._data = memoryview(bytearray(self._nbytes))
         except MemoryError as error:
             fqn = self._read.storage_index.fqn
-            raise UnsupportedFormat(f"{fqn} is an entry of {self._nbytes} bytes: no memory for it", fqn=fqn) from error
+            raise UnsupportedFormat(f"{fqn} is an entry of {self._nbytes} bytes: not enough memory", fqn=fqn) from error
 
     def direct(self, start: int, stop: int) -> memoryview:
         """Return the slice's memory."""
         return self._data[start:stop]
 
     def fill(self, start: int, stop: int, decode: Callable[[memoryview], None]) -> None:
-        """Decode where the slice belongs."""
+        """Decode the slice into place."""
         decode(self.direct(start, stop))
 
     def close(self) -> None:
-        """Let the planner make an object of the bytes."""
+        """Let the planner load the bytes."""
         hand_over(self._planner, self._read, self._data)
 
 
 class _Part(NamedTuple):
-    """One read of a chunk: which box of it goes where."""
+    """One read of a chunk, and the destination of its box."""
 
     read: ReadItem
     box: Box
-    tensor: Tensor  # what the planner gave
-    target: Tensor  # what the blocks are decoded into: the same, if it is plain memory
+    tensor: Tensor  # from the planner
+    target: Tensor  # the tensor that blocks are decoded into: the same, if it is plain memory
     start: int  # the bytes of the chunk between the box's first and last element
     stop: int
-    memory: memoryview | None  # of the destination, where it is laid out as the chunk is
+    memory: memoryview | None  # of the destination, if it is laid out like the chunk
 
 
 class ChunkTarget:
     """The destinations of all reads of one stored chunk, so that each of its blocks is decoded once for all of them.
 
-    A destination with operations of its own is filled by its `copy_`, once all of its box is there.
+    A destination that overrides operations is filled by its `copy_`, once its whole box has been read.
 
     Raises (in `open`):
-        CoverageError: The planner resolved a read to a tensor of another shape than the read's.
+        CoverageError: The planner resolved a read to a tensor of a different shape.
     """
 
     def __init__(
@@ -105,7 +105,7 @@ class ChunkTarget:
         target = torch.empty(box.sizes, dtype=self._dtype, device="cpu") if dispatches(tensor) else tensor
         start, stop = flat_extent(self._shape, box)
         plain = on_host(target.device) and target.dtype == self._dtype and as_it_lies(target)
-        memory = borrowed_view(target) if plain and stop - start == box.numel else None  # the part holds the target
+        memory = borrowed_view(target) if plain and stop - start == box.numel else None  # the part keeps it alive
         return _Part(read, box, tensor, target, start * self._item, stop * self._item, memory)
 
     def direct(self, start: int, stop: int) -> memoryview | None:
@@ -119,7 +119,7 @@ class ChunkTarget:
         return part.memory[start - part.start : stop - part.start]
 
     def fill(self, start: int, stop: int, decode: Callable[[memoryview], None]) -> None:
-        """Decode where the slice belongs, or into a window from which its elements are copied to where they belong."""
+        """Decode the slice into place, or into a window from which its elements are copied into place."""
         memory = self.direct(start, stop)
         if memory is not None:
             decode(memory)
@@ -127,12 +127,12 @@ class ChunkTarget:
         if self._room is not None:
             decode(self._room.memory[start:stop])
             return
-        # Near the first destination, as most have one only.
+        # Near the first destination, since most slices have only one.
         window = host_memory(stop - start, torch.uint8, self._parts[0].target.device)
         decode(byte_view(window))
         self._scatter(start, window.view(self._dtype))
 
-    @torch.inference_mode()  # destinations that were made in it take writes in it only
+    @torch.inference_mode()  # tensors created in inference mode can only be written in it
     def _scatter(self, start: int, elements: Tensor) -> None:
         for destination, source in self.copies(start, elements):
             destination.copy_(source)

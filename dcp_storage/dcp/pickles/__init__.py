@@ -1,1 +1,1 @@
-"""Pickled objects, rebuilt by nothing but what is known to be harmless or was listed as trusted."""
+"""Pickled objects, rebuilt only by code that is known to be harmless or was listed as trusted."""

@@ -1,4 +1,4 @@
-"""NumPy's scalars, arrays and dtypes, whose own code trusts what a pickle says of sizes and places."""
+"""NumPy's scalars, arrays and dtypes, whose own code trusts the sizes and offsets in a pickle."""
 
 import re
 from math import prod
@@ -12,7 +12,7 @@ _DTYPE: Any = np.dtype
 
 def _require(holds: object) -> None:
     if not holds:
-        raise ValueError("NumPy pickles other arguments")
+        raise ValueError("NumPy does not pickle such arguments")
 
 
 def _make_dtype(code: Any, align: object, copy: object) -> Any:
@@ -21,7 +21,7 @@ def _make_dtype(code: Any, align: object, copy: object) -> Any:
 
 
 def _set_dtype(instance: Any, state: Any) -> None:
-    """Set a state only where NumPy gives the same to a dtype that it made itself."""
+    """Set a state only if NumPy gives the same to a dtype that it creates itself."""
     _require(type(state) is tuple and len(state) >= 8)  # noqa: PLR2004
     made: Any = _described(instance, state).__reduce__()[2]
     _require(_of_any_numpy(made) == _of_any_numpy(state))
@@ -29,9 +29,9 @@ def _set_dtype(instance: Any, state: Any) -> None:
 
 
 def _of_any_numpy(state: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return a state without what NumPy 1 and 2 say differently.
+    """Return a state without the differences between NumPy 1 and 2.
 
-    Flags are a signed byte in one and an unsigned one in the other, and no metadata is `{}` or `None`.
+    Flags are a signed byte in one and an unsigned byte in the other, and missing metadata is `{}` or `None`.
     """
     *described, flags = state[:8]
     units = [unit[1:] if unit[0] in (None, {}) else unit for unit in state[8:]]
@@ -39,7 +39,7 @@ def _of_any_numpy(state: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _described(instance: Any, state: tuple[Any, ...]) -> Any:
-    """Return the dtype that a state describes, as NumPy itself makes it."""
+    """Return the dtype that a state describes, created by NumPy itself."""
     _, order, subarray, names, fields, size, *rest = state
     if subarray is not None:
         base, shape = subarray
@@ -65,7 +65,7 @@ def _scalar(dtype: Any, data: Any) -> Any:
 
 
 def _array(kind: object, shape: object, code: object) -> Any:
-    """Return the array that is about to get its state."""
+    """Return an empty array, whose state is set next."""
     _require(kind is np.ndarray and shape == (0,) and code in {b"b", "b"})
     return np.ndarray((0,), np.int8)
 
@@ -83,7 +83,7 @@ def _set_array(instance: Any, state: Any) -> None:
 
 
 def _from_buffer(data: Any, dtype: Any, shape: Any, order: Any) -> Any:
-    """Return an array as protocol 5 pickles it."""
+    """Return an array pickled with protocol 5."""
     _require(isinstance(dtype, np.dtype) and not dtype.hasobject and _is_shape(shape) and order in {"C", "F"})
     _require(type(data) in {bytes, bytearray})
     flat = np.frombuffer(data, dtype)
@@ -97,7 +97,7 @@ def _is_shape(shape: object) -> bool:
 
 
 _MODULES = ("numpy.core", "numpy._core")
-"""Where NumPy 1 and 2 have them."""
+"""The modules in NumPy 1 and 2."""
 
 CALLS: dict[str, tuple[Any, Any]] = {
     "numpy.dtype": (np.dtype, _make_dtype),
@@ -115,5 +115,5 @@ STATES: dict[type, Any] = {np.ndarray: _set_array}
 
 
 def state_rule(instance: object) -> Any:
-    """Return the rule of a dtype, each of which is of a class of its own."""
+    """Return the rule of a dtype, each of which has its own class."""
     return _set_dtype if isinstance(instance, np.dtype) else None

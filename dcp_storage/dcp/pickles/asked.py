@@ -1,4 +1,4 @@
-"""What a pickle asks for, without rebuilding any of it: the names that would have to be listed."""
+"""The names that a pickle needs listed, found without rebuilding any of it."""
 
 import sys
 from contextlib import suppress
@@ -10,7 +10,7 @@ from dcp_storage.format.pickles import Damaged, Refused
 
 
 class _Name:
-    """Stands for a global."""
+    """Stand-in for a global."""
 
     def __init__(self, dotted: str) -> None:
         self.dotted = dotted
@@ -19,16 +19,16 @@ class _Name:
 def asks_for(pickled: bytes, trust: Trust) -> list[str]:
     """Return the dotted names of the types and functions that a pickle needs listed, in order.
 
-    Of one that cannot be read to its end, those up to there.
+    If it cannot be read to its end, return those found so far.
     """
     machine = _Asking(pickled, lambda: trust, lambda _: None)
-    with suppress(Damaged, Refused):  # rebuilding it says why
+    with suppress(Damaged, Refused):  # rebuilding it reports why
         machine.run()
     return [name for name in dict.fromkeys(machine.names) if not is_known(name) and trust.find(name) is None]
 
 
 class _Asking(Unpickler):
-    """Runs nothing, and holds nothing but lists and tuples."""
+    """Runs nothing, and only builds lists and tuples."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -65,7 +65,7 @@ class _Asking(Unpickler):
 
 
 def _is_class(owner: str, name: str) -> bool:
-    """Tell whether an attribute is a nested class, by the module where that is loaded, else by how it is spelt."""
+    """Return whether an attribute is a nested class: by its module if that is loaded, else by its spelling."""
     module, *path = owner.split(".")
     while path and f"{module}.{path[0]}" in sys.modules:
         module, *path = f"{module}.{path[0]}", *path[1:]

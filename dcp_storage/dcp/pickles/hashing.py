@@ -1,4 +1,4 @@
-"""What may be hashed: a tuple's hash visits all that it holds, over and over, on the C stack."""
+"""Limits on hashing: a tuple's hash visits everything in it, repeatedly, on the C stack."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,23 +10,23 @@ _MOST_NESTED = 100
 
 
 class Hashing:
-    """Bounds the work of the hashes of one pickle by its size."""
+    """Bounds the hashing work of one pickle by its size."""
 
     def __init__(self, nbytes: int) -> None:
         self._left = 1000 + nbytes
         self._depths: dict[int, tuple[int, tuple[Any, ...]]] = {}
 
     def nest(self, made: tuple[Any, ...]) -> None:
-        """Take note of a new tuple.
+        """Record a new tuple.
 
         Raises:
-            Damaged: Tuples within tuples are nested too deeply: also the hash of a listed type may visit them.
+            Damaged: Tuples are nested too deeply; the hash of a listed type may visit them, too.
         """
         if tuple in set(map(type, made)):
             depth = 1 + max(self._depths.get(id(inner), (1, ()))[0] for inner in made if type(inner) is tuple)
             if depth > _MOST_NESTED:
-                raise Damaged("tuples that are nested more than a pickler writes")
-            self._depths[id(made)] = depth, made  # kept alive, so that nothing else gets its id
+                raise Damaged("tuples are nested too deeply")
+            self._depths[id(made)] = depth, made  # kept alive, so that its id is not reused
 
     def check(self, keys: Iterable[Any]) -> None:
         """Count what the hashes of keys visit.
@@ -41,7 +41,7 @@ class Hashing:
     def _visit(self, key: tuple[Any, ...], levels: int) -> None:
         self._left -= len(key) + 1
         if self._left < 0 or not levels:
-            raise Damaged("keys that are nested more than a pickler writes")
+            raise Damaged("keys are nested too deeply or too large")
         if _ATOMS.issuperset(map(type, key)):
             return
         for inner in key:

@@ -1,7 +1,7 @@
-"""Types that run no code of their own: each with a rule that checks the arguments which a pickle gives it.
+"""Types that run no code of their own, each with a rule that checks the arguments in a pickle.
 
-A rule returns the object or raises `Refused`, `TypeError`, `ValueError`, `OverflowError`. What is listed as trusted
-needs no rule.
+A rule returns the object or raises `Refused`, `TypeError`, `ValueError`, `OverflowError`. Types that are listed as
+trusted need no rule.
 """
 
 import collections
@@ -33,7 +33,7 @@ def _encode(text: Any, encoding: object) -> bytes:
 
 
 def _of(kind: type, *types: type, most: int = 3) -> Rule:
-    """Return the rule of a type that is made from a few values of exactly these types."""
+    """Return the rule of a type whose arguments are a few values of exactly these types."""
 
     def make(*arguments: Any) -> Any:
         _require(len(arguments) <= most and all(type(argument) in types for argument in arguments))
@@ -63,11 +63,11 @@ def _deque(*arguments: Any) -> collections.deque[Any]:
 
 
 _FRACTION_BITS = 1 << 16
-"""Reducing a fraction takes the square of that."""
+"""Reducing a fraction takes time proportional to the square of this."""
 
 
 def _fraction(*arguments: Any) -> fractions.Fraction:
-    """Take what picklers write alone: the exponent of "1e3000000" is a number of three million digits."""
+    """Accept only what picklers write: "1e3000000" would be a number of three million digits."""
     match arguments:
         case (str(text),):
             _require(re.fullmatch(r"-?\d+(/\d+)?", text))
@@ -122,11 +122,11 @@ CALLS: dict[str, tuple[Any, Rule]] = {
     **{
         f"{module}.{path.__name__}": (path, _of(path, str, most=1000))
         for path in _PATHS
-        for module in ("pathlib", "pathlib._local")  # where Python 3.13 has them
+        for module in ("pathlib", "pathlib._local")  # their module in Python 3.13
     },
     **arrays.CALLS,
 }
-"""What may be called, by its name: the object that stands for it, and its rule."""
+"""Callables by name, each with its stand-in and its rule."""
 
 
 VALUES: dict[str, Any] = {
@@ -135,7 +135,7 @@ VALUES: dict[str, Any] = {
     **{f"builtins.{kind.__name__}": kind for kind in (list, dict, tuple, int, float, bool, str, object)},
     **arrays.VALUES,
 }
-"""What may be named and is not called."""
+"""Names that are allowed, but not called."""
 
 
 def _new(kind: Any) -> Rule:
@@ -150,7 +150,7 @@ NEWS: dict[str, tuple[Any, Rule]] = {
     "_io.BytesIO": (io.BytesIO, io.BytesIO),
     "_io.StringIO": (io.StringIO, io.StringIO),
 }
-"""What may be instantiated without its constructor."""
+"""Types that may be instantiated without calling their constructor."""
 
 
 def _set_uuid(instance: Any, state: Any) -> None:
@@ -163,7 +163,7 @@ def _set_uuid(instance: Any, state: Any) -> None:
 
 
 def _set_stream(instance: Any, state: Any) -> None:
-    """Give a stream in memory its content and its place in it."""
+    """Set the content and position of an in-memory stream."""
     match state:
         case (bytes(), int(), None | dict()) | (str(), str() | None, int(), None | dict()):
             instance.__setstate__(state)
@@ -172,13 +172,13 @@ def _set_stream(instance: Any, state: Any) -> None:
 
 
 def _set_attributes(instance: Any, state: Any) -> None:
-    """Set what a dict carries beside its items, as a module's `state_dict` does its `_metadata`."""
+    """Set the attributes of a dict, such as `_metadata` of a module's `state_dict`."""
     _require(type(state) is dict and all(type(name) is str for name in state))
     instance.__dict__.update(state)
 
 
 DICTS = (collections.OrderedDict, collections.defaultdict, collections.Counter)
-"""Types whose instances take items, as dicts do."""
+"""Types whose instances take items like dicts."""
 
 STATES: dict[type, Rule] = {
     uuid.UUID: _set_uuid,
@@ -188,4 +188,4 @@ STATES: dict[type, Rule] = {
     collections.Counter: _set_attributes,
     **arrays.STATES,
 }
-"""How instances of exactly these types are given their state."""
+"""How to set the state of instances of exactly these types."""

@@ -1,4 +1,4 @@
-"""What pickles do with listed types: call them, and give their instances state, items and attributes."""
+"""Operations of pickles on listed types: calls, and setting the state, items and attributes of instances."""
 
 import types
 from collections.abc import Callable
@@ -11,29 +11,29 @@ from dcp_storage.format.pickles import Refused
 
 
 class Failed(Exception):
-    """The own code of a listed type raised; the message completes "it could not be rebuilt: ..."."""
+    """The code of a listed type raised; the message completes "it could not be rebuilt: ..."."""
 
 
 def run(what: object, call: Callable[..., Any], arguments: tuple[Any, ...]) -> Any:
-    """Run the own code of a listed type.
+    """Run the code of a listed type.
 
     Raises:
         Failed: It raised.
     """
     try:
         return call(*arguments)
-    except Exception as error:  # anybody's code
+    except Exception as error:  # arbitrary code
         raise Failed(f"{name_of(what)} raised {type(error).__name__}: {error}") from error
 
 
 def name_of(value: object) -> str:
-    """Return how a type or function is named in messages."""
+    """Return the name of a type or function for messages."""
     module, name = getattr(value, "__module__", None), getattr(value, "__qualname__", None)
     return f"{module}.{name}" if isinstance(name, str) else f"a {type(value).__name__}"
 
 
 def is_call_of_class(function: object, trusts: Callable[[object], bool]) -> bool:
-    """Tell whether this is a class method, bound to a listed class."""
+    """Return whether this is a class method bound to a listed class."""
     return isinstance(function, types.MethodType | types.BuiltinMethodType) and trusts(function.__self__)
 
 
@@ -42,11 +42,11 @@ _ATTRIBUTES = (type, Enum, types.FunctionType, types.MethodType, types.BuiltinMe
 
 
 def attribute(owner: Any, name: str, trust: Trust, *, is_ours: bool) -> object:
-    """Return what `getattr` is pickled for: a nested class, a method or constructor, a member of an enum.
+    """Return an attribute that picklers get with `getattr`: a nested class, method, constructor or enum member.
 
     Raises:
-        Refused: It is another attribute, or of what is not listed.
-        Failed: The own code of a listed type raised.
+        Refused: It is another attribute, or its owner is not listed.
+        Failed: The code of a listed type raised.
     """
     if isinstance(owner, type):
         nested = trust.find(f"{owner.__module__}.{owner.__qualname__}.{name}")
@@ -62,7 +62,7 @@ def attribute(owner: Any, name: str, trust: Trust, *, is_ours: bool) -> object:
 
 
 def set_state(instance: Any, state: Any) -> None:
-    """Do what `pickle` does with a state."""
+    """Set a state as `pickle` does."""
     if hasattr(instance, "__setstate__"):
         instance.__setstate__(state)
         return
@@ -76,13 +76,13 @@ def set_state(instance: Any, state: Any) -> None:
 
 
 def set_items(target: Any, items: list[tuple[Any, Any]]) -> None:
-    """Set items one by one: `update` is another thing to a `Counter`."""
+    """Set items one by one: `update` has another meaning for a `Counter`."""
     for key, value in items:
         target[key] = value
 
 
 def extend(target: Any, values: list[Any]) -> None:
-    """Append, by `extend` where there is one."""
+    """Append values, with `extend` if available."""
     if hasattr(target, "extend"):
         target.extend(values)
         return

@@ -17,8 +17,8 @@ from dcp_storage.format.pickles import Damaged, Machine, Refused
 
 
 def guarded_getattr(_owner: object, name: object) -> object:
-    """Stand for `getattr`, which only the machine calls."""
-    raise Refused(f"has other code ask for the attribute {name}")
+    """Stand-in for `getattr`, which only the machine calls."""
+    raise Refused(f"makes other code get the attribute {name}")
 
 
 _KNOWN: dict[str, Any] = {
@@ -38,20 +38,20 @@ def rebuild(data: bytes, trust: Callable[[], Trust], storage: Callable[[Any], ob
     """Return the object in a pickle; see `Unpickler`.
 
     Raises:
-        Refused: It holds a type that is not known and not listed.
+        Refused: It contains a type that is neither known nor listed.
         Failed: The code of a listed type raised.
-        Damaged: It is truncated or not a pickle, or a storage is not there.
+        Damaged: It is truncated or not a pickle, or a storage is missing.
     """
     value = Unpickler(data, trust, storage).run()
     try:
         check_sparse_tensors()
     except (RuntimeError, ValueError) as error:
-        raise Damaged(f"a sparse tensor that cannot be: {error}") from error
+        raise Damaged(f"it has an invalid sparse tensor: {error}") from error
     return value
 
 
 def is_known(name: str) -> bool:
-    """Tell whether a type or function need not be listed."""
+    """Return whether a type or function need not be listed."""
     return name in _KNOWN
 
 
@@ -60,26 +60,26 @@ class Unpickler(Machine):
 
     Args:
         data: The pickle.
-        trust: Returns what may be named and run beyond what is known to be harmless.
+        trust: Returns the types and functions that may be used in addition to those known to be harmless.
         storage: Returns the storage that a persistent id refers to.
     """
 
     def __init__(self, data: bytes, trust: Callable[[], Trust], storage: Callable[[Any], object]) -> None:
         super().__init__(data)
         self._storage = storage
-        self._trusted = functools.cache(trust)  # most pickles ask for nothing
+        self._trusted = functools.cache(trust)  # most pickles do not need it
         self._hashing = Hashing(len(self.data))
-        self._made: dict[int, object] = {}  # by listed code; kept alive, so that nothing else gets its id
+        self._made: dict[int, object] = {}  # by listed code; kept alive, so that ids are not reused
         self._constructors: dict[int, object] = {}
 
     def dotted(self, module: str, name: str) -> str:
-        """Return a name as Python 3 has it: up to protocol 2 pickles have Python 2's."""
+        """Return a name in Python 3: up to protocol 2, pickles use the names of Python 2."""
         if self.protocol <= _PYTHON_2:
             module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         return f"{module}.{name}"
 
     def find(self, module: str, name: str) -> object:
-        """Return what is listed or known under a name."""
+        """Return the listed or known global of a name."""
         dotted = self.dotted(module, name)
         found = self._trusted().find(dotted)
         if found is not None:
@@ -89,7 +89,7 @@ class Unpickler(Machine):
         return _KNOWN[dotted]
 
     def call(self, function: object, arguments: tuple[Any, ...]) -> object:
-        """Call what is listed or has a rule."""
+        """Call a function that is listed or has a rule."""
         if self._runs(function, arguments):
             return self._keep(function, arguments, {})
         special = _SPECIAL.get(id(function))
@@ -104,7 +104,7 @@ class Unpickler(Machine):
         return _checked(*_CALLS[id(function)], arguments)
 
     def _runs(self, function: object, arguments: tuple[Any, ...]) -> bool:
-        """Tell whether a call runs the code of what is listed: itself, its class methods or its constructor."""
+        """Return whether a call runs listed code: a listed object, its class methods or its constructor."""
         if self._trusted().lists(function) or listed.is_call_of_class(function, self._trusts):
             return True
         if function is collections.defaultdict:
@@ -121,7 +121,7 @@ class Unpickler(Machine):
         return _checked(*_NEWS[id(cls)], arguments)
 
     def set_state(self, instance: object, state: object) -> None:
-        """Give an instance its state: as its own class wants it where that is listed, else by a rule."""
+        """Set the state of an instance: by its own class if that is listed, else by a rule."""
         rule = arrays.state_rule(instance) or known.STATES.get(type(instance))
         if self._is_ours(instance):
             listed.run(type(instance), listed.set_state, (instance, state))
@@ -179,14 +179,14 @@ class Unpickler(Machine):
         self.stack.append(self._storage(key))
 
     def attribute(self, *arguments: Any) -> object:
-        """Return a nested class, a method or a constructor of a listed class: what `getattr` is pickled for."""
+        """Return a nested class, a method or a constructor of a listed class, which picklers get with `getattr`."""
         match arguments:
             case (owner, str(name)):
                 value = listed.attribute(owner, name, self._trusted(), is_ours=self._is_ours(owner))
                 if name == "__new__":
                     self._constructors[id(value)] = value
                 return value
-        raise Refused("calls getattr otherwise than a pickler does")
+        raise Refused("calls getattr with arguments that no pickler writes")
 
     def _trusts(self, cls: object) -> bool:
         return isinstance(cls, type) and self._trusted().lists(cls)
@@ -200,11 +200,11 @@ class Unpickler(Machine):
         return made
 
     def partial(self, *arguments: Any) -> object:
-        """Return a partial of what is listed, or what protocol 2 makes of `__getnewargs_ex__`."""
+        """Return a partial of a listed function, or the one that protocol 2 writes for `__getnewargs_ex__`."""
         match arguments:
             case (function,) if id(function) in self._constructors or self._trusted().lists(function):
                 return functools.partial(function)
-        raise Refused("calls functools.partial for what is not listed")
+        raise Refused("calls functools.partial for something that is not listed")
 
     def _set_partial(self, instance: Any, state: object) -> None:
         match state:
@@ -221,13 +221,13 @@ class Unpickler(Machine):
         return bool(function.args) and self._trusts(function.args[0])
 
     def rebuild(self, *arguments: Any) -> object:
-        """Rebuild a tensor of a class, by a function that is called as any other."""
+        """Rebuild a tensor of a class, with a function that is called like any other."""
         match arguments:
             case (function, type() as cls, tuple(inner), state):
                 made = self.call(function, inner)
                 if isinstance(made, Tensor):
                     return _torch(rebuild_from_type, (lambda: made, cls, (), state))
-        raise Refused("rebuilds what is not a tensor")
+        raise Refused("rebuilds something that is not a tensor")
 
     opcodes = Machine.opcodes | {
         ord("G"): lambda m: m.push(struct.unpack(">d", m.take(8))[0]),
@@ -256,12 +256,12 @@ _SPECIAL: dict[int, Callable[..., object]] = {
 def _checked(name: str, rule: known.Rule, arguments: tuple[Any, ...]) -> object:
     try:
         return rule(*arguments)
-    except Exception as error:  # constructors of the standard library and of NumPy raise all kinds
-        raise Refused(f"gives {name} what a pickler does not: {error}") from error
+    except Exception as error:  # constructors of the standard library and of NumPy raise various types
+        raise Refused(f"gives {name} arguments that no pickler writes: {error}") from error
 
 
 def _torch(function: Any, arguments: tuple[Any, ...]) -> object:
     try:
         return function(*arguments)
-    except Exception as error:  # torch raises what it comes upon
+    except Exception as error:  # torch raises various types
         raise Damaged(f"{listed.name_of(function)} failed: {error}") from error

@@ -11,7 +11,7 @@ from dcp_storage.format.pickles import Damaged
 
 
 class Storages:
-    """Reads each storage that a pickle refers to once, to the host: tensors that shared one share it again."""
+    """Reads each storage that a pickle refers to once, to the host: tensors that shared a storage still share it."""
 
     def __init__(self, container: Container) -> None:
         self._container = container
@@ -21,14 +21,14 @@ class Storages:
         """Return a storage.
 
         Raises:
-            Damaged: The container does not hold it, or not as many bytes.
+            Damaged: It is not in the container, or has another size.
         """
         match reference:
             case ("storage", kind, str(key), str(), int(count)) if key in self._container.storages:
                 dtype = torch.uint8 if kind is torch.UntypedStorage else getattr(kind, "dtype", None)
                 if isinstance(dtype, torch.dtype) and count * dtype.itemsize == self._container.storages[key]:
                     return typed_storage(self._untyped(key, dtype), dtype)
-        raise Damaged("a storage that the container does not hold")
+        raise Damaged("it refers to a storage that is not in the container")
 
     def _untyped(self, key: str, dtype: torch.dtype) -> torch.UntypedStorage:
         if key not in self._loaded:

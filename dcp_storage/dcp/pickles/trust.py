@@ -1,4 +1,4 @@
-"""What a caller trusts: the types and functions that pickles may name and call."""
+"""The types and functions that a caller trusts, so that pickles may name and call them."""
 
 import sys
 from collections.abc import Callable, Iterable
@@ -10,7 +10,7 @@ Allowed = Iterable[Callable[..., Any] | tuple[Callable[..., Any], str]]
 
 
 class Trust:
-    """The listed types and functions by the names under which pickles ask for them."""
+    """The listed types and functions, by the names that pickles use."""
 
     def __init__(self, allowed: Allowed) -> None:
         self._named = dict(map(_named, [*get_safe_globals(), *allowed]))
@@ -18,10 +18,10 @@ class Trust:
         self._outer = {name: owner for name in self._named for name, owner in _owners(name, self._named[name])}
 
     def find(self, name: str) -> Any:
-        """Return what a name stands for, or `None`.
+        """Return the object that a name stands for, or `None`.
 
-        The owner of a listed nested class may be named too, and what is listed under any name that it has in a module
-        that is loaded: other versions of a library may have defined it elsewhere.
+        The owner of a listed nested class may be named too, and a listed object by any name that it has in a loaded
+        module: other versions of a library may have defined it elsewhere.
         """
         if name in self._named or name in self._outer:
             return self._named.get(name, self._outer.get(name))
@@ -29,7 +29,7 @@ class Trust:
         return found if self.lists(found) else None
 
     def lists(self, value: object) -> bool:
-        """Tell whether exactly this object is listed."""
+        """Return whether exactly this object is listed."""
         return id(value) in self._ids
 
 
@@ -41,13 +41,13 @@ def _named(allowed: Any) -> tuple[str, Any]:
 
 
 def _loaded(name: str) -> Any:
-    """Return what a name stands for, by what stands in modules: nothing is imported, nor any code of theirs run."""
+    """Return the object of a name in a loaded module, without importing anything or running any of its code."""
     module, _, attribute = name.rpartition(".")
     return vars(sys.modules[module]).get(attribute) if module in sys.modules else None
 
 
 def _owners(name: str, value: Any) -> list[tuple[str, Any]]:
-    """Return the classes that a nested class or method stands in."""
+    """Return the classes that enclose a nested class or method."""
     module: str = getattr(value, "__module__", None) or ""
     path: list[str] = getattr(value, "__qualname__", "").split(".")
     owner: Any = sys.modules.get(module)

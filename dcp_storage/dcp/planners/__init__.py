@@ -1,1 +1,1 @@
-"""What is read and written, by whom: the planners, and the pure parts that they are made of."""
+"""The planners, which decide what is read and written by whom, and their pure parts."""

@@ -1,4 +1,4 @@
-"""Which parts of which stored chunks make up a destination: proves that a load is complete before data is read."""
+"""Maps destinations to parts of stored chunks: proves that a load is complete before data is read."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
@@ -20,19 +20,19 @@ class Chunk(NamedTuple):
 
 
 def part_note(metadata: Metadata) -> str:
-    """Return a note for errors where the checkpoint is only one rank's part, else an empty string."""
-    part = getattr(metadata.storage_data, "part", None)  # a stock reader's metadata is loaded, too
+    """Return a note for errors if the checkpoint is only one rank's part, else an empty string."""
+    part = getattr(metadata.storage_data, "part", None)  # it may be the metadata of a stock reader
     if part is None:
         return ""
     rank, ranks = part
     return (
-        f". This checkpoint is the part of rank {rank} of {ranks}, which saved it alone (no_dist=True): load the same "
-        "sharding, each rank from its own, or save with all ranks"
+        f". This checkpoint is the part of rank {rank} of {ranks}, which saved it alone (no_dist=True): load with the "
+        "same sharding, each rank from its own checkpoint, or save with all ranks"
     )
 
 
 class StoredTensor:
-    """The chunks of one stored tensor that hold anything, found by where they lie."""
+    """The non-empty chunks of one stored tensor, found by position."""
 
     def __init__(self, fqn: str, entry: TensorStorageMetadata, note: str = "") -> None:
         self.fqn = fqn
@@ -41,30 +41,30 @@ class StoredTensor:
         self._boxes = boxes_of(entry)
 
     def reads(self, wanted: Box, place: int) -> list[ReadItem]:
-        """Return the reads that fill a destination, which is the shard at this place of its rank, exactly once.
+        """Return the reads that fill a destination, the rank's shard number `place`, exactly once.
 
         Raises:
-            CoverageError: It reaches beyond the tensor, or the stored chunks do not hold all of it, or overlap.
+            CoverageError: It extends beyond the tensor, or the stored chunks do not cover it, or overlap.
         """
         if not wanted.numel:
             return []
         if len(self._boxes) == 1 and self._boxes[0] == wanted:  # by far the most common
             return [_read(MetadataIndex(self.fqn, wanted.offsets, place), wanted, Chunk(0, wanted), wanted)]
         if not contains(self.shape, wanted):
-            raise self._fault(f"its shard {wanted} is outside of the stored shape {list(self.shape)}")
+            raise self._fault(f"its shard {wanted} is outside the stored shape {list(self.shape)}")
         parts = [(chunk, part) for chunk in self._near(wanted) if (part := intersect(wanted, chunk.box))]
         self._prove(wanted, [part for _, part in parts])
         index = MetadataIndex(self.fqn, wanted.offsets, place)
         return [_read(index, wanted, chunk, part) for chunk, part in parts]
 
     def _prove(self, wanted: Box, parts: Sequence[Box]) -> None:
-        # Disjoint boxes within `wanted` that are as many elements as it are all of it.
+        # Disjoint boxes within `wanted` with as many elements in total cover it.
         overlap = find_overlap(parts) if len(parts) > 1 else None
         if overlap:
-            raise self._fault(f"stored chunks overlap in {intersect(*overlap)}: which one is right cannot be known")
+            raise self._fault(f"stored chunks overlap in {intersect(*overlap)}: it is unknown which one is right")
         if sum(part.numel for part in parts) != wanted.numel:
             missing = subtract(wanted, parts)[0]
-            raise self._fault(f"the checkpoint does not hold {missing} of shape {list(self.shape)}{self._note}")
+            raise self._fault(f"the checkpoint does not contain {missing} of shape {list(self.shape)}{self._note}")
 
     def _fault(self, says: str) -> CoverageError:
         return CoverageError(f"{self.fqn}: {says}", fqn=self.fqn)

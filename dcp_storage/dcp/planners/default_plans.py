@@ -1,4 +1,4 @@
-"""What DCP's default load planner gets silently wrong, found before data is read."""
+"""Finds the silent mistakes of DCP's default load planner before data is read."""
 
 from collections import defaultdict
 
@@ -16,11 +16,11 @@ from dcp_storage.geometry import Box, Shape
 def check_default_plan(plan: LoadPlan, planner: LoadPlanner) -> None:
     """Refuse a plan of DCP's default planner that does not fill every destination that it reads into.
 
-    That planner ignores what a `LocalShardsWrapper` holds beyond the stored tensor, and takes separate rows of a
-    DTensor for neighbours. Subclasses may have reasons to read less, and are trusted.
+    That planner ignores the part of a `LocalShardsWrapper` beyond the stored tensor, and treats scattered rows of a
+    DTensor as contiguous. Subclasses may have reasons to read less, and are trusted.
 
     Raises:
-        CoverageError: Names the entry and what `ShardedLoadPlanner` would have to read.
+        CoverageError: The plan is incomplete; names the entry and the offsets that `ShardedLoadPlanner` would read.
     """
     if type(planner) is not DefaultLoadPlanner or planner.metadata is None:
         return
@@ -31,7 +31,7 @@ def check_default_plan(plan: LoadPlan, planner: LoadPlanner) -> None:
     for fqn, value in planner.state_dict.items():
         if not isinstance(value, Tensor) or not isinstance(
             planner.metadata.state_dict_metadata.get(fqn), TensorStorageMetadata
-        ):  # where the checkpoint holds another object, that takes the tensor's place
+        ):  # if the checkpoint has another object instead, that replaces the tensor
             continue
         wanted: defaultdict[Shape, int] = defaultdict(int)
         for box in kind_of(fqn, value).boxes():

@@ -1,4 +1,4 @@
-"""Errors of a load's plan: all of one kind at once, and of which checkpoint they are."""
+"""Errors of a load's plan: all of one kind are raised together, and name the checkpoint."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,10 +11,10 @@ _MOST_TOLD = 8
 
 
 def raise_all(faults: Sequence[CoverageError]) -> None:
-    """Raise one error of all that does not fit.
+    """Raise one error for all faults.
 
     Raises:
-        CoverageError: There is something.
+        CoverageError: There is at least one.
     """
     if len(faults) == 1:
         raise faults[0]
@@ -27,7 +27,7 @@ def raise_all(faults: Sequence[CoverageError]) -> None:
 
 @contextmanager
 def naming_checkpoint(metadata: Metadata) -> Iterator[None]:
-    """Say in an error which checkpoint it is of: a job may read several."""
+    """Add the checkpoint to an error's message: a job may read several."""
     try:
         yield
     except DcpStorageError as error:

@@ -1,4 +1,4 @@
-"""A state dict as DCP's planners see it, and the way back: values set where they came from, in place."""
+"""Flattens a state dict as DCP's planners do, and sets values in the original."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
@@ -15,21 +15,21 @@ Mappings = dict[str, ObjectPath]
 def flatten(
     state: State, *, nested: bool, is_whole: Callable[[ObjectPath], bool] = lambda _: False
 ) -> tuple[State, Mappings]:
-    """Return a state dict by DCP's names, and the path of each name; without `nested`, its top level as it is.
+    """Return a state dict with DCP's names, and the path of each name; without `nested`, its top level unchanged.
 
-    Dicts are opened, and lists that hold tensors or dicts; any other value is an entry, and so is what `is_whole` says
-    by its path.
+    Dicts, and lists that contain tensors or dicts, are flattened; any other value is an entry, and so are values for
+    whose path `is_whole` is true.
 
     Raises:
-        ConfigError: Two paths make the same name.
+        ConfigError: Two paths have the same name.
     """
     flat: State = {}
     mappings: Mappings = {}
-    # Not DCP's own function: in torch 2.10 it leaves a circle that holds the state.
+    # Not DCP's own function: in torch 2.10 it leaves a reference cycle that keeps the state alive.
     for path, value in _leaves((), state, is_whole) if nested else _top(state):
         name = ".".join(map(str, path))
         if name in flat:
-            raise ConfigError(f"the state dict has two entries of the name {name}. Rename one of them")
+            raise ConfigError(f"the state dict has two entries named {name}. Rename one of them")
         flat[name], mappings[name] = value, path
     return flat, mappings
 
@@ -48,7 +48,7 @@ def _leaves(path: ObjectPath, value: Any, is_whole: Callable[[ObjectPath], bool]
 
 
 def empty_dicts(state: State) -> list[ObjectPath]:
-    """Return the paths of the dicts in a state dict that hold nothing."""
+    """Return the paths of the empty dicts in a state dict."""
     return list(_empty_dicts((), state))
 
 
@@ -74,10 +74,9 @@ def _steps(container: Any) -> Iterable[tuple[str | int, Any]]:
 
 
 def put(state: State, path: ObjectPath, value: Any) -> None:
-    """Set the value that stands at a path in a state dict.
+    """Set the value at a path in a state dict.
 
-    Paths spell every key of a dict as text: one that is not text (an optimizer's parameter numbers) is found by its
-    text.
+    Paths contain every dict key as a string: other keys (an optimizer's parameter numbers) are found by their string.
     """
     container: Any = state
     for step in path[:-1]:

@@ -1,4 +1,4 @@
-"""One plan out of those of all ranks: what the checkpoint holds, and who writes which chunk of it."""
+"""Merges the plans of all ranks: the contents of the checkpoint, and which rank writes which chunk."""
 
 import dataclasses
 from collections import defaultdict
@@ -23,17 +23,18 @@ class Offer:
     item: WriteItem
     box: Box | None = None
     owners: list[int] = field(default_factory=list)
-    nbytes: int = 0  # raw, of the chunk itself; 0 for an entry that is not a tensor, whose size nobody knows yet
+    nbytes: int = 0  # raw size of the chunk; 0 for an entry that is not a tensor, whose size is not known yet
 
 
 @gc_paused
 def make_global_plan(all_plans: Sequence[SavePlan], *, is_all: bool) -> tuple[list[SavePlan], Metadata]:
-    """Return what each rank writes, and what the whole checkpoint will hold.
+    """Return what each rank writes, and the metadata of the whole checkpoint.
 
-    Without `is_all` the plans are those of some ranks only, and gaps are left to whoever joins their parts.
+    Without `is_all` the plans are those of some ranks only, and gaps are allowed: they are checked when the parts are
+    merged.
 
     Raises:
-        CoverageError: The shards of a tensor leave a gap, overlap, or reach beyond it.
+        CoverageError: The shards of a tensor leave a gap, overlap, or extend beyond it.
         DtypeMismatch: Ranks hold a tensor in different dtypes.
     """
     entries: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
@@ -51,7 +52,7 @@ def make_global_plan(all_plans: Sequence[SavePlan], *, is_all: bool) -> tuple[li
 
 @dataclass(slots=True)
 class _Candidates:
-    """All items of one entry, and whose they are, ranks ascending; in two lists, because a pair an item is costly."""
+    """All items of one entry, and their ranks, ascending; in two lists, because a pair per item is costly."""
 
     ranks: list[int] = field(default_factory=list)
     items: list[WriteItem] = field(default_factory=list)
@@ -78,7 +79,7 @@ def _is_tensor(fqn: str, candidates: _Candidates) -> bool:
 
 
 def _tensor_offers(fqn: str, candidates: _Candidates) -> list[Offer]:
-    """Return one offer for each box, in the order of their offsets, numbered so that empty chunks are told apart."""
+    """Return one offer for each box, in the order of their offsets, numbered to distinguish empty chunks."""
     by_box: dict[Any, Offer] = {}
     for rank, item in candidates:
         data = _data(item)
@@ -88,7 +89,7 @@ def _tensor_offers(fqn: str, candidates: _Candidates) -> list[Offer]:
         owners = by_box[key].owners
         if not owners or owners[-1] != rank:
             owners.append(rank)
-    # An empty box is kept only where there is nothing else to say that the tensor exists.
+    # An empty box is kept only if nothing else shows that the tensor exists.
     offers = [offer for offer in by_box.values() if offer.nbytes] or list(by_box.values())[:1]
     if len(offers) > 1:
         offers.sort(key=lambda offer: offer.box or ())
@@ -112,21 +113,19 @@ def _data(item: WriteItem) -> TensorWriteData:
 
 
 def _tensor_entry(fqn: str, candidates: _Candidates, offers: Sequence[Offer], *, is_all: bool) -> TensorStorageMetadata:
-    """Return what the checkpoint will say of a tensor, proved to be whole."""
+    """Return the checkpoint's metadata of a tensor, after checking that it is whole."""
     size = _size(fqn, candidates)
     _check_one_dtype(fqn, candidates)
     boxes = [offer.box for offer in offers if offer.box is not None]
     fault = tiling_fault(tuple(size), boxes) if is_all else _partial_fault(size, boxes)
     if fault:
-        raise CoverageError(
-            f"{fqn}: {fault}. The ranks' shards do not make up this tensor: nothing was written", fqn=fqn
-        )
+        raise CoverageError(f"{fqn}: {fault}. The ranks' shards do not tile this tensor: nothing was written", fqn=fqn)
     data = [_data(offer.item) for offer in offers]
     return TensorStorageMetadata(data[0].properties, size, [part.chunk for part in data])
 
 
 def _size(fqn: str, candidates: _Candidates) -> torch.Size:
-    """Return the largest size that a rank knows of: a bare wrapper's knows no further than its own shards."""
+    """Return the largest size that any rank knows: a bare wrapper only knows the extent of its own shards."""
     first = _data(candidates.items[0]).size
     if all(_data(item).size == first for _, item in candidates):
         return torch.Size(first)
@@ -141,7 +140,7 @@ def _size(fqn: str, candidates: _Candidates) -> torch.Size:
 def _partial_fault(size: Sequence[int], boxes: Sequence[Box]) -> str | None:
     for box in boxes:
         if not contains(tuple(size), box):
-            return f"part {box} is outside of the tensor, whose shape is {list(size)}"
+            return f"part {box} is outside the tensor, whose shape is {list(size)}"
     overlap = find_overlap(boxes)
     return f"parts {overlap[0]} and {overlap[1]} overlap" if overlap else None
 
@@ -156,20 +155,20 @@ def _check_one_dtype(fqn: str, candidates: _Candidates) -> None:
         by_dtype.setdefault(data.properties.dtype, rank)
     if len(by_dtype) > 1:
         held = ", ".join(f"{dtype} on rank {rank}" for dtype, rank in by_dtype.items())
-        raise DtypeMismatch(f"{fqn} is of {held}: a tensor is stored in one dtype", fqn=fqn)
+        raise DtypeMismatch(f"{fqn} is {held}: a tensor must have one dtype", fqn=fqn)
 
 
 def _share_out(offers: Iterable[Offer], all_plans: Sequence[SavePlan]) -> list[SavePlan]:
-    """Give each item to one owner: the largest first, to whoever has least to write so far.
+    """Assign each item to one owner: the largest first, to the rank with the least to write so far.
 
-    The planner data of a share is a byte for each of its items: 1 where other ranks hold it, too.
+    The planner data of a share is a byte for each of its items: 1 if other ranks hold it too.
     """
     shares: list[list[WriteItem]] = [[] for _ in all_plans]
     shared: list[list[bool]] = [[] for _ in all_plans]
     loads = [0] * len(all_plans)
-    # Those that only one rank can write come first: they leave no choice.
+    # Items that only one rank can write come first: they leave no choice.
     for offer in sorted(offers, key=lambda offer: (len(offer.owners) > 1, -offer.nbytes)):
-        # Of entries that are not tensors the lowest rank's copy is stored.
+        # Entries that are not tensors are written by the lowest rank.
         is_free = len(offer.owners) > 1 and offer.box is not None
         rank = min(offer.owners, key=loads.__getitem__) if is_free else offer.owners[0]
         shares[rank].append(offer.item)

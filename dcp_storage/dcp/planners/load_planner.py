@@ -1,4 +1,4 @@
-"""`ShardedLoadPlanner`: every destination is covered by what is stored, or an error names the box that is not."""
+"""`ShardedLoadPlanner`: every destination is covered by stored chunks, or an error names the box that is not."""
 
 import io
 import warnings
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class ShardedLoadPlanner(DefaultLoadPlanner):
-    """Plans a load into any sharding, `LocalShardsWrapper` included, and proves it complete before data is read.
+    """Plans a load into any sharding, including `LocalShardsWrapper`, and proves it complete before data is read.
 
     ```python
     planner = ShardedLoadPlanner(allow_missing=("optim.*",))
@@ -40,29 +40,29 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
     ```
 
     Args:
-        allow_missing: Patterns (`fnmatch`) of names that the checkpoint need not hold, such as `("optim.*",)`: what it
-            lacks of these stays as it is, a warning says so, and `skipped_by` names it afterwards.
+        allow_missing: Patterns (`fnmatch`) of names that may be missing from the checkpoint, such as `("optim.*",)`:
+            missing entries keep their values, a warning lists them, and so does `skipped_by` afterwards.
         allow_partial_load: The same for every name.
-        dtype_policy: What to do where a destination's dtype is not the stored one, or a number has become a tensor of
-            one element or such a tensor a number: `"cast"` converts, `"warn"` converts what that keeps but for rounding
-            and warns once a load, `"error"` raises.
-        allowed_types: Types and functions that entries which are not tensors may hold and call, beyond tensors and
-            what of Python's standard library and of NumPy runs no code of its own. `(Config, "old.module.Config")` is
-            a type that was stored under another name. List only what you trust: its own code runs.
-        trust: `"all"` loads entries of any type, which may run anything: only for checkpoints that you made yourself.
-        flatten_state_dict: As it was in the save.
+        dtype_policy: What to do if a destination's dtype is not the stored one, or a number has become a one-element
+            tensor or such a tensor a number: `"cast"` converts, `"warn"` converts values that only change by rounding,
+            and warns once per load, `"error"` raises.
+        allowed_types: Types and functions that non-tensor entries may use, in addition to tensors and the types of
+            Python's standard library and NumPy that run no code of their own. `(Config, "old.module.Config")` is a
+            type that was stored under another name. List only what you trust: its own code runs.
+        trust: `"all"` loads entries of any type, which may run arbitrary code: use it only for your own checkpoints.
+        flatten_state_dict: Must be as in the save.
 
     Attributes:
-        skipped: Names that the last load left alone because the checkpoint does not hold them.
+        skipped: Names that the last load skipped because they are not in the checkpoint.
         skipped_by: The same by the pattern that allows it; `"*"` is `allow_partial_load`.
-        unexpected: Names that the checkpoint holds and the last load did not ask for.
+        unexpected: Names in the checkpoint that the last load did not ask for.
 
-    Raises (inside of DCP's `CheckpointException`):
-        MissingKeys: Entries are not in the checkpoint, and nothing allows it.
+    Raises (inside DCP's `CheckpointException`):
+        MissingKeys: Entries are not in the checkpoint, and no pattern allows it.
         CoverageError: Shapes differ, or a box of a destination is not stored; names the tensor and the box.
         DtypeMismatch: See `dtype_policy`.
-        UnsupportedTensor: A destination's own hooks failed, or it is on the meta device and cannot be given memory.
-        UnsupportedEntry: An entry that is not a tensor holds a type that is not allowed, or cannot be rebuilt.
+        UnsupportedTensor: A destination's own hooks failed, or its memory on the meta device cannot be allocated.
+        UnsupportedEntry: A non-tensor entry contains a type that is not allowed, or cannot be rebuilt.
     """
 
     def __init__(
@@ -99,11 +99,11 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
     def set_up_planner(
         self, state_dict: dict[str, Any], metadata: Metadata | None = None, is_coordinator: bool = False
     ) -> None:
-        """Take the state dict that is to be filled; what of it is stored and on the meta device gets memory.
+        """Take the state dict to fill; allocate memory for stored tensors that are on the meta device.
 
         Raises:
-            ConfigError: Two paths of the state dict make the same name.
-            UnsupportedTensor: A tensor on the meta device is of a type whose memory only its own code can make.
+            ConfigError: Two paths of the state dict have the same name.
+            UnsupportedTensor: Only the code of its type can allocate memory for a tensor on the meta device.
         """
         assert metadata is not None
         self.original_state_dict = state_dict
@@ -178,8 +178,8 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
             reads.extend(stored.reads(wanted, place))
             shard = self._shard(fqn, wanted, place)
             if tuple(shard.shape) != wanted.sizes:
-                raise CoverageError(f"{fqn}: its shard {wanted} is of shape {list(shard.shape)}", fqn=fqn)
-            if shard.device.type == "meta":  # a hook that still knows the tensor before it got memory
+                raise CoverageError(f"{fqn}: its shard {wanted} has shape {list(shard.shape)}", fqn=fqn)
+            if shard.device.type == "meta":  # a hook that still returns the tensor without memory
                 raise kind.no_memory()
             if shard.dtype != entry.properties.dtype:
                 casts.append(f"{fqn} ({entry.properties.dtype} -> {shard.dtype})")
@@ -193,18 +193,18 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         if not casts or self._dtype_policy == "cast":
             return
         names = list(dict.fromkeys(casts))
-        message = f"{len(names)} tensors are stored in another dtype than they are loaded into: {some(names)}"
+        message = f"{len(names)} tensors have another dtype here than in the checkpoint: {some(names)}"
         if self._dtype_policy == "error":
             raise DtypeMismatch(message)
-        if not self.is_coordinator:  # other ranks are told the same
+        if not self.is_coordinator:  # other ranks would warn of the same
             return
-        warnings.warn(f"{message}. They are converted; dtype_policy decides on that", stacklevel=2)
+        warnings.warn(f"{message}. They are converted; see dtype_policy", stacklevel=2)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """Return the memory of one of this rank's shards: the one whose box was proved to be stored.
 
         Raises:
-            CoverageError: The value's own hook returned no tensor.
+            CoverageError: The value's own hook did not return a tensor.
             UnsupportedTensor: The hook raised.
         """
         kind, place = self._kinds[index.fqn], (index.fqn, index.index)
@@ -216,18 +216,18 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         return self._shards[place]
 
     def transform_tensor(self, read_item: ReadItem, tensor: Tensor) -> Tensor:
-        """Return the part of a shard's memory that a read fills; mostly all of it, which need not be cut out."""
+        """Return the part of a shard's memory that a read fills, which is usually all of it."""
         if tuple(read_item.lengths) == tuple(tensor.shape):
             return tensor
         part: Tensor = super().transform_tensor(read_item, tensor)
         return part
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put an object that is not a tensor in its place, without running code that the checkpoint names.
+        """Put a non-tensor object in its place, without running code that the checkpoint names.
 
         Raises:
-            UnsupportedEntry: It holds a type that is not in `allowed_types` and may run code, or cannot be rebuilt.
-            BlockCorrupt: It is neither a value nor a container that `torch.save` makes.
+            UnsupportedEntry: It contains a type that is not in `allowed_types` and may run code, or cannot be rebuilt.
+            BlockCorrupt: It is neither a value nor a container that `torch.save` writes.
         """
         fqn = read_item.dest_index.fqn
         loaded = load_entry(fqn, value, self._allowed_types, trust=self._trust)
@@ -239,7 +239,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
                 fill(fqn, self._shard(fqn, box, place), loaded, self._dtype_policy)
 
     def commit_tensor(self, read_item: ReadItem, tensor: Tensor) -> None:
-        """Take a tensor that is filled: where a number was asked for, put it there.
+        """Take a filled tensor; if a number was asked for, put it in its place.
 
         Raises:
             DtypeMismatch: The number's type cannot hold it.

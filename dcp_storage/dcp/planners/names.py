@@ -1,4 +1,4 @@
-"""The names of a state dict as a checkpoint may have them: before 2.4 torch stored containers without tensors whole."""
+"""The names of a state dict in a checkpoint: before 2.4 torch stored containers without tensors as one entry."""
 
 from collections.abc import Iterable
 
@@ -11,10 +11,10 @@ from dcp_storage.dcp.stored import entry_names
 def names_of(state: State, metadata: Metadata, *, nested: bool) -> tuple[State, Mappings]:
     """Return a state dict by name, and the path of each name.
 
-    A container is one entry where the checkpoint holds an entry of its path and nothing below that.
+    A container is one entry if the checkpoint has an entry at its path and none below that.
 
     Raises:
-        ConfigError: Two paths make the same name.
+        ConfigError: Two paths have the same name.
     """
     containers: set[str] = set()
 
@@ -40,7 +40,7 @@ def _path(metadata: Metadata, fqn: str) -> ObjectPath:
 
 
 def stored_below_empty_dicts(state: State, unasked: Iterable[str]) -> dict[str, int]:
-    """Return the empty dicts of a state dict, with how many of the entries that it does not ask for lie below each."""
+    """Return the empty dicts of a state dict, with the number of `unasked` entries below each."""
     found = {".".join(map(str, path)): 0 for path in empty_dicts(state) if path}
     if found:
         for fqn in unasked:

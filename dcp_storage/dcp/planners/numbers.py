@@ -1,4 +1,4 @@
-"""Numbers that have become tensors since a checkpoint was saved, and tensors that have become numbers."""
+"""Numbers that became tensors after a checkpoint was saved, and tensors that became numbers."""
 
 import math
 from math import prod
@@ -18,7 +18,7 @@ Number = bool | int | float | complex
 
 
 def memory_for_number(fqn: str, value: object, entry: TensorStorageMetadata) -> Tensor:
-    """Return the tensor to read a stored one into whose only element becomes a number.
+    """Return a buffer for a stored tensor whose only element becomes a number.
 
     Raises:
         CoverageError: The value is not a number, or the stored tensor has more than one element.
@@ -27,14 +27,14 @@ def memory_for_number(fqn: str, value: object, entry: TensorStorageMetadata) -> 
     if _is_number(value) and size.numel() == 1:
         return torch.empty(size, dtype=dtype, device="cpu")
     raise CoverageError(
-        f"{fqn} is a {type(value).__name__} here and a tensor of shape {list(size)} and {dtype} in the checkpoint: put "
-        "such a tensor in its place",
+        f"{fqn} is a {type(value).__name__} here and a tensor of shape {list(size)} and dtype {dtype} in the "
+        "checkpoint: put such a tensor in its place",
         fqn=fqn,
     )
 
 
 def check_takes_number(kind: Kind) -> None:
-    """Refuse a tensor that is no place for a number, which is what the checkpoint may hold.
+    """Refuse a tensor that cannot take a number, which the checkpoint may have instead.
 
     Raises:
         CoverageError: It has more than one element.
@@ -70,16 +70,16 @@ def fill(fqn: str, target: Tensor, value: object, policy: DtypePolicy) -> None:
         made = _tensor(number if target.dtype.is_complex else number.real)
     except (OverflowError, ValueError, RuntimeError) as error:
         raise DtypeMismatch(
-            f"{fqn} is {number!r} in the checkpoint, which a tensor of {target.dtype} does not hold: {error}. "
+            f"{fqn} is {number!r} in the checkpoint, which does not fit in a tensor of {target.dtype}: {error}. "
             "Load it into a tensor of another dtype, or put None in its place to get the number",
             fqn=fqn,
         ) from error
-    with torch.inference_mode():  # destinations that were made in it take writes in it only
+    with torch.inference_mode():  # tensors created in inference mode can only be written in it
         target.detach().copy_(made.expand(target.shape))
 
 
 def number_like(fqn: str, tensor: Tensor, like: object, policy: DtypePolicy) -> Any:
-    """Return the one element of a stored tensor as a number of the type of another.
+    """Return the only element of a stored tensor as a number of the same type as `like`.
 
     Raises:
         DtypeMismatch: That type cannot hold it, and the policy is not `"cast"`.
@@ -121,7 +121,7 @@ def _check_fits(number: Number, dtype: torch.dtype) -> None:
 
 
 def _kept(number: Number, kind: type) -> Any:
-    """Convert a number, and refuse what changes more than how a fraction is rounded."""
+    """Convert a number, and refuse any change except rounding."""
     converted = _cast(number, kind)
     if isinstance(number, complex) and kind is not complex and number.imag:
         raise ValueError("it has an imaginary part")

@@ -1,7 +1,7 @@
-"""Plans of earlier saves, so that ranks whose plan has not changed need not send it again, nor get it back.
+"""A cache of plans, so that ranks whose plan has not changed need not send it again, nor receive a new one.
 
-A rank claims its part of the last global plan by that plan's number; the coordinator, which made the number, either
-answers with the same or plans anew.
+A rank claims its part of the last global plan by that plan's id; the coordinator, which created the id, either answers
+with the same claim or makes a new plan.
 """
 
 import threading
@@ -17,12 +17,12 @@ from torch.distributed.checkpoint.planner import SavePlan
 from dcp_storage.errors import ConfigError
 
 MOST_PLANNERS = 32
-"""How many planners' entries are kept; the one used longest ago goes first, and plans anew if it comes back."""
+"""The number of planners whose entries are kept; the least recently used is dropped, and makes a new plan next time."""
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A rank's part of a global plan: sent up instead of an unchanged local plan, and down in place of one."""
+    """A rank's part of a global plan: sent to the coordinator and back instead of an unchanged plan."""
 
     plan_id: str
     part: int
@@ -30,7 +30,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Answer:
-    """What comes down beside a new plan: the claim to it, and the planner's own data."""
+    """Sent to a rank with a new plan: the claim to it, and the planner's own data."""
 
     claim: Claim
     planner_data: Any
@@ -38,7 +38,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class LocalMemory:
-    """What a rank remembers of its last save: its local plan, what became of it, and the claim to both."""
+    """A rank's memory of its last save: its local plan, the final plan, and the claim to both."""
 
     local: SavePlan
     final: SavePlan
@@ -47,7 +47,7 @@ class LocalMemory:
 
 @dataclass(frozen=True)
 class GlobalMemory:
-    """What a coordinator remembers of the last global plan that it made."""
+    """A coordinator's memory of the last global plan that it made."""
 
     plan_id: str
     local_plans: Sequence[SavePlan]
@@ -56,11 +56,11 @@ class GlobalMemory:
 
 @dataclass
 class Entry:
-    """What one planner remembers."""
+    """The memory of one planner."""
 
     local: LocalMemory | None = None
     whole: GlobalMemory | None = None
-    pending: bool = field(default=False)  # between a local plan and its global one: if that fails, so must the entry
+    pending: bool = field(default=False)  # between a local plan and its global one; if that fails, the entry is invalid
 
 
 _entries: OrderedDict[str, Entry] = OrderedDict()
@@ -70,39 +70,39 @@ GlobalPlan = tuple[list[SavePlan], Metadata]
 
 
 class Plans(Protocol):
-    """How plans get to the coordinator and back."""
+    """Sends plans to the coordinator and back."""
 
     def send(self, local: SavePlan) -> SavePlan:
-        """Return what a rank sends of its local plan."""
+        """Return what a rank sends for its local plan."""
 
     def plan(self, sent: list[SavePlan], make: Callable[[list[SavePlan]], GlobalPlan]) -> GlobalPlan:
-        """Return what the coordinator sends each rank, and the metadata; `make` plans anew, from local plans."""
+        """Return what the coordinator sends each rank, and the metadata; `make` makes a new plan of local plans."""
 
     def receive(self, local: SavePlan, answered: SavePlan) -> SavePlan:
         """Return the plan that a rank follows, from what the coordinator sent."""
 
 
 class Uncached:
-    """Plans go there and back as they are."""
+    """Sends plans unchanged."""
 
     def send(self, local: SavePlan) -> SavePlan:
         """Send the plan."""
         return local
 
     def plan(self, sent: list[SavePlan], make: Callable[[list[SavePlan]], GlobalPlan]) -> GlobalPlan:
-        """Plan anew."""
+        """Make a new plan."""
         return make(sent)
 
     def receive(self, local: SavePlan, answered: SavePlan) -> SavePlan:  # noqa: ARG002
-        """Follow what was sent."""
+        """Follow the plan that was sent."""
         return answered
 
 
 class PlanCache:
-    """Plans are remembered, and claims go there and back where nothing has changed.
+    """Remembers plans, and sends claims if nothing has changed.
 
-    The memory belongs to one planner, by a token that pickles along: the process that saves for `async_save` unpickles
-    a new planner for every save.
+    The memory belongs to one planner, identified by a token that is pickled with it: the process of `async_save`
+    unpickles a new planner for every save.
     """
 
     def __init__(self) -> None:
@@ -120,7 +120,7 @@ class PlanCache:
     def send(self, local: SavePlan) -> SavePlan:
         """Send the plan, or a claim if it is the same as last time."""
         entry = self._entry
-        if entry.pending:  # the last save was never planned: nobody knows what the others remember of it
+        if entry.pending:  # the last save was never planned: what the other ranks remember is unknown
             entry.local = entry.whole = None
         entry.pending = True
         if entry.local is None or entry.local.local != local:
@@ -128,17 +128,17 @@ class PlanCache:
         return SavePlan([], planner_data=entry.local.claim, usable=False)
 
     def plan(self, sent: list[SavePlan], make: Callable[[list[SavePlan]], GlobalPlan]) -> GlobalPlan:
-        """Answer with claims if every rank sent one, else plan anew.
+        """Answer with claims if every rank sent one, else make a new plan.
 
         Raises:
-            ConfigError: A claim is on a plan that this coordinator did not make last.
+            ConfigError: A claim does not refer to the last plan of this coordinator.
         """
         entry = self._entry
         local_plans = [_local_plan(entry.whole, plan, part) for part, plan in enumerate(sent)]
         whole = entry.whole
         if whole and len(sent) == len(whole.local_plans) and not any(plan.usable for plan in sent):
             claims = (Claim(whole.plan_id, part) for part in range(len(sent)))
-            # A copy, because writers put what is theirs into the metadata.
+            # A copy, because writers add their own data to the metadata.
             return [SavePlan([], planner_data=claim, usable=False) for claim in claims], replace(whole.metadata)
         plans, metadata = make(local_plans)
         entry.whole = whole = GlobalMemory(uuid4().hex, local_plans, replace(metadata))
@@ -149,10 +149,10 @@ class PlanCache:
         return answers, metadata
 
     def receive(self, local: SavePlan, answered: SavePlan) -> SavePlan:
-        """Follow the plan that was sent, or the one of last time, and remember it.
+        """Follow the plan that was sent, or the previous one, and remember it.
 
         Raises:
-            ConfigError: The coordinator answered to another claim than this rank's.
+            ConfigError: The coordinator's claim is not this rank's.
         """
         entry = self._entry
         if answered.usable:
@@ -162,7 +162,7 @@ class PlanCache:
         elif entry.local is None or entry.local.claim != answered.planner_data:
             raise ConfigError("the coordinator refers to a plan that this rank does not have: use a new planner")
         else:
-            # Storage data is the writer's, and of this save.
+            # Storage data belongs to the writer and to this save.
             final = replace(entry.local.final, storage_data=answered.storage_data)
             entry.local = LocalMemory(local, final, entry.local.claim)
         entry.pending = False
@@ -177,6 +177,6 @@ def _local_plan(whole: GlobalMemory | None, plan: SavePlan, part: int) -> SavePl
         raise ConfigError(
             f"rank {part} of the process group refers to a plan that the coordinator did not make: with "
             "enable_plan_caching=True, keep one ShardedSavePlanner on each rank for each process group and use it for "
-            "all saves of that group. The next save with these planners plans anew"
+            "all saves of that group. The next save with these planners makes a new plan"
         )
     return whole.local_plans[part]

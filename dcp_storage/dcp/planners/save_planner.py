@@ -1,4 +1,4 @@
-"""`ShardedSavePlanner`: every chunk written once, by one of its owners, and the bytes shared out evenly."""
+"""`ShardedSavePlanner`: every chunk is written once, by one of its owners, and the bytes are balanced across ranks."""
 
 import io
 from typing import TYPE_CHECKING, Any
@@ -29,30 +29,30 @@ _OF_ONE_SAVE = ("state_dict", "plan", "global_plan", "metadata", "_local_plan", 
 
 
 class ShardedSavePlanner(DefaultSavePlanner):
-    """Plans a save of any sharding that PyTorch can express, `LocalShardsWrapper` included, or says why it cannot.
+    """Plans a save of any sharding that PyTorch can express, including `LocalShardsWrapper`, or says why it cannot.
 
-    Chunks that several ranks hold alike (replicas) are written by one of them, chosen so that all ranks write about as
-    many bytes; entries that are not tensors by the lowest rank that has them.
+    Chunks that several ranks hold (replicas) are written by one of them, chosen so that all ranks write about the same
+    number of bytes; entries that are not tensors by the lowest rank that has them.
 
     ```python
-    planner = ShardedSavePlanner(replica_policy="error")  # ranks that drifted apart commit nothing
+    planner = ShardedSavePlanner(replica_policy="error")  # commits nothing if replicas differ
     dcp.save(state, storage_writer=AsyncStorageWriter("s3://bucket/run/step-100"), planner=planner)
     ```
 
     Args:
         flatten_state_dict: Flatten nested dicts and lists into names; `False` stores each top-level value as it is.
-        replica_policy: What to do where ranks hold different data under one name, of which one rank's copy is saved:
-            `"warn"` saves it and warns, `"error"` raises and commits nothing, `"trust"` does not look. They are
+        replica_policy: What to do if ranks hold different data under one name, of which only one rank's copy is saved:
+            `"warn"` saves it and warns, `"error"` raises and commits nothing, `"trust"` does not check. Replicas are
             compared by fingerprints: tensors of up to 64 KiB, and all other entries, whole; larger tensors by 16
-            samples of 256 bytes, which tell apart what differs in more than a few places.
-        enable_plan_caching: Remember the plans of the last save, so that ranks where nothing changed send and get
+            samples of 256 bytes, which detect differences in more than a few places.
+        enable_plan_caching: Remember the plans of the last save, so that ranks without changes send and receive
             nothing. Keep one planner on each rank for each process group and use it for all saves of that group.
 
-    Raises (while planning, on every rank, inside of DCP's `CheckpointException`):
-        CoverageError: The shards of a tensor leave a gap, overlap, or reach beyond it; names the tensor and the box.
+    Raises (while planning, on every rank, inside DCP's `CheckpointException`):
+        CoverageError: The shards of a tensor leave a gap, overlap, or extend beyond it; names the tensor and the box.
         DtypeMismatch: Ranks hold a tensor in different dtypes.
-        UnsupportedTensor: A value's own hooks failed: those of a DTensor of partial sums do.
-        ConfigError: Two entries have one name, or planners with `enable_plan_caching` were mixed up.
+        UnsupportedTensor: A value's own hooks failed, as those of a DTensor with partial sums do.
+        ConfigError: Two entries have the same name, or planners with `enable_plan_caching` were mixed up.
 
     Raises (after the data is written, before the commit):
         ReplicaMismatch: See `replica_policy`.
@@ -81,10 +81,10 @@ class ShardedSavePlanner(DefaultSavePlanner):
         storage_meta: StorageMeta | None = None,  # noqa: ARG002  # the signature is DCP's
         is_coordinator: bool = False,
     ) -> None:
-        """Take the state dict that is to be saved.
+        """Take the state dict to save.
 
         Raises:
-            ConfigError: Two paths of the state dict make the same name.
+            ConfigError: Two paths of the state dict have the same name.
         """
         self.is_coordinator = is_coordinator
         self.state_dict, self.mappings = flatten(state_dict, nested=self.flatten_state_dict)
@@ -93,7 +93,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
     @hook
     @gc_paused
     def create_local_plan(self) -> SavePlan:
-        """Return what this rank could write: all that it holds."""
+        """Return what this rank could write: everything that it holds."""
         items: list[WriteItem] = []
         self._places = {}
         for fqn in self.state_dict:
@@ -107,7 +107,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
 
     @hook
     def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
-        """Return what each rank writes, and what the whole checkpoint will hold."""
+        """Return what each rank writes, and the metadata of the whole checkpoint."""
         self.global_plan, self.metadata = self._plans.plan(all_plans, _plan_all)
         return self.global_plan, self.metadata
 
@@ -121,7 +121,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
         """Return the tensor or the bytes of an item.
 
         Raises:
-            CoverageError: The value's own hook returned no tensor.
+            CoverageError: The value's own hook did not return a tensor.
             UnsupportedTensor: The hook raised.
         """
         planned = write_item.tensor_data
@@ -136,19 +136,19 @@ class ShardedSavePlanner(DefaultSavePlanner):
         box = item_box(write_item)
         if not box.numel:
             return torch.empty(planned.chunk.sizes, dtype=planned.properties.dtype, device="cpu")
-        # Hooks take the hint for the shard's place on this rank, and need it where an empty shard has the same offset.
+        # Hooks take the hint as the shard's position on this rank, and need it if an empty shard has the same offset.
         place = self._places.get((write_item.index.fqn, box), 0)
         index = MetadataIndex(write_item.index.fqn, write_item.index.offset, place)
         found: Tensor = self.transform_object(write_item, self.lookup_object(index))
         return found
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """Return what an item is of: the memory of a shard, or an object that is not a tensor."""
+        """Return the value of an item: the memory of a shard, or a non-tensor object."""
         kind = self._kinds.get(index.fqn)
         return kind.shard(index) if kind else self.state_dict[index.fqn]
 
     def fingerprints(self) -> Fingerprints | None:
-        """Return the fingerprints of what other ranks hold, too; `None` where nobody is to compare them."""
+        """Return the fingerprints of items that other ranks hold too; `None` if they are not to be compared."""
         shared = self.plan.planner_data
         if self._replica_policy == "trust" or not isinstance(shared, bytes):
             return None
@@ -159,7 +159,7 @@ class ShardedSavePlanner(DefaultSavePlanner):
         return fingerprint(self._replica_policy, held, self)
 
     def release(self) -> None:
-        """Forget the state, whose memory may be wanted for the next one; all of it is written."""
+        """Release the state, which is written, so that its memory can be reused for the next one."""
         self.state_dict, self._kinds = {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -171,6 +171,6 @@ def _entry_item(fqn: str) -> WriteItem:
 
 
 def _plan_all(local_plans: list[SavePlan]) -> GlobalPlan:
-    # A save without collectives plans each rank by itself, and cannot tell a gap from what others hold.
+    # A save without collectives plans each rank by itself, and cannot distinguish gaps from the parts of other ranks.
     is_all = len(local_plans) >= world_size_of_save() and rank_alone() is None
     return make_global_plan(local_plans, is_all=is_all)

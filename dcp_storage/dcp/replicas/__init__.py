@@ -1,1 +1,1 @@
-"""What several ranks hold under one name, of which one rank's copy is saved: do they hold the same?"""
+"""Checks whether ranks hold the same data under one name, since only one rank's copy is saved."""

@@ -1,4 +1,4 @@
-"""Fingerprints of all ranks, compared before the commit."""
+"""Compares the fingerprints of all ranks before the commit."""
 
 import logging
 import warnings
@@ -22,10 +22,10 @@ logger = logging.getLogger(__name__)
 
 
 class Fingerprints(NamedTuple):
-    """What a rank tells of the items that others hold, too.
+    """A rank's fingerprints of the items that other ranks hold too.
 
     Attributes:
-        policy: What to do where ranks differ.
+        policy: What to do if ranks differ.
         keys: The `item_key` of each item, as an array of `uint64`.
         digests: Their fingerprints, likewise.
     """
@@ -36,7 +36,7 @@ class Fingerprints(NamedTuple):
 
 
 class Mismatch(NamedTuple):
-    """An item that ranks hold differently, and the ranks that hold the same, each list ascending."""
+    """An item that differs between ranks, and the groups of ranks that agree, each list ascending."""
 
     fqn: str
     box: Box | None
@@ -45,12 +45,12 @@ class Mismatch(NamedTuple):
 
 
 def item_key(fqn: str, box: Box | None) -> int:
-    """Return the number that stands for an item: 64 bits of the hash of its name and box."""
+    """Return the key of an item: a 64-bit hash of its name and box."""
     return xxh3_64_intdigest(f"{fqn}\0{box and (box.offsets, box.sizes)}".encode("utf-8", "surrogatepass"))
 
 
 def find_mismatches(fingerprints: Sequence[Fingerprints | None], metadata: Metadata) -> list[Mismatch]:
-    """Return the items that not all ranks hold alike, in the order of the state dict."""
+    """Return the items that differ between ranks, in the order of the state dict."""
     told = [(rank, prints) for rank, prints in enumerate(fingerprints) if prints is not None and len(prints.keys)]
     if not told:
         return []
@@ -80,10 +80,10 @@ def _named(differ: set[int], keys: Any, digests: Any, ranks: Any, metadata: Meta
 
 
 def report_mismatches(fingerprints: Sequence[Fingerprints | None], metadata: Metadata, where: str) -> None:
-    """Say where ranks differ.
+    """Report items that differ between ranks.
 
     Raises:
-        ReplicaMismatch: They do, and the policy of a rank is `"error"`.
+        ReplicaMismatch: There are some, and the policy of a rank is `"error"`.
     """
     mismatches = find_mismatches(fingerprints, metadata)
     if not mismatches:
@@ -99,13 +99,13 @@ def report_mismatches(fingerprints: Sequence[Fingerprints | None], metadata: Met
     warnings.warn(message, stacklevel=2)
 
 
-_ADVICE = "save what is a rank's own under a name of its own (the README says how), and find out why replicas differ"
+_ADVICE = "save per-rank data under a separate name for each rank (see the README), and find out why replicas differ"
 
 
 def _told(mismatches: Sequence[Mismatch]) -> str:
     named = "; ".join(map(_one, mismatches[:_MOST_NAMED]))
     more = f"; and {len(mismatches) - _MOST_NAMED} more" if len(mismatches) > _MOST_NAMED else ""
-    pickled = ". Objects count by their pickles, and equal ones may pickle differently"
+    pickled = ". Objects are compared by their pickles, and equal ones may pickle differently"
     how = pickled if any(mismatch.pickled for mismatch in mismatches) else ""
     return f"ranks hold different data under one name: {named}{more}{how}"
 

@@ -18,7 +18,7 @@ Place = tuple[str, Box | None]
 
 
 def item_place(item: WriteItem) -> Place:
-    """Return the name of an item, and its box if it is of a tensor."""
+    """Return the name of an item, and its box if it belongs to a tensor."""
     return item.index.fqn, item_box(item) if item.tensor_data else None
 
 

@@ -1,4 +1,4 @@
-"""Fingerprints of objects: of built-in values by what they hold, of anything else by its pickle."""
+"""Fingerprints of objects: of built-in values by their contents, of anything else by its pickle."""
 
 import io
 import struct
@@ -20,10 +20,10 @@ _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})
 
 
 def object_digest(value: object) -> int:
-    """Return a fingerprint of 64 bits; its lowest is set where some of the object was compared by its pickle.
+    """Return a 64-bit fingerprint, whose lowest bit is set if a part of the object was hashed by its pickle.
 
-    Built-in containers count by their types and what they hold, dicts and sets in any order; NaNs and zeros by their
-    bits. Equal objects of other types may pickle differently.
+    Built-in containers are hashed by type and contents, dicts and sets in any order; NaNs and zeros by their bits.
+    Equal objects of other types may pickle differently.
     """
     told = _Told()
     digest = xxh3_64_intdigest(told.of(value, _MOST_NESTED))
@@ -31,7 +31,7 @@ def object_digest(value: object) -> int:
 
 
 class _Told:
-    """What is told of a value: bytes that are the same for equal ones."""
+    """Turns values into bytes that are the same for equal ones."""
 
     def __init__(self) -> None:
         self.pickled = False
@@ -85,7 +85,7 @@ def _pickle(value: object) -> bytes:
     buffer = io.BytesIO()
     try:
         torch.save(value, buffer)
-    except Exception as error:  # noqa: BLE001 - the rank that writes it says so
+    except Exception as error:  # noqa: BLE001 - the rank that writes it raises
         return f"{type(error).__name__}: {error}".encode()
     container = read_container(buffer.getvalue())
     return container.pickled + b"".join(xxh3_128_digest(container.read(key)) for key in container.storages)

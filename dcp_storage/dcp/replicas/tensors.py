@@ -1,4 +1,4 @@
-"""Fingerprints of tensors: small ones whole, of large ones samples."""
+"""Fingerprints of tensors: of all elements of small ones, of samples of large ones."""
 
 from math import prod
 
@@ -12,21 +12,21 @@ from dcp_storage.dcp.memory import as_it_lies, borrowed_view, byte_view
 from dcp_storage.geometry import Shape
 
 WHOLE_BYTES = 64 * KIB
-"""Up to this size all of a tensor counts."""
+"""Tensors up to this size are hashed whole."""
 RUNS = 16
-"""Of a larger one as many runs of elements, one in each sixteenth of it, ..."""
+"""Number of sampled runs of a larger tensor, one in each sixteenth of it, ..."""
 RUN_BYTES = 256
-"""... of this size each."""
+"""... and the size of each."""
 
 _SAME_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 
 
 def tensor_digest(seed: int, tensor: Tensor) -> int:
-    """Return a fingerprint of the bits of a tensor's elements, of 64 bits.
+    """Return a 64-bit fingerprint of the bits of a tensor's elements.
 
-    Where the samples lie follows from the seed, the shape and the dtype. They tell tensors apart that differ
-    everywhere, or in more than a few places: other experts, other seeds, replicas that drifted. They miss what differs
-    in a few elements only. Of a tensor on a device only the samples are copied.
+    The positions of the samples follow from the seed, the shape and the dtype. They distinguish tensors that differ
+    everywhere, or in more than a few places: other experts, other seeds, replicas that drifted. They miss differences
+    in a few elements. Only the samples of a tensor on a device are copied.
     """
     if tensor.numel() * tensor.element_size() <= WHOLE_BYTES:
         return xxh3_64_intdigest(_all(tensor), seed)
@@ -36,7 +36,7 @@ def tensor_digest(seed: int, tensor: Tensor) -> int:
 
 
 def sample_starts(seed: int, count: int, run: int) -> list[int]:
-    """Return where each run of elements begins: anywhere in its share of the tensor, by the seed."""
+    """Return the start of each run of elements, anywhere in its share of the tensor, depending on the seed."""
     share = count // RUNS
     room = share - run + 1
     scattered = xxh3_128_digest(seed.to_bytes(8, "little"))  # a byte for each run
@@ -57,7 +57,7 @@ def _runs(tensor: Tensor, starts: list[int], run: int) -> bytes | memoryview:
     flat = (np.array(starts)[:, None] + np.arange(run)).ravel()
     places = [torch.from_numpy(index).to(tensor.device) for index in np.unravel_index(flat, tuple(tensor.shape))]
     plain = tensor.detach().as_subclass(Tensor)
-    if not (plain.is_conj() or plain.is_neg()):  # not every dtype can be indexed
+    if not (plain.is_conj() or plain.is_neg()):  # some dtypes cannot be indexed
         plain = plain.view(_SAME_SIZE[item])
     return _on_host(plain[tuple(places)], (len(flat),))
 

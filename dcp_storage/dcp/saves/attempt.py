@@ -1,4 +1,4 @@
-"""What the parts of one save without collectives share, and those of two saves never do."""
+"""The id that the parts of one save without collectives share, and those of two saves never do."""
 
 import os
 from hashlib import sha256
@@ -12,13 +12,13 @@ _RUN, _RESTARTS = "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"
 
 
 def name_attempt(save: Save, world_size: int) -> str:
-    """Return 16 hexadecimal digits: the same on all ranks, and others for every save.
+    """Return 16 hexadecimal digits: the same on all ranks, and different for every save.
 
-    The first rank to come says which, in the store of the process group, so that nobody waits for anybody. Where the
-    group has no store, `torchrun` has told its ranks which run and which restart they are.
+    The first rank to arrive chooses them, in the store of the process group, so that no rank waits for another. If the
+    group has no store, they are derived from the run and restart that `torchrun` sets in the environment.
 
     Raises:
-        ConfigError: Neither is there, and the save is one of several ranks.
+        ConfigError: There is neither, and several ranks take part in the save.
     """
     if world_size == 1:
         return new_token()
@@ -28,8 +28,8 @@ def name_attempt(save: Save, world_size: int) -> str:
     if _RUN in os.environ and _RESTARTS in os.environ:
         return _digest(f"{os.environ[_RUN]}-{os.environ[_RESTARTS]}-{which}")
     raise ConfigError(
-        "use_collectives=False needs a process group with a store, or torchrun: without either nothing tells the ranks "
-        "which of their parts belong together"
+        "use_collectives=False needs a process group with a store, or torchrun: without either, the ranks cannot agree "
+        "on which of their parts belong together"
     )
 
 

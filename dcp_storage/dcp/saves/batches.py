@@ -1,4 +1,4 @@
-"""Sources of small tensors of an accelerator, which are copied to the host together."""
+"""Sources of small tensors on an accelerator, which are copied to the host in batches."""
 
 import threading
 
@@ -14,13 +14,13 @@ from dcp_storage.transfer.save import Source
 
 
 class Batches:
-    """Puts small tensors into batches in the order of the plan, which is mostly that of their reads."""
+    """Puts small tensors into batches, in the order of the plan, in which most are read."""
 
     def __init__(self) -> None:
         self._filling: dict[Batchable, _Batch] = {}
 
     def source(self, source: TensorSource) -> Source:
-        """Return the source, or one that reads the same bytes from a batch where its tensor is small."""
+        """Return a source that reads from a batch if the tensor is small, else the given one."""
         which = batchable(source.tensor)
         if which is None:
             return source
@@ -42,7 +42,7 @@ class _BatchedSource:
 
 
 class _Batch:
-    """Tensors of one device. Their copy is made when the first of them is read, and dropped when all of them were."""
+    """Tensors of one device: copied when the first is read; the copy is dropped after the last."""
 
     def __init__(self, fqn: str) -> None:
         self.nbytes = 0
@@ -53,7 +53,7 @@ class _Batch:
         self._lock = threading.Lock()
 
     def add(self, tensor: Tensor) -> int:
-        """Return where in the batch a tensor begins."""
+        """Add a tensor, and return its offset in the batch."""
         offset = self.nbytes
         self._tensors.append(tensor)
         self.nbytes += tensor.nbytes
@@ -63,7 +63,7 @@ class _Batch:
         """Return bytes of the batch in host memory.
 
         Raises:
-            UnsupportedTensor: Torch could not copy them.
+            UnsupportedTensor: torch cannot copy them.
         """
         with self._lock:
             if self._copy is None:

@@ -17,8 +17,8 @@ async def check_place(store: Store, *, overwrite: bool, part: bool) -> None:
     """Check, before data moves, that a save may commit here.
 
     Raises:
-        CheckpointExists: A checkpoint stands here that may not be replaced.
-        AccessDenied: One does that may not be read, or nothing may be written here.
+        CheckpointExists: A checkpoint already exists here and may not be replaced.
+        AccessDenied: An existing one may not be read, or nothing may be written here.
     """
     if part or not overwrite:
         await check_vacant(store, overwrite=overwrite)
@@ -27,22 +27,22 @@ async def check_place(store: Store, *, overwrite: bool, part: bool) -> None:
 
 
 async def check_vacant(store: Store, *, overwrite: bool) -> None:
-    """Check that no checkpoint stands here; with `overwrite`, none that parts cannot replace.
+    """Check that there is no checkpoint here; with `overwrite`, none that parts cannot replace.
 
     Raises:
-        CheckpointExists: One does.
+        CheckpointExists: There is one.
     """
     if await is_committed(store, parts=not overwrite):
         raise _exists(store, overwrite=overwrite)
 
 
 async def commit(store: Store, draft: Draft, *, overwrite: bool = True) -> None:
-    """Write the manifest, and only then delete what the one that it replaced had named.
+    """Write the manifest, and only then delete the objects of the one that it replaced.
 
     Raises:
         CheckpointExists: Another save committed here meanwhile, and this one may not replace it.
-        CheckpointReplaced: Another save committed here in the same moment, and may have deleted this one's objects.
-        StoreError: The manifest could not be written; the checkpoint that was there before still stands.
+        CheckpointReplaced: Another save committed here at the same moment, and may have deleted this one's objects.
+        StoreError: The manifest could not be written; the previous checkpoint is still there.
     """
     if draft.attempt is not None:
         await _commit_part(store, draft, overwrite=overwrite)
@@ -53,15 +53,15 @@ async def commit(store: Store, draft: Draft, *, overwrite: bool = True) -> None:
 
 
 async def _replace(store: Store, draft: Draft) -> None:
-    # The version is looked up first: what is replaced must not be newer than what is read of it.
+    # The version is looked up first: the manifest that is replaced must not be newer than the one that is read.
     over = await store.version(MANIFEST)
     superfluous = await replaced_objects(store)
     try:
         await write_manifest(store, draft, over=over)
     except ObjectExists as error:
         raise CheckpointReplaced(
-            f"another save committed at {store.url} in the same moment, and this one does not stand: let one job at a "
-            "time save to a path, and save again",
+            f"another save committed at {store.url} at the same moment, so this one was discarded: let only one job at "
+            "a time save to a path, and save again",
             url=store.url,
         ) from error
     with _warning():
@@ -85,11 +85,11 @@ async def _create(store: Store, draft: Draft, *, overwrite: bool) -> None:
 
 @contextmanager
 def _warning() -> Iterator[None]:
-    """Log a failure instead of raising it: the new checkpoint stands, and `prune` removes the rest."""
+    """Log a failure instead of raising it: the new checkpoint is complete, and `prune` removes the rest."""
     try:
         yield
     except (StoreError, ManifestCorrupt) as error:
-        logger.warning("the objects of the replaced checkpoint were not all deleted: %s", error)
+        logger.warning("not all objects of the replaced checkpoint were deleted: %s", error)
 
 
 def _exists(store: Store, *, overwrite: bool) -> CheckpointExists:

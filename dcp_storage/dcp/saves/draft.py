@@ -1,4 +1,4 @@
-"""The manifest of a save: what the planner planned, joined with what the ranks wrote."""
+"""The manifest of a save: the planner's plan, joined with what the ranks wrote."""
 
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -36,7 +36,7 @@ def build_draft(
     attempt: str | None,
     info: Mapping[str, Any],
 ) -> Draft:
-    """Join what the planner planned with what the ranks wrote.
+    """Join the planner's plan with what the ranks wrote.
 
     Raises:
         CoverageError: The two do not match item by item, or a tensor's chunks do not tile it.
@@ -71,11 +71,13 @@ def build_draft(
 def _check_codecs(results: Sequence[Results], codec: Codec) -> None:
     for rank, told in enumerate(results):
         if told.codec != codec:
-            raise ConfigError(f"rank {rank} saved with {told.codec} and the coordinator with {codec}: use one for all")
+            raise ConfigError(
+                f"rank {rank} saved with {told.codec} and the coordinator with {codec}: use the same codec on all ranks"
+            )
 
 
 def _join_objects(results: Sequence[Results]) -> tuple[list[StoredObject], Columns]:
-    """Return all objects and items, in the order of the ranks. An object is its segments and nothing else."""
+    """Return all objects and items, in rank order. An object consists of its segments only."""
     names = list(chain.from_iterable(told.objects for told in results))
     firsts = accumulate((len(told.objects) for told in results[:-1]), initial=0)
     stored = join([told.stored for told in results], firsts)
@@ -85,14 +87,14 @@ def _join_objects(results: Sequence[Results]) -> tuple[list[StoredObject], Colum
 
 
 class _Order(NamedTuple):
-    """The numbers of the same items in two lists, by name, offsets and size."""
+    """The order that sorts two lists of items alike, by name, offsets and size."""
 
     planned: Any
     written: Any
 
 
 class _Written:
-    """The items of all ranks, in the order of the ranks."""
+    """The items of all ranks, in rank order."""
 
     def __init__(self, results: Sequence[Results], numbers_of: Mapping[str, int]) -> None:
         self.names = list(chain.from_iterable(told.names for told in results))
@@ -104,7 +106,7 @@ class _Planned:
     """The items of a plan: the chunks of the tensors, by name, and then the other entries.
 
     Attributes:
-        entry_names: Those of the entries that are not tensors, ascending.
+        entry_names: The names of the entries that are not tensors, ascending.
         numbers: The number of each name, tensors first.
     """
 
@@ -132,10 +134,10 @@ class _Planned:
         """Find each item in what was written.
 
         Raises:
-            CoverageError: One is missing, or is there that was not planned.
+            CoverageError: An item is missing, or was not planned.
         """
         dims = max(self._items.dims.max(initial=0), written.items.dims.max(initial=0))
-        # Nothing but what was written tells the sizes of entries.
+        # The sizes of entries are only known from what was written.
         told = np.where(written.numbers < len(self._tensors), written.items.nbytes, 0)
         ours = np.column_stack((self._of_name, self._items.table(dims), self._items.nbytes))
         theirs = np.column_stack((written.numbers, written.items.table(dims), told))
@@ -151,7 +153,7 @@ class _Planned:
         at = int(differ[0]) if len(differ) else both
         missing, unplanned = (tuple(rows[at].tolist()) if at < len(rows) else None for rows in (ours, theirs))
         if unplanned is not None and (missing is None or unplanned < missing):
-            raise CoverageError(f"{written[at]} was written but the plan has no such item", fqn=written[at])
+            raise CoverageError(f"{written[at]} was written but is not in the plan", fqn=written[at])
         assert missing is not None, "the lists differ there"
         name, *offsets, _ = missing
         fqn, at_offsets = self._names[name], [offset for offset in offsets if offset >= 0]
@@ -162,7 +164,7 @@ class _Planned:
         """Return the tensors, whose items are in this order.
 
         Raises:
-            CoverageError: The chunks of one do not tile it, and are to be `tiled`.
+            CoverageError: Tensors must be `tiled`, and the chunks of one do not tile it.
         """
         tensors, item, start = {}, 0, 0
         for fqn, entry in self._tensors.items():
@@ -184,7 +186,7 @@ class _Planned:
 
 
 def _is_all(chunks: Sequence[Any], size: tuple[int, ...]) -> bool:
-    """Return whether a tensor's only chunk, if it has one, is all of it."""
+    """Return whether a tensor has a single chunk, which covers it."""
     return len(chunks) == 1 and tuple(chunks[0].sizes) == size and not any(chunks[0].offsets)
 
 
@@ -202,7 +204,7 @@ def _planner_data(data: Any) -> dict[str, tuple[str | int, ...]] | None:
     if isinstance(data, Mapping) and all(isinstance(key, str) and _is_path(path) for key, path in data.items()):
         return {key: tuple(path) for key, path in data.items()}
     raise UnsupportedTensor(
-        f"the planner's planner_data is a {type(data).__name__}, and not a flatten mapping (name -> path of str and "
+        f"the planner's planner_data is a {type(data).__name__}, not a flatten mapping (name -> path of str and "
         "int); nothing else can be stored without pickle"
     )
 

@@ -1,4 +1,4 @@
-"""Entries that are not tensors, as the bytes that are stored."""
+"""Entries that are not tensors, encoded as the stored bytes."""
 
 import io
 import pickletools
@@ -17,18 +17,18 @@ from dcp_storage.format.container import read_container
 from dcp_storage.format.values import encode_value
 
 _SHARDS = ("DTensor", "ShardedTensor", "LocalShardsWrapper", "StagedTensor")
-"""Types whose instances hold one rank's part of a tensor."""
+"""Types whose instances are one rank's part of a tensor."""
 
 
 def encode_entry(item: WriteItem, planner: SavePlanner) -> tuple[bytes, list[str]]:
-    """Return the bytes of an entry, and the names of the types that a load of it must trust.
+    """Return the bytes of an entry, and the names of the types that must be trusted to load it.
 
-    A value of built-in types is stored as such, if the planner would have pickled just that; what another planner makes
-    of its objects is stored as it is.
+    A value of built-in types is stored as such if the planner would have pickled it unchanged; the bytes of other
+    planners are stored as they are.
 
     Raises:
         UnsupportedEntry: It cannot be pickled.
-        UnsupportedTensor: It holds a part of a distributed tensor.
+        UnsupportedTensor: It contains a part of a distributed tensor.
     """
     if _pickles_as_it_is(type(planner)):
         assert isinstance(planner, DefaultSavePlanner)
@@ -60,7 +60,7 @@ def _resolve(item: WriteItem, planner: SavePlanner) -> bytes:
         raise
     except Exception as error:  # what is pickled runs its own code
         raise UnsupportedEntry(
-            f"{fqn} cannot be pickled: {error}. Leave it out of the state dict, or store what it can be made from",
+            f"{fqn} cannot be pickled: {error}. Leave it out of the state dict, or store what it can be rebuilt from",
             fqn=fqn,
         ) from error
     assert isinstance(data, io.BytesIO), "DCP's planners resolve tensor items to tensors and others to BytesIO"
@@ -68,26 +68,26 @@ def _resolve(item: WriteItem, planner: SavePlanner) -> bytes:
 
 
 def _refuse_shards(fqn: str, pickled: bytes) -> None:
-    """Refuse a part of a distributed tensor: one rank's would become every rank's.
+    """Refuse a part of a distributed tensor: that of one rank would become that of every rank.
 
     Raises:
-        UnsupportedTensor: It holds one, in a tuple or another object.
+        UnsupportedTensor: The entry contains one, in a tuple or another object.
     """
-    if not any(name.encode() in pickled for name in (*_SHARDS, SHARD_ATTRIBUTES[0])):  # as in nearly all
+    if not any(name.encode() in pickled for name in (*_SHARDS, SHARD_ATTRIBUTES[0])):  # nearly always
         return
     words = {word for _, argument, _ in pickletools.genops(pickled) for word in str(argument).split()}
     held = sorted(words.intersection(_SHARDS))
     if held or words.issuperset(SHARD_ATTRIBUTES):
         kind = held[0] if held else "CheckpointableTensor"
         raise UnsupportedTensor(
-            f"{fqn} is stored whole, as one rank has it, and holds a {kind} in a tuple or another object: put it in a "
+            f"{fqn} is stored whole, from one rank, and contains a {kind} in a tuple or another object: put it in a "
             "dict or a list of the state dict, and keep flatten_state_dict=True",
             fqn=fqn,
         )
 
 
 def warn_of_types(asked: Mapping[str, list[str]], most: int = 5) -> None:
-    """Warn once of all entries of a save that load only where their types are listed."""
+    """Warn once about all entries of a save that can only be loaded if their types are listed."""
     entries = [f"{fqn} holds {', '.join(names)}" for fqn, names in asked.items() if names]
     types = list(dict.fromkeys(name for names in asked.values() for name in names))
     more = f"; and {len(entries) - most} more" if len(entries) > most else ""
@@ -95,6 +95,6 @@ def warn_of_types(asked: Mapping[str, list[str]], most: int = 5) -> None:
         warnings.warn(
             f"{'; '.join(entries[:most])}{more}. To load them, list the types that you trust: "
             f"ShardedLoadPlanner(allowed_types=[{', '.join(types)}]). Or save their values in dicts and lists "
-            "(vars(namespace), dataclasses.asdict(config)), which need no list",
+            "(vars(namespace), dataclasses.asdict(config)), which need no such list",
             stacklevel=2,
         )

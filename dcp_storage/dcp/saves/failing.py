@@ -1,4 +1,4 @@
-"""A save that fails leaves no objects behind, neither on the rank that failed nor on those that DCP tells of it.
+"""A failed save leaves no objects behind, neither on the rank that failed nor on those that DCP informs.
 
 DCP sends the error to all ranks and calls no hook there. So the error carries a mark, which ends the save of the thread
 that unpickles it.
@@ -21,7 +21,7 @@ from dcp_storage.store.base import Store
 logger = logging.getLogger(__name__)
 
 _CLEAN_UP_S = 5
-"""How long a save that failed may try to delete its objects: the store may be what failed it."""
+"""How long a failed save may try to delete its objects: the store may be the reason for the failure."""
 
 
 class _Thread(threading.local):
@@ -32,7 +32,7 @@ _thread = _Thread()
 
 
 class _Mark:
-    """Is pickled with an error that ends a save on every rank."""
+    """Pickled with an error, so that it ends the save on every rank."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _end_elsewhere, ()
@@ -40,10 +40,10 @@ class _Mark:
 
 @contextmanager
 def ending_on_error(save: Save, *, commits: bool = False) -> Iterator[None]:
-    """End the save if a hook fails: log it where nobody may ever ask its future, and delete what it put.
+    """End the save if a hook fails: log it if nobody may ever check its future, and delete what it put.
 
-    `commits`: The hook writes the manifest. A network's answer may be lost: what was sent may yet arrive, and name the
-    objects, so that they are left where they are.
+    `commits`: The hook writes the manifest. If the response of a remote store is lost, the manifest may still arrive
+    and name the objects, so they are left in place.
     """
     _thread.save = save
     try:
@@ -63,7 +63,7 @@ def ending_on_error(save: Save, *, commits: bool = False) -> Iterator[None]:
 
 
 def _end_elsewhere() -> _Mark:
-    """End this thread's save, which failed on another rank; the coordinator sends the mark on to the rest."""
+    """End this thread's save, which failed on another rank; the coordinator passes the mark on to the rest."""
     save, _thread.save = _thread.save, None
     if save:
         _log(save, "on another rank")
@@ -79,7 +79,7 @@ def _log(save: Save, why: str) -> None:
 
 
 def _discard(save: Save, *, named_perhaps: bool) -> None:
-    """Delete the save's objects if the store answers: the next save may need the room."""
+    """Delete the save's objects if the store responds: the next save may need the space."""
     if not save.objects:
         return
 
@@ -88,7 +88,7 @@ def _discard(save: Save, *, named_perhaps: bool) -> None:
             named = await _named(store) if named_perhaps else set()
             await store.delete([name for name in save.objects if name not in named])
 
-    with suppress(DcpStorageError, TimeoutError):  # what failed the save is raised
+    with suppress(DcpStorageError, TimeoutError):  # the original error is raised
         save.location.run(discard)
 
 

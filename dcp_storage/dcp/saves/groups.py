@@ -1,19 +1,19 @@
-"""Which of a plan's items belong together: a checkpoint's `optim` may be dropped one day, and its `model` kept."""
+"""Groups a plan's items: a checkpoint's `optim` may be dropped one day, and its `model` kept."""
 
 from collections.abc import Sequence
 
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 
 _MOST_GROUPS = 16
-"""More top-level mappings than that are not parts of a state that somebody drops, but names in a model."""
+"""If there are more top-level mappings, they are not droppable parts of a state, but names in a model."""
 
 _Path = tuple[str | int, ...]
 
 
 def group_items(plan: SavePlan, planner: SavePlanner) -> list[str]:
-    """Return the top-level mapping of the state dict that each item is in; nothing where they are one.
+    """Return the top-level mapping of the state dict that each item is in; an empty list if there is only one.
 
-    Mappings that hold a single mapping are looked through, and what lies loose beside mappings is a group.
+    Mappings that contain only a single mapping are skipped, and items next to mappings form a group.
     """
     mappings: dict[str, _Path] = getattr(planner, "mappings", None) or {}
     depth = _depth(list(mappings.values()))
@@ -24,7 +24,7 @@ def group_items(plan: SavePlan, planner: SavePlanner) -> list[str]:
 
 
 def _depth(paths: Sequence[_Path]) -> int:
-    """Return how many mappings are around all entries, each with no other beside it."""
+    """Return how many mappings enclose all entries, each without siblings."""
     depth = 0
     while paths and all(len(path) > depth + 1 for path in paths) and len({path[depth] for path in paths}) == 1:
         depth += 1

@@ -1,4 +1,4 @@
-"""What a save plan's items are read from."""
+"""The sources of a save plan's items."""
 
 import io
 
@@ -23,9 +23,9 @@ def plan_sources(plan: SavePlan, planner: SavePlanner, codec: Codec) -> list[Sou
     """Return the source of each of a plan's items.
 
     Raises:
-        CoverageError: The planner resolved an item to another shape than it planned.
-        DtypeMismatch: ... or to another dtype.
-        UnsupportedTensor: An item is not plain strided memory, or an object holds a part of a distributed tensor.
+        CoverageError: The planner resolved an item to a different shape than planned.
+        DtypeMismatch: The planner resolved an item to a different dtype than planned.
+        UnsupportedTensor: An item is not plain strided memory, or an object contains a part of a distributed tensor.
         UnsupportedEntry: An object cannot be pickled.
     """
     asked: dict[str, list[str]] = {}
@@ -55,27 +55,27 @@ def _resolve(item: WriteItem, planner: SavePlanner) -> Tensor:
     assert not isinstance(data, io.BytesIO), "DCP's planners resolve tensor items to tensors and others to BytesIO"
     if tuple(data.shape) != tuple(planned.chunk.sizes):
         raise CoverageError(
-            f"{item.index.fqn}: a chunk of shape {list(planned.chunk.sizes)} was planned, the state dict holds "
+            f"{item.index.fqn}: a chunk of shape {list(planned.chunk.sizes)} was planned, but the state dict has "
             f"{list(data.shape)}",
             fqn=item.index.fqn,
         )
     if data.dtype != planned.properties.dtype:
         raise DtypeMismatch(
-            f"{item.index.fqn}: {planned.properties.dtype} was planned, the state dict holds {data.dtype}: "
-            "was it changed since its plan was cached?",
+            f"{item.index.fqn}: {planned.properties.dtype} was planned, but the state dict has {data.dtype}: "
+            "was it changed after its plan was cached?",
             fqn=item.index.fqn,
         )
     if item.type is WriteItemType.TENSOR and _is_a_part(item.index.fqn, data):
         raise UnsupportedTensor(
-            f"{item.index.fqn} is a shard by its attributes (CheckpointableTensor), and the planner takes it for all "
-            "of its tensor: save with ShardedSavePlanner",
+            f"{item.index.fqn} is a shard by its attributes (CheckpointableTensor), but the planner treats it as a "
+            "whole tensor: save with ShardedSavePlanner",
             fqn=item.index.fqn,
         )
     return data
 
 
 def _is_a_part(fqn: str, data: Tensor) -> bool:
-    """Tell whether the attributes of a tensor say that it is something else than all of its tensor."""
+    """Return whether a tensor's attributes make it anything other than its whole tensor."""
     if not Checkpointable.takes(data):
         return False
     kind, shape = Checkpointable(fqn, data), tuple(data.shape)

@@ -16,30 +16,30 @@ _LOOK_AGAIN_S = 0.02
 
 
 class _Saves:
-    """The saves of this process: of all writers, since they may share a place, a planner or a group."""
+    """The saves of this process, of all writers, since these may share a path, a planner or a group."""
 
     def __init__(self) -> None:
         self.begun: Counter[str] = Counter()
         self.forget()
 
     def forget(self) -> None:
-        """Begin anew."""
+        """Start again, empty."""
         self.lock = threading.Lock()
         self.in_threads: list[Save] = []
         self.left: WeakSet[threading.Thread] = WeakSet()
-        """Threads whose save is over, though they live on in a callback of its future."""
+        """Threads whose save has ended, but which still run a callback of its future."""
 
 
 _saves = _Saves()
-# A child has none of these threads, and perhaps a lock that is held.
+# A child process has none of these threads, and the lock may be held.
 os.register_at_fork(after_in_child=_saves.forget)
 
 
 def begin(save: Save) -> None:
-    """Wait for the saves that were begun before this one, and report those that failed in the background.
+    """Wait for saves that began before this one, and report those that failed in the background.
 
-    Overlapping saves would mix their collectives, which meet in the order in which each rank happens to begin them;
-    they might share a planner; and the older might commit last.
+    Overlapping saves would mix their collectives, which match in the order in which each rank happens to start them;
+    they might share a planner; and the older one might commit last.
     """
     save.pace.step_back()
     earlier = _earlier(save.thread)
@@ -57,7 +57,7 @@ def begin(save: Save) -> None:
 
 
 def leave_save() -> None:
-    """Note that this thread's save is over, if it ran one: its future's callback is about to begin another."""
+    """Record that this thread's save, if any, has ended: its future's callback is about to begin another."""
     here = threading.current_thread()
     if in_async_thread(here):
         with _saves.lock:
@@ -65,12 +65,12 @@ def leave_save() -> None:
 
 
 def running() -> list[threading.Thread]:
-    """Return the threads of `dcp.async_save`, in the order of their start: that of the calls."""
+    """Return the threads of `dcp.async_save`, in the order in which they were started: that of the calls."""
     return [thread for thread in threading.enumerate() if in_async_thread(thread)]
 
 
 def take_failed() -> list[Save]:
-    """Return, once, the saves in threads that ended without being done."""
+    """Return, once, the saves in threads that ended before they were done."""
     with _saves.lock:
         ended = [save for save in _saves.in_threads if not save.thread.is_alive()]
         _saves.in_threads = [save for save in _saves.in_threads if save not in ended]
@@ -78,7 +78,7 @@ def take_failed() -> list[Save]:
 
 
 def place_of(thread: threading.Thread) -> str | None:
-    """Return where the save of a thread goes, or `None` where it has not begun."""
+    """Return where the save of a thread goes, or `None` if it has not begun."""
     with _saves.lock:
         return next((save.url for save in reversed(_saves.in_threads) if save.thread is thread), None)
 

@@ -1,4 +1,4 @@
-"""Encodes and puts what a rank writes of a save."""
+"""Encodes and puts a rank's share of a save."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,9 +15,9 @@ from dcp_storage.transfer.save import Source, save_items
 async def put(
     context: Context, save: Save, role: Role, sources: Sequence[Source], *, groups: Sequence[str], codec: Codec
 ) -> tuple[list[str], Columns]:
-    """Put the sources of a rank; return the names of its objects, by number, and where in them each source lies.
+    """Put the sources of a rank; return the names of its objects, by number, and where each source is stored.
 
-    The names are noted in the save as the objects are begun.
+    Each name is recorded in the save when its object is begun.
     """
 
     def name(number: int) -> str:

@@ -1,4 +1,4 @@
-"""What a rank tells the coordinator of what it wrote."""
+"""A rank's report to the coordinator on what it wrote."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ from dcp_storage.format.manifest.columns import Columns, numbers
 
 
 class Items(NamedTuple):
-    """What tells items apart: a row for each, of arrays of `int64`.
+    """The properties that identify items: `int64` arrays with a row for each.
 
     Attributes:
-        dims: How many offsets each has; 0 for entries that are not tensors.
-        offsets: Where each begins in its tensor, all of them one after another.
+        dims: The number of offsets of each; 0 for entries that are not tensors.
+        offsets: The offsets of each in its tensor, concatenated.
         nbytes: Their raw sizes.
     """
 
@@ -27,29 +27,29 @@ class Items(NamedTuple):
     nbytes: Any
 
     def table(self, dims: int) -> Any:
-        """Return the offsets as a table of so many columns; what an item has not is -1."""
+        """Return the offsets as a table with `dims` columns, filled up with -1."""
         table = np.full((len(self.dims), dims), -1, np.int64)
         table[np.arange(dims) < self.dims[:, None]] = self.offsets
         return table
 
 
 def items_of(offsets: Sequence[Sequence[int]], nbytes: Iterable[int]) -> Items:
-    """Return the rows of items by their offsets and raw sizes."""
+    """Return the rows of items from their offsets and raw sizes."""
     return Items(numbers(map(len, offsets)), numbers(chain.from_iterable(offsets)), numbers(nbytes))
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a rank wrote. DCP hands it to the coordinator's `finish` as it is.
+    """What a rank wrote. DCP passes it to the coordinator's `finish` unchanged.
 
     Attributes:
         names: The fully qualified name of each item.
-        items: Which part of it each is.
-        objects: The names of this rank's data objects, by their numbers.
-        stored: Where the items lie in them.
+        items: The part of its entry that each item is.
+        objects: The names of this rank's data objects, by number.
+        stored: Where the items are stored in them.
         codec: How they are encoded.
         seconds: How long that took.
-        fingerprints: What it tells of the items that others hold, too.
+        fingerprints: Those of the items that other ranks hold too.
     """
 
     names: Sequence[str]

@@ -11,14 +11,14 @@ from dcp_storage.format.names import new_token
 
 @dataclass(frozen=True)
 class Role:
-    """What a rank has to do in a save.
+    """A rank's role in a save.
 
     Attributes:
-        rank: Its number in the process group of the save.
-        world_size: The ranks of that group.
-        coordinator: Whether it is the one that DCP has commit, where there are collectives.
-        attempt: Without collectives, where every rank commits its own part: what the parts of one save share.
-        alone: Whether it saves without the others (`no_dist=True`), to a place of its own.
+        rank: Its rank in the process group of the save.
+        world_size: The size of that group.
+        coordinator: Whether it is the rank that commits, if there are collectives.
+        attempt: The id that the parts of one save without collectives share, in which every rank commits its own.
+        alone: Whether it saves without the others (`no_dist=True`), to its own path.
     """
 
     rank: int
@@ -35,19 +35,19 @@ class Role:
 
 @dataclass(eq=False)
 class Save:
-    """One save of one rank. No other save meets it, and nothing of it outlives it.
+    """One save of one rank. It shares nothing with other saves.
 
     Attributes:
         location: Where it goes.
-        token: Names its objects, as no other save's.
-        pace: How it shares the machine with training.
-        thread: DCP calls all hooks of a save in one.
-        role: What this rank has to do, once DCP has told.
+        token: Part of the names of its objects, and of no other save's.
+        pace: How it shares the host with training.
+        thread: The thread in which DCP calls all its hooks.
+        role: This rank's role, once DCP has set it up.
         objects: The names of the objects that it began to put.
-        number: Which of this process's saves to that place it is, from 1.
-        begun: When, by `time.monotonic`.
-        blocked_s: How long training waited until its state was copied; `None` where it waits for the whole save.
-        done: Whether this rank has done all that it had to do for it.
+        number: Its number among this process's saves to that path, from 1.
+        begun: When it began, by `time.monotonic`.
+        blocked_s: How long training waited until its state was copied; `None` if it waits for the whole save.
+        done: Whether this rank's work for it is done.
         told: Whether its failure was logged.
     """
 

@@ -29,7 +29,7 @@ class BytesSource:
 class TensorSource:
     """The row-major bytes of a tensor, whatever its device and strides.
 
-    Contiguous CPU tensors are read where they lie; of any other only the slice in hand is copied.
+    Contiguous CPU tensors are read in place; of any other only the requested slice is copied.
 
     Raises:
         UnsupportedTensor: It is sparse, on the meta device, or a subclass that is not plain memory.
@@ -48,7 +48,7 @@ class TensorSource:
         """Return bytes `start` to `stop`, which are on element boundaries, in host memory.
 
         Raises:
-            UnsupportedTensor: Torch cannot copy it, as some bits of some dtypes.
+            UnsupportedTensor: Torch cannot copy it, which is the case for some dtypes.
         """
         if self._memory is not None:
             return self._memory[start:stop]

@@ -1,4 +1,4 @@
-"""What the log says of a save that is done."""
+"""The log message of a completed save."""
 
 import logging
 import time
@@ -16,11 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 _MUCH_LONGER, _MUCH_LONGER_S = 2, 1.0
-"""A rank is told of that took so many times what half of the ranks took, and so many seconds more."""
+"""A rank is reported if it took this many times as long as the median rank, and this many seconds longer."""
 
 
 def log_saved(save: Save, draft: Draft, results: Sequence[Results]) -> None:
-    """Log a line of a save: where, how much, how fast, how long training waited; and one of a rank that was slow."""
+    """Log where a save went, how much, how fast, and how long training waited; and which rank was slow, if one was."""
     if not logger.isEnabledFor(logging.INFO):
         return
     stored_bytes = sum(stored.size for stored in draft.objects)
@@ -32,7 +32,7 @@ def log_saved(save: Save, draft: Draft, results: Sequence[Results]) -> None:
 
 
 def slowest(results: Sequence[Results]) -> str | None:
-    """Return a line on the rank whose data took much longer to put than the others', if one did."""
+    """Return a line about the rank whose data took much longer to put than that of the others, if any."""
     spent = [(told.seconds, rank) for rank, told in enumerate(results)]
     seconds, rank = max(spent)
     usual = median(each for each, _ in spent)
@@ -40,6 +40,6 @@ def slowest(results: Sequence[Results]) -> str | None:
         return None
     nbytes = [told.nbytes for told in results]
     return (
-        f"rank {rank} wrote its {decimal(nbytes[rank])} in {seconds:.1f} s, where half of the ranks took at most "
+        f"rank {rank} wrote its {decimal(nbytes[rank])} in {seconds:.1f} s, while half of the ranks took at most "
         f"{usual:.1f} s for {decimal(int(median(nbytes)))}"
     )

@@ -1,1 +1,1 @@
-"""What `dcp.async_save` copies before it returns, and the memory that it is copied to."""
+"""The copy that `dcp.async_save` makes before it returns, and its memory."""

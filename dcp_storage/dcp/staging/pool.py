@@ -1,4 +1,4 @@
-"""Host memory for staged states: one state's worth is kept for the next save, whatever writers come and go."""
+"""Host memory for staged states: that of one state is kept for the next save, independent of writers."""
 
 import mmap
 import os
@@ -22,25 +22,25 @@ Where = Literal["private", "shared"]
 Bytes = NDArray[np.uint8]
 
 _SPARE = 2
-"""Kept memory that is more than this many times too large is given back to the system instead of being lent."""
+"""Kept memory that is more than this many times too large is returned to the system instead of being lent."""
 
 _TOUCHED_BYTES = 16 * MIB
 _TOUCHERS = 8
 
 _WORTH_WAITING = 64 * MIB
 _RETURNING_S = 0.005
-"""What memory takes less to come back than new pages to come."""
+"""Time for memory to be returned, which is shorter than allocating new pages."""
 
 
 @dataclass(eq=False)
 class Memory:
-    """Pages of the host.
+    """Pages of host memory.
 
     Attributes:
-        array: All of their bytes.
-        file: Of shared ones, what another process can map.
-        pinned: Whether CUDA writes to them directly.
-        process: Whose they are.
+        array: Their bytes.
+        file: The file that another process can map, if the memory is shared.
+        pinned: Whether CUDA can write to them directly.
+        process: The process that allocated them.
     """
 
     array: Bytes
@@ -51,24 +51,24 @@ class Memory:
 
 
 class Pool:
-    """Lends memory, and takes it back when nothing refers to what was lent, nor to a tensor over it."""
+    """Lends memory, and takes it back when nothing refers to it or to a tensor over it."""
 
     def __init__(self) -> None:
         # A deque, whose operations are atomic: finalizers run in any thread, even within these methods.
         self._kept: deque[Memory] = deque(maxlen=1)
         self._lent: ref[Bytes] | None = None
         self.shares = False
-        """Whether states are sent to another process: set when one is, and then they are staged in shared memory."""
+        """Whether states are sent to another process: set when the first is, to stage later ones in shared memory."""
 
     def lend(self, nbytes: int, *, device: bool, keep: bool) -> tuple[Bytes, Memory]:
-        """Return memory of `nbytes`, and the pages that it is of.
+        """Return memory of `nbytes`, and the pages that it is part of.
 
-        Tensors must be made over the array itself (`torch.frombuffer`), which they then keep alive. Once it is gone,
-        the memory is kept for the next loan, or with `keep` false it is freed. `device` says that an accelerator
-        writes to it.
+        Tensors must be created over the array itself (`torch.frombuffer`), which they then keep alive. When it is
+        garbage-collected, the memory is kept for the next loan, or freed without `keep`. `device` means that an
+        accelerator writes to it.
 
         Raises:
-            StagingError: The host has no such memory.
+            StagingError: The host is out of memory of this kind.
         """
         where: Where = "shared" if self.shares else "private"
         pinned = device and torch.cuda.is_available()
@@ -80,10 +80,10 @@ class Pool:
 
     def _take(self, nbytes: int, where: Where, *, pinned: bool) -> Memory | None:
         if nbytes >= _WORTH_WAITING and self._lent and self._lent() is not None:
-            sleep(_RETURNING_S)  # a thread of DCP's drops its state a moment after it said that the save is done
+            sleep(_RETURNING_S)  # DCP's thread drops its state a moment after it reports that the save is done
         with suppress(IndexError):
             memory = self._kept.pop()
-            if memory.process != os.getpid():  # after a fork, shared memory is the parent's
+            if memory.process != os.getpid():  # after a fork, shared memory belongs to the parent
                 return None
             if (memory.where, memory.pinned) == (where, pinned) and nbytes <= len(memory.array) <= _SPARE * nbytes:
                 return memory
@@ -99,11 +99,11 @@ POOL = Pool()
 
 
 def shared_memory(nbytes: int) -> Memory:
-    """Return memory that another process can map; it is in no file system, so that no limit of `/dev/shm` holds.
+    """Return memory that another process can map; it is not in a file system, so no limit of `/dev/shm` applies.
 
     Raises:
-        OSError: The system has none, or not enough.
-        AttributeError: This Python cannot ask for it.
+        OSError: The system does not support it, or has not enough.
+        AttributeError: This Python does not support it.
     """
     file = os.memfd_create("dcp_storage staging", os.MFD_CLOEXEC)
     try:
@@ -117,20 +117,20 @@ def shared_memory(nbytes: int) -> Memory:
 
 
 def map_shared(file: int, nbytes: int) -> Bytes:
-    """Map shared memory that this process or another one made."""
+    """Map shared memory that this process or another one created."""
     return np.frombuffer(mmap.mmap(file, nbytes, mmap.MAP_SHARED), np.uint8)
 
 
 def _make(nbytes: int, where: Where, *, pinned: bool) -> Memory:
     try:
-        # Not huge pages: where host memory is in fragments they take five times as long to come.
+        # Not huge pages: if host memory is fragmented, allocating them takes five times as long.
         made = shared_memory(nbytes) if where == "shared" else Memory(_private(nbytes), where)
         if pinned:
             _pin(made)
     except (OSError, MemoryError, RuntimeError) as error:
         raise StagingError(
-            f"the host has no memory for a copy of the state ({nbytes} bytes): use dcp.save, which needs none, or save "
-            f"with Transfer(keep_staging=False) once the last save has ended ({error})"
+            f"the host has no memory for a copy of the state ({nbytes} bytes): use dcp.save, which needs no copy, or "
+            f"save with Transfer(keep_staging=False) after the last save has ended ({error})"
         ) from error
     return made
 
@@ -140,14 +140,14 @@ def _private(nbytes: int) -> Bytes:
 
 
 def _pin(memory: Memory) -> None:
-    """Pin memory until it is freed: torch's own pinned memory would be as large as the next power of two."""
+    """Pin memory until it is freed: torch would round its size up to a power of two."""
     _touch(memory.array)
     finalize(memory, pin(memory.array.ctypes.data, len(memory.array))).atexit = False
     memory.pinned = True
 
 
 def _touch(array: Bytes) -> None:
-    """Have the system find all pages, in several threads: CUDA would do it in one."""
+    """Make the system allocate all pages, in several threads: CUDA would use one."""
     starts = range(0, len(array), _TOUCHED_BYTES)
 
     def touch(start: int) -> None:

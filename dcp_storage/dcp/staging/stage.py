@@ -1,4 +1,4 @@
-"""`stage`: a copy of what a save may write of a state, in one piece of memory, before training changes it."""
+"""`stage`: copies the parts of a state that a save may write to one piece of memory, before training changes it."""
 
 import copy
 from collections.abc import Iterator, Sequence
@@ -29,18 +29,18 @@ _UNCHANGING = (type(None), bool, int, float, complex, str, bytes, type, torch.dt
 
 @gc_paused
 def stage(state_dict: dict[str, Any], *, keep: bool) -> StagedState:
-    """Return a copy of a state dict, of the elements that this rank holds and of nothing else of their storages.
+    """Return a copy of a state dict, with only the elements that this rank holds, not their whole storages.
 
-    Tensors become plain ones of the host, or `StagedTensor`s where they are a part of a global tensor; other objects
-    are copied deeply. With `keep` the memory is kept for the next state once nothing refers to this one.
+    Tensors become plain CPU tensors, or `StagedTensor`s if they are a part of a global tensor; other objects are
+    deep-copied. With `keep` the memory is kept for the next state once nothing refers to this one.
 
-    What fails is in the `error` of what is returned: a rank that raised here would leave the others waiting.
+    A failure is returned in the result's `error`: a rank that raised here would leave the others waiting.
     """
     try:
         return _staged(state_dict, keep=keep)
     except DcpStorageError as error:
         return StagedState({}, error=error)
-    except Exception as error:  # noqa: BLE001 - raised where DCP tells all ranks
+    except Exception as error:  # noqa: BLE001 - raised later, where DCP reports it to all ranks
         failure = StagingError(f"the state could not be copied before async_save returned: {error!r}")
         failure.__cause__ = error
         return StagedState({}, error=failure)
@@ -59,7 +59,7 @@ def _staged(state_dict: dict[str, Any], *, keep: bool) -> StagedState:
 
 
 class _Part(NamedTuple):
-    """A tensor and the place that it is copied to."""
+    """A tensor, and the place that it is copied to."""
 
     fqn: str
     tensor: Tensor
@@ -67,7 +67,7 @@ class _Part(NamedTuple):
 
 
 class _Batch:
-    """Tensors that are copied together, and so lie one behind the other."""
+    """Tensors that are copied together, to adjacent places."""
 
     def __init__(self, start: int, nbytes: int) -> None:
         self.parts: list[_Part] = []
@@ -85,7 +85,7 @@ class _Batch:
 
 
 class _Layout:
-    """Which tensors are copied where, in the order in which a walk meets them."""
+    """Plans which tensors are copied where, in the order of a walk."""
 
     def __init__(self) -> None:
         self.nbytes = 0
@@ -137,19 +137,19 @@ class _Layout:
         return batch
 
     def copy(self, memory: Bytes) -> None:
-        """Copy all that was planned."""
+        """Copy all planned tensors."""
         for batch in self._batches:
             _copy(batch.parts, memory)
 
     def copies(self, memory: Bytes) -> Iterator[Tensor]:
-        """Yield the copy of one planned tensor after another."""
+        """Yield the copies of the planned tensors, in order."""
         for items, dtype, places in self._planned:
             shards = [lay(memory, place) for place in places]
             yield shards[0] if items is None else StagedTensor(items, shards, dtype)
 
 
 def _memory_of(tensor: Tensor) -> object:
-    """Return what two tensors of one memory have in common: tied weights are copied once."""
+    """Return a key that tensors with the same memory share, so that tied weights are copied once."""
     if not tensor.numel() or not (address := tensor.data_ptr()):
         return object()
     layout = tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.is_conj(), tensor.is_neg()
@@ -179,5 +179,5 @@ def _copied(fqn: str, value: Any) -> Any:
     except Exception as error:  # an object's own code may raise anything
         kind = type(value).__name__
         raise UnsupportedEntry(
-            f"{fqn} holds a {kind} that cannot be copied before async_save returns, nor be stored: {error!r}", fqn=fqn
+            f"{fqn} holds a {kind} that cannot be copied before async_save returns, nor stored: {error!r}", fqn=fqn
         ) from error

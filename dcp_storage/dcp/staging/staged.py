@@ -1,4 +1,4 @@
-"""Staged values: a tensor that DCP asks for its shards, and the state dict that holds it and can go to a process."""
+"""Staged values: a tensor that DCP asks for its shards, and a state dict of them that can be sent to a process."""
 
 import os
 import threading
@@ -19,13 +19,13 @@ from dcp_storage.errors import DcpStorageError
 
 
 class StagedTensor(Tensor):
-    """One rank's shards of a tensor of any kind, copied: what DCP's three hooks answered when it was staged."""
+    """One rank's copied shards of a tensor of any kind: the results of DCP's three hooks when it was staged."""
 
     items: list[WriteItem]
     shards: list[Tensor]
 
     def __new__(cls, items: Sequence[WriteItem], shards: Sequence[Tensor], dtype: torch.dtype) -> Self:
-        """Make one of the items that this rank would write, and the memory of each."""
+        """Create one from the items that this rank would write, and the memory of each."""
         size = next((item.tensor_data.size for item in items if item.tensor_data), torch.Size([0]))
         self = without_memory(cls, size, dtype)
         self.items, self.shards = list(items), list(shards)
@@ -57,12 +57,12 @@ class StagedTensor(Tensor):
 
 
 def _renamed(index: MetadataIndex, fqn: str) -> MetadataIndex:
-    """Return the same index of another entry."""
+    """Return the same index for another entry."""
     return MetadataIndex(fqn, index.offset, index.index)
 
 
 class Place(NamedTuple):
-    """Where a staged tensor lies in the memory of its state."""
+    """The position of a staged tensor in the memory of its state."""
 
     offset: int
     shape: tuple[int, ...]
@@ -78,7 +78,7 @@ class _Shards(NamedTuple):
 
 
 class _Unstaged:
-    """In place of a state that could not be staged: a writer that does not ask for the error cannot store it."""
+    """Replaces a state that could not be staged: a writer that does not check for the error cannot store it."""
 
     def __init__(self, error: DcpStorageError) -> None:
         self._error = error
@@ -95,9 +95,9 @@ _thread = _Thread()
 
 
 class StagedState(dict[str, Any]):
-    """A copy of a state dict, as `AsyncStorageWriter.stage` makes it, or the error that kept it from being made.
+    """A copy of a state dict, made by `AsyncStorageWriter.stage`, or the error that prevented it.
 
-    DCP saves its `items()`, in the thread or process that it saves in: there the writer can ask for the state.
+    DCP saves its `items()` in the thread or process of the save, where the writer can then find the state.
     """
 
     def __init__(
@@ -109,7 +109,7 @@ class StagedState(dict[str, Any]):
         self._memory = memory
 
     def items(self) -> ItemsView[str, Any]:  # type: ignore[override]
-        """Return the entries, and note that this thread saves them."""
+        """Return the entries, and record that this thread saves them."""
         _thread.state = self
         return super().items()
 
@@ -120,11 +120,11 @@ class StagedState(dict[str, Any]):
             return StagedState, (dict(self), None, None)
         try:
             shared = self._shared(self._memory)
-        except (AttributeError, OSError):  # no such memory: each tensor goes as torch sends it
+        except (AttributeError, OSError):  # without such memory torch sends each tensor
             return StagedState, (dict(self), None, None)
         base, nbytes = self._memory.array.ctypes.data, len(self._memory.array)
         parts = walk(dict(self), lambda _, tensor: _placed(tensor, base, nbytes), lambda _, value: value)
-        assert shared.file is not None, "shared memory is that of a file"
+        assert shared.file is not None, "shared memory has a file"
         return _received, (DupFd(shared.file), nbytes, parts)
 
     @staticmethod
@@ -138,14 +138,14 @@ class StagedState(dict[str, Any]):
 
 
 class Redeemed(NamedTuple):
-    """What a writer is told of the state that it is about to save: what kept it from being staged, and how long."""
+    """The outcome of staging the state to be saved: the error, if any, and how long it took."""
 
     error: DcpStorageError | None = None
     seconds: float | None = None
 
 
 def redeem() -> Redeemed:
-    """Return what is told of the staged state that this thread is about to save; its tensors are DCP's now."""
+    """Return the outcome of staging the state that this thread is about to save; DCP now owns its tensors."""
     state, _thread.state = _thread.state, None
     if state is None:
         return Redeemed()
@@ -154,7 +154,7 @@ def redeem() -> Redeemed:
 
 
 def lay(memory: Bytes, place: Place) -> Tensor:
-    """Return the tensor at a place of a state's memory; the memory lives as long as it does."""
+    """Return the tensor at a place of a state's memory, which it keeps alive."""
     count = place.dtype.itemsize * torch.Size(place.shape).numel()
     if not count:
         return torch.empty(place.shape, dtype=place.dtype, device="cpu")

@@ -1,4 +1,4 @@
-"""A state dict with other values: containers are made anew, of the same types."""
+"""Replaces the values of a state dict, in new containers of the same types."""
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, MutableMapping
@@ -14,7 +14,7 @@ Change = Callable[[str, Any], Any]
 def walk(value: Any, leaf: Change, other: Change, fqn: str = "") -> Any:
     """Return a value with each tensor in its containers replaced by `leaf`, and every other object by `other`.
 
-    Both are given the name that DCP flattens a state dict to.
+    Both are called with the name in DCP's flattened state dict.
     """
     if isinstance(value, Tensor):
         return leaf(fqn, value)

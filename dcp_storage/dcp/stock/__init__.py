@@ -1,1 +1,1 @@
-"""Checkpoints of DCP's own writers, loaded."""
+"""Loads checkpoints of DCP's own writers."""

@@ -1,4 +1,4 @@
-"""One stored item of a stock checkpoint, from bytes to a tensor: bounded, checked, and without running any of it."""
+"""Decodes one item of a stock checkpoint to a tensor: bounded, checked, and without running any code in it."""
 
 import io
 import pickle
@@ -16,20 +16,20 @@ from dcp_storage.format.stock.manifest import StockItem
 from dcp_storage.geometry import Shape
 
 _CONTAINER_BYTES = 64 * KIB
-"""What `torch.save` may add to a tensor's own bytes; some 1.5 KiB with its usual alignment."""
+"""The most that `torch.save` may add to a tensor's bytes; about 1.5 KiB with its usual alignment."""
 _MAX_WINDOW_BYTES = 128 * MIB
 _MAX_RECORDS = 64
 
 
 class StoredKind(NamedTuple):
-    """What a stored tensor must turn out to be; chunks that begin at one offset (empty ones) share an item."""
+    """The expected dtype and shape of a stored tensor; chunks with the same offset (empty ones) share an item."""
 
     dtype: torch.dtype
     shapes: tuple[Shape, ...]
 
 
 class Item(NamedTuple):
-    """A stored item and how to speak of it; `kind` is `None` for an object that is not a tensor."""
+    """A stored item and its name in messages; `kind` is `None` for an object that is not a tensor."""
 
     fqn: str
     url: str
@@ -38,12 +38,12 @@ class Item(NamedTuple):
 
     @property
     def place(self) -> str:
-        """Where the item lies, for messages."""
+        """Where the item is stored, for messages."""
         return f"{self.url}/{self.stored.object_name} at {self.stored.offset}"
 
     @property
     def raw_bytes(self) -> int:
-        """The size of the tensor in bytes; of an object that is not a tensor, what is stored of it."""
+        """The size of the tensor in bytes; for an object that is not a tensor, its stored size."""
         if self.kind is None:
             return self.stored.length
         return self.kind.dtype.itemsize * max(map(prod, self.kind.shapes))
@@ -57,7 +57,7 @@ class Item(NamedTuple):
         return most + most // 128
 
     def damaged(self, says: str) -> BlockCorrupt:
-        """Return the error that says so of this item."""
+        """Return an error about this item."""
         return BlockCorrupt(
             f"{self.place}: {self.fqn} is damaged: {says}. Restore this object from a copy, or load another checkpoint",
             url=self.url,
@@ -68,7 +68,7 @@ class Item(NamedTuple):
 
 
 def check_item(item: Item) -> None:
-    """Refuse what cannot be read before anything is.
+    """Refuse an item that cannot be read, before anything is read.
 
     Raises:
         UnsupportedFormat: It went through a transform other than DCP's ZStandard, version 1.
@@ -92,10 +92,10 @@ def make_decompressor() -> zstandard.ZstdDecompressor:
 
 
 def undo_transforms(item: Item, data: bytes, decompressor: zstandard.ZstdDecompressor) -> bytes:
-    """Return the bytes that `torch.save` made.
+    """Return the bytes that `torch.save` wrote.
 
     Raises:
-        BlockCorrupt: They are damaged, or more than the item may have.
+        BlockCorrupt: They are damaged, or larger than the item may be.
     """
     for _ in item.stored.transforms:
         try:
@@ -112,31 +112,31 @@ def load_tensor(item: Item, kind: StoredKind, data: bytes) -> Tensor:
 
     Raises:
         BlockCorrupt: It is damaged, or not that tensor.
-        UnsupportedFormat: It is an object of a type of its own, such as a quantized tensor.
+        UnsupportedFormat: It is an object of another type, such as a quantized tensor.
     """
     storage_bytes = _storage_bytes(item, data)
     try:
         tensor = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise _no_plain_tensor(item, data) or item.damaged(f"torch.load cannot read it: {error!s:.200}") from error
-    except Exception as error:  # torch.load raises what it comes upon in damaged bytes
+    except Exception as error:  # torch.load raises various types for damaged bytes
         raise item.damaged(f"torch.load cannot read it: {str(error).partition(chr(10))[0]:.200}") from error
     if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
-        raise item.damaged("it holds no plain tensor")
+        raise item.damaged("it is not a plain tensor")
     if tensor.dtype != kind.dtype or tuple(tensor.shape) not in kind.shapes:
         shapes = " or ".join(str(list(shape)) for shape in kind.shapes)
         held, wanted = f"{tensor.dtype} of shape {list(tensor.shape)}", f"{kind.dtype} of shape {shapes}"
         raise item.damaged(f"it holds a {held}, but the manifest says {wanted}")
     if tensor.untyped_storage().nbytes() > storage_bytes:
-        raise item.damaged("its tensor reaches beyond the bytes that are stored")
+        raise item.damaged("its tensor extends beyond the stored bytes")
     return tensor
 
 
 def _no_plain_tensor(item: Item, data: bytes) -> UnsupportedFormat | None:
-    """Return the error that names the type of a tensor that is stored as an object of its own, if that can be told."""
+    """Return an error that names the types of a tensor that is not stored as a plain one, if they can be found."""
     try:
         types = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
-    except Exception:  # noqa: BLE001 - a damaged pickle need not let itself be listed
+    except Exception:  # noqa: BLE001 - the types in a damaged pickle may be unreadable
         return None
     if not types:
         return None
@@ -148,12 +148,12 @@ def _no_plain_tensor(item: Item, data: bytes) -> UnsupportedFormat | None:
 
 
 def _storage_bytes(item: Item, data: bytes) -> int:
-    """Return the bytes of the one storage in a container, which torch believes to be what the pickle beside it says."""
+    """Return the size of the only storage in a container; torch trusts the size in the pickle instead."""
     try:
         storages = list(read_container(data, most_records=_MAX_RECORDS).storages.values())
     except ValueError as error:
         raise item.damaged(str(error)) from error
     if len(storages) != 1:
-        fault = item.damaged(f"it holds {len(storages)} storages in place of one tensor's")
+        fault = item.damaged(f"it holds {len(storages)} storages instead of one")
         raise _no_plain_tensor(item, data) or fault
     return storages[0]

@@ -1,4 +1,4 @@
-"""Stock DCP checkpoints, loaded into a plan: each stored item is fetched and decoded once on a rank."""
+"""Loads stock DCP checkpoints into a plan: each stored item is fetched and decoded once per rank."""
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
@@ -43,9 +43,9 @@ async def load_stock(context: Context, manifest: StockManifest, plan: LoadPlan, 
 
     Raises:
         BlockCorrupt: An item is damaged, or its object is too short.
-        CoverageError: The plan reads what is not in the checkpoint, or into a tensor of another shape.
-        UnsupportedFormat: An item was written through an extension that is unknown here.
-        ObjectNotFound: An object is not there.
+        CoverageError: The plan reads something that is not in the checkpoint, or into a tensor of another shape.
+        UnsupportedFormat: An item was written through an unsupported extension.
+        ObjectNotFound: An object is missing.
     """
     store, transfer = context.store, context.transfer
     jobs = _jobs(store.url, manifest, plan.items)
@@ -62,7 +62,7 @@ async def load_stock(context: Context, manifest: StockManifest, plan: LoadPlan, 
 
 
 def _jobs(url: str, manifest: StockManifest, reads: Sequence[ReadItem]) -> list[_Job]:
-    """Group the reads by stored item, in the order in which these lie in the objects."""
+    """Group the reads by stored item, in the order of the items in the objects."""
     by_item: dict[StorageKey, list[ReadItem]] = {}
     for read in reads:
         offset = None if read.type == LoadItemType.BYTE_IO else tuple(read.storage_index.offset or ())
@@ -73,7 +73,7 @@ def _jobs(url: str, manifest: StockManifest, reads: Sequence[ReadItem]) -> list[
 
 
 def _runs(jobs: Sequence[_Job]) -> list[list[_Job]]:
-    """Group jobs whose small items lie side by side in an object: one request brings them all."""
+    """Group jobs whose small items are adjacent in an object, so that one request reads them all."""
     runs: list[list[_Job]] = []
     start = stop = 0
     for job in jobs:
@@ -103,12 +103,12 @@ def _find(url: str, manifest: StockManifest, key: StorageKey, kinds: dict[Storag
     fqn, offset = key
     if key not in manifest.storage or (offset is not None and key not in kinds):
         what = "object" if offset is None else f"part of a tensor that begins at {list(offset)},"
-        raise CoverageError(f"the checkpoint holds no {what} named {fqn}", fqn=fqn)
+        raise CoverageError(f"the checkpoint has no {what} named {fqn}", fqn=fqn)
     return Item(fqn, url, manifest.storage[key], kinds.get(key))
 
 
 class _StockLoader:
-    """Fetches a run of items at a time, of which several are in flight."""
+    """Fetches runs of items, several of them at a time."""
 
     def __init__(
         self,
@@ -146,7 +146,7 @@ class _StockLoader:
                 self._advance(item.raw_bytes, item.stored.length)
 
     async def _fetch(self, items: Sequence[Item]) -> bytes | memoryview:
-        """Read from the first item to the last, much in several requests; never more than their object holds."""
+        """Read from the first item to the last, in several requests if large; never beyond the end of the object."""
         for item in items:
             missing = item.stored.offset + item.stored.length - self._sizes[item.stored.object_name]
             if missing > 0:
@@ -168,7 +168,7 @@ class _StockLoader:
     def _resolve(self, item: Item, kind: StoredKind, read: ReadItem) -> Tensor:
         box = read_box(read)
         if not any(contains(shape, box) for shape in kind.shapes):
-            raise CoverageError(f"{item.fqn}: the plan reads {box} of a part without these elements", fqn=item.fqn)
+            raise CoverageError(f"{item.fqn}: the plan reads {box}, which is outside the stored part", fqn=item.fqn)
         target = self._planner.resolve_tensor(read).detach()
         if tuple(target.shape) != box.sizes:
             fqn = read.dest_index.fqn
@@ -177,7 +177,7 @@ class _StockLoader:
 
 
 def _cut(data: bytes | memoryview, items: Sequence[StockItem]) -> list[bytes]:
-    """Return the bytes of each item; those of a single one are not copied."""
+    """Return the bytes of each item; a single one is not copied."""
     if len(items) == 1:
         return [bytes(data)]
     start, whole = items[0].offset, memoryview(data)
@@ -190,7 +190,7 @@ def _decode(
     targets: Sequence[Sequence[Tensor]],
     decompressor: zstandard.ZstdDecompressor,
 ) -> list[bytes | None]:
-    """Decode tensors to where they belong, and return the bytes of what is not one."""
+    """Decode tensors into place, and return the bytes of non-tensor objects."""
     raws: list[bytes | None] = []
     for (item, reads), data, filled in zip(run, held, targets, strict=True):
         raw = undo_transforms(item, data, decompressor)
@@ -200,7 +200,7 @@ def _decode(
     return raws
 
 
-@torch.inference_mode()  # destinations that were made in it take writes in it only
+@torch.inference_mode()  # tensors created in inference mode can only be written in it
 def _fill(item: Item, tensor: Tensor, parts: Iterable[tuple[ReadItem, Tensor]]) -> None:
     for read, target in parts:
         box = read_box(read)

@@ -1,4 +1,4 @@
-"""Blocks of items: which codecs there are, and how an item's raw bytes become a row of blocks."""
+"""Blocks of items: the available codecs, and how an item's raw bytes become a sequence of blocks."""
 
 from collections.abc import Sequence
 
@@ -12,13 +12,13 @@ from dcp_storage.format.codecs.zstd import ZstdCodec
 from dcp_storage.raw import Raw
 
 CODECS: dict[str, BlockCodec] = {"zstd": ZstdCodec(), "none": RawCodec()}
-"""By what a head calls them."""
+"""By their names in a manifest's head."""
 
 
 class Encoded(Struct, frozen=True, gc=False):
     """Consecutive blocks of one item: their stored sizes and, in hexadecimal, their check values and the digest of all.
 
-    The digest is empty where none is asked for.
+    The digest is empty if none is asked for.
     """
 
     lengths: tuple[int, ...]
@@ -35,7 +35,7 @@ class ItemEncoder:
         self._encoder = CODECS[codec.compression].make_encoder(codec)
 
     def encode_items(self, items: Sequence[tuple[Raw, int]], out: memoryview) -> list[Encoded]:
-        """Encode slices of items, each with its number of byte planes, one behind the other into `out`."""
+        """Encode slices of items, each with its number of byte planes, one after another into `out`."""
         encoded, filled = [], 0
         for raw, planes in items:
             blocks = self.encode(raw, planes, out[filled:])
@@ -46,8 +46,8 @@ class ItemEncoder:
     def encode(self, raw: Raw, planes: int, out: memoryview) -> Encoded:
         """Encode consecutive blocks of one item.
 
-        `raw` is whole elements of `planes` bytes, and a block ends every `block_bytes`. The stored bytes are the
-        beginning of `out`, which must have room for the codec's `limit`.
+        `raw` consists of whole elements of `planes` bytes, and a block ends every `block_bytes`. The stored bytes go
+        to the start of `out`, which must have room for the codec's `limit`.
         """
         data = memoryview(raw)
         lengths, checks, filled = [], [], 0
@@ -55,7 +55,7 @@ class ItemEncoder:
         for start in range(0, len(data), self._block_bytes):
             block = data[start : start + self._block_bytes]
             if digest is not None:
-                digest.update(block)  # and then the cache holds it
+                digest.update(block)  # which also brings it into the CPU's cache
             size, check = self._encoder.encode(block, planes, out[filled:], first=not start)
             lengths.append(size)
             checks.append(check)

@@ -1,4 +1,4 @@
-"""Digests of raw bytes: what tells whether two checkpoints hold the same without comparing them."""
+"""Digests of raw bytes, which show whether two checkpoints have equal contents without comparing the bytes."""
 
 from hashlib import sha256
 from typing import Any
@@ -9,16 +9,16 @@ DIGEST_CHARS = {"xxh3_128": 32, "sha256": 64}
 """Hexadecimal characters of a digest, by algorithm."""
 
 DEFAULT_DIGEST = "xxh3_128"
-"""That of a manifest's frames, where no other is asked for."""
+"""The algorithm for a manifest's frames, if no other is chosen."""
 
 MAX_DIGESTED_BYTES = 64 << 20
-"""Raw bytes of a segment that has a digest, at most: whoever checks it holds them at once."""
+"""Maximum raw bytes of a segment with a digest: whoever checks it needs all of them in memory."""
 
 _MAKERS: dict[str, Any] = {"xxh3_128": xxh3_128, "sha256": sha256}
 
 
 def make_digest(algorithm: str) -> Any:
-    """Return what takes bytes (`update`) and then gives their digest (`hexdigest`)."""
+    """Return a new hash object, with `update` and `hexdigest`."""
     return _MAKERS[algorithm]()
 
 

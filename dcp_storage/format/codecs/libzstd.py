@@ -1,10 +1,10 @@
-"""zstd frames with content size and checksum, by zstd's own C interface where cffi is installed (the extra `fast`).
+"""zstd frames with content size and checksum, through zstd's C API if cffi is installed (the extra `fast`).
 
-That writes straight into our memory, without the GIL, and can leave out the search for matches. Else by zstandard's
-other interface: slower, with frames of about the same size. Each coder is for one thread: shared ones crash.
+The C API writes straight into our memory, without the GIL, and can skip the match search. Otherwise zstandard's Python
+API is used: slower, with frames of about the same size. Each coder is for one thread: sharing one crashes.
 
-What `from_buffer` returns must not outlive a call: in a frame that an error's traceback holds, it crashes Python's
-collector of circles.
+The result of `from_buffer` must not outlive a call: in a frame that an error's traceback keeps alive, it crashes
+Python's cyclic garbage collector.
 """
 
 from collections.abc import Iterable
@@ -25,44 +25,44 @@ with suppress(ImportError):
 MAGIC = b"\x28\xb5\x2f\xfd"
 
 _ENTROPY_ONLY = -131072
-"""zstd's lowest level: what is left is the entropy stage, if literals are to be compressed."""
+"""zstd's lowest level: it does nothing but entropy coding, if literals are to be compressed."""
 
 
 class Compressor(Protocol):
     """Compresses for one thread."""
 
     def compress(self, raw: Raw, out: memoryview) -> int:
-        """Write one frame to the beginning of `out`, and return its size in bytes."""
+        """Write one frame to the start of `out`, and return its size in bytes."""
 
     def compress_parts(self, raw: memoryview, stops: Iterable[int], out: memoryview) -> int:
-        """Do so, and end a zstd block at each of `stops`, the last of which is the end of `raw`."""
+        """Like `compress`, but end a zstd block at each of `stops`, the last of which is the end of `raw`."""
 
 
 class Decompressor(Protocol):
     """Decompresses for one thread."""
 
     def decompress(self, frame: memoryview, out: memoryview) -> None:
-        """Fill `out` with what one frame holds, all of it.
+        """Fill `out` with the whole content of one frame.
 
         Raises:
-            zstandard.ZstdError: It is damaged, or there is more behind it.
+            zstandard.ZstdError: The frame is damaged, or more bytes follow it.
         """
 
 
 def make_compressor(level: int) -> Compressor:
-    """Return a compressor of a level, 1 to 22."""
+    """Return a compressor for a level, 1 to 22."""
     return PlainCompressor(level) if _LIB is None else NativeCompressor(level)
 
 
 def make_glancing_compressor() -> Compressor:
-    """Return a compressor that finds only long matches nearby, of which planes of weights have hardly any."""
+    """Return a compressor that finds only long, nearby matches, of which planes of weights have hardly any."""
     if _LIB is None:
         return PlainCompressor(1, hash_log=6, chain_log=6, min_match=7)
     return NativeCompressor(1, hashLog=6, chainLog=6, minMatch=7)
 
 
 def make_entropy_coder() -> Compressor | None:
-    """Return a compressor that looks for no matches at all, or `None` without zstd's C interface."""
+    """Return a compressor that does not search for matches at all, or `None` without zstd's C API."""
     return None if _LIB is None else NativeCompressor(_ENTROPY_ONLY, literalCompressionMode=_LIB.ZSTD_ps_enable)
 
 
@@ -72,7 +72,7 @@ def make_decompressor() -> Decompressor:
 
 
 class NativeCompressor:
-    """By `ZSTD_CCtx`."""
+    """Uses `ZSTD_CCtx`."""
 
     def __init__(self, level: int, **parameters: int) -> None:
         self._context = _FFI.gc(_LIB.ZSTD_createCCtx(), _LIB.ZSTD_freeCCtx)
@@ -81,12 +81,12 @@ class NativeCompressor:
         self._taken, self._made = _FFI.new("size_t *"), _FFI.new("size_t *")
 
     def compress(self, raw: Raw, out: memoryview) -> int:
-        """Write one frame to the beginning of `out`, and return its size in bytes."""
+        """Write one frame to the start of `out`, and return its size in bytes."""
         pointer = _FFI.from_buffer
         return _check(_LIB.ZSTD_compress2(self._context, pointer(out), len(out), pointer(raw), len(raw)))
 
     def compress_parts(self, raw: memoryview, stops: Iterable[int], out: memoryview) -> int:
-        """Do so, and end a zstd block at each of `stops`, the last of which is the end of `raw`."""
+        """Like `compress`, but end a zstd block at each of `stops`, the last of which is the end of `raw`."""
         _check(_LIB.ZSTD_CCtx_reset(self._context, _LIB.ZSTD_reset_session_only))
         _check(_LIB.ZSTD_CCtx_setPledgedSrcSize(self._context, len(raw)))
         start = size = 0
@@ -108,7 +108,7 @@ class NativeCompressor:
 
 
 class PlainCompressor:
-    """By zstandard's `ZstdCompressor`, which returns new memory each time."""
+    """Uses zstandard's `ZstdCompressor`, which returns new memory each time."""
 
     def __init__(self, level: int, **parameters: int) -> None:
         chosen = zstandard.ZstdCompressionParameters.from_level(
@@ -117,13 +117,13 @@ class PlainCompressor:
         self._compressor = zstandard.ZstdCompressor(compression_params=chosen)
 
     def compress(self, raw: Raw, out: memoryview) -> int:
-        """Write one frame: in one call, a quarter quicker than zstd's streams, which copy what goes in."""
+        """Write one frame in one call, which is a quarter faster than zstd's streams, as these copy their input."""
         frame = self._compressor.compress(raw)
         copy_bytes(frame, out[: len(frame)])
         return len(frame)
 
     def compress_parts(self, raw: memoryview, stops: Iterable[int], out: memoryview) -> int:
-        """Do so, and end a zstd block at each of `stops`, the last of which is the end of `raw`."""
+        """Like `compress`, but end a zstd block at each of `stops`, the last of which is the end of `raw`."""
         frame = self._compressor.compressobj(size=len(raw))
         start = size = 0
         for stop in stops:
@@ -137,29 +137,29 @@ class PlainCompressor:
 
 
 class NativeDecompressor:
-    """By `ZSTD_DCtx`."""
+    """Uses `ZSTD_DCtx`."""
 
     def __init__(self) -> None:
         self._context = _FFI.gc(_LIB.ZSTD_createDCtx(), _LIB.ZSTD_freeDCtx)
 
     def decompress(self, frame: memoryview, out: memoryview) -> None:
-        """Fill `out` with what one frame holds, all of it."""
+        """Fill `out` with the whole content of one frame."""
         pointer = _FFI.from_buffer
         if _check(_LIB.ZSTD_findFrameCompressedSize(pointer(frame), len(frame))) != len(frame):
-            raise zstandard.ZstdError("there is more behind the frame")
+            raise zstandard.ZstdError("more bytes follow the frame")
         filled = _LIB.ZSTD_decompressDCtx(self._context, pointer(out), len(out), pointer(frame), len(frame))
         if _check(filled) != len(out):
-            raise zstandard.ZstdError("the frame holds less than it says")
+            raise zstandard.ZstdError("the frame's content is shorter than its header says")
 
 
 class PlainDecompressor:
-    """By zstandard's `ZstdDecompressor`, which returns new memory each time."""
+    """Uses zstandard's `ZstdDecompressor`, which returns new memory each time."""
 
     def __init__(self) -> None:
         self._decompressor = zstandard.ZstdDecompressor()
 
     def decompress(self, frame: memoryview, out: memoryview) -> None:
-        """Fill `out` with what one frame holds, all of it."""
+        """Fill `out` with the whole content of one frame."""
         copy_bytes(self._decompressor.decompress(frame, allow_extra_data=False), out)
 
 

@@ -1,6 +1,6 @@
 """Byte planes: the first bytes of all elements, then the second bytes, and so on (Parquet's BYTE_STREAM_SPLIT).
 
-By blosc2's C library where it is installed (the extra `fast`), else by numpy; the bytes are the same.
+Uses blosc2's C library if it is installed (the extra `fast`), else numpy; the bytes are the same.
 """
 
 import ctypes
@@ -19,29 +19,29 @@ logger = logging.getLogger(__name__)
 
 
 class Planes(Protocol):
-    """Lays elements out in planes and back, for one thread. `raw` and `laid` are whole elements of `count` bytes."""
+    """Lays out elements in planes and back, for one thread. `raw` and `laid` are whole elements of `count` bytes."""
 
     def split(self, raw: Raw, count: int, laid: memoryview) -> None:
-        """Write the planes of `raw` to `laid`, which is as long."""
+        """Write the planes of `raw` to `laid`, which has the same length."""
 
     def merge(self, laid: Raw, count: int, raw: memoryview) -> None:
         """Undo `split`."""
 
 
 def make_planes() -> Planes:
-    """Return the quickest way that is installed."""
+    """Return the fastest implementation that is installed."""
     library = _blosc2()
     return NumpyPlanes() if library is None else BloscPlanes(library)
 
 
 class NumpyPlanes:
-    """By shifts and conversions, several times as fast as copies of single bytes."""
+    """Uses shifts and conversions, several times as fast as copying single bytes."""
 
     def __init__(self) -> None:
         self._scratch = empty(0, uint8)
 
     def split(self, raw: Raw, count: int, laid: memoryview) -> None:
-        """Write the planes: in one call, since each takes and gives the GIL, which costs the training beside it."""
+        """Write the planes in one call, since each call takes and releases the GIL, which slows concurrent training."""
         elements = frombuffer(raw, f"<u{count}")
         lanes = frombuffer(laid, uint8).reshape(count, -1)
         right_shift(elements, _shifts(count), out=lanes, dtype=elements.dtype, casting="unsafe")
@@ -61,7 +61,7 @@ class NumpyPlanes:
 
 
 class BloscPlanes:
-    """By SIMD instructions, without the GIL."""
+    """Uses SIMD instructions, without the GIL."""
 
     def __init__(self, library: Any) -> None:
         self._shuffle, self._unshuffle = library.blosc2_shuffle, library.blosc2_unshuffle
@@ -82,16 +82,16 @@ def _shifts(planes: int) -> NDArray[Any]:
 
 @cache
 def _blosc2() -> Any:
-    """Return the C library that blosc2's wheels bring, or `None` without one that can be used."""
+    """Return the C library in blosc2's wheels, or `None` if there is no usable one."""
     try:
         return _load_blosc2()
     except (OSError, AttributeError) as error:
-        logger.warning("blosc2's library cannot be used (%s): numpy lays out byte planes, which takes longer", error)
+        logger.warning("cannot use blosc2's library (%s): byte planes fall back to numpy, which is slower", error)
         return None
 
 
 def _load_blosc2() -> Any:
-    package = find_spec("blosc2")  # importing it takes long
+    package = find_spec("blosc2")  # importing it is slow
     for place in package.submodule_search_locations or () if package else ():
         for path in sorted(Path(place, "lib").glob("libblosc2.*")):
             if path.suffix in {".so", ".dylib"}:

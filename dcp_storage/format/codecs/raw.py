@@ -17,12 +17,12 @@ class RawCodec(BlockCodec):
     check_chars = 16
     verbatim = True
 
-    def limit(self, raw_bytes: int, blocks: int = 1) -> int:  # noqa: ARG002 - they add nothing
-        """Return their raw size."""
+    def limit(self, raw_bytes: int, blocks: int = 1) -> int:  # noqa: ARG002 - blocks have no overhead
+        """Return the raw size."""
         return raw_bytes
 
     def fits(self, lengths: Any, raw_bytes: Any) -> Any:
-        """Return which blocks are as long as they are stored."""
+        """Return which blocks have equal stored and raw sizes."""
         return lengths == raw_bytes
 
     def make_encoder(self, codec: Codec) -> BlockEncoder:  # noqa: ARG002 - there is nothing to set

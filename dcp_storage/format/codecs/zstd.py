@@ -1,4 +1,4 @@
-"""Blocks as zstd frames, of byte planes where elements have them."""
+"""Blocks as zstd frames, of byte planes if elements have them."""
 
 from typing import Any
 
@@ -20,34 +20,34 @@ from dcp_storage.format.codecs.planes import make_planes
 from dcp_storage.raw import Raw
 
 _ZSTD_BLOCK_BYTES = 128 << 10
-"""What zstd compresses with one set of tables, at most."""
+"""The most that zstd compresses with one set of tables."""
 
 _LONG_SAMPLE = 40 << 10
 _SHORT_SAMPLES, _SHORT_SAMPLE = 4, 4 << 10
 _NOISE = 0.995
-"""Of its size, what a sample of bits at random is stored in, at least."""
+"""A sample of random bits compresses to at least this fraction of its size."""
 _CONSTANT_BYTES = 64
-"""What a sample of equal bytes is stored in, at most."""
+"""A sample of equal bytes compresses to at most this size."""
 _WORTH_A_SEARCH = 0.97
-"""Of a sample's size by the entropy coder alone: what a search for matches has to bring it to."""
+"""A match search must bring a sample below this fraction of its size by entropy coding alone."""
 
 
 class ZstdCodec(BlockCodec):
-    """One standard zstd frame a block, with content size and checksum; its check value is that checksum."""
+    """One standard zstd frame per block, with content size and checksum; the check value is that checksum."""
 
     suffix = ".distcp.zst"
     check_chars = 8
 
     def planes(self, itemsize: int) -> int:
-        """Return a plane for each byte of elements of 2, 4 or 8 bytes."""
+        """Return one plane per byte for elements of 2, 4 or 8 bytes."""
         return itemsize if itemsize in {2, 4, 8} else 1
 
     def limit(self, raw_bytes: int, blocks: int = 1) -> int:
-        """Return zstd's bound for incompressible input, and room for the frames' headers and checksums."""
+        """Return zstd's bound for incompressible input, plus room for the frames' headers and checksums."""
         return raw_bytes + (raw_bytes >> 7) + 256 * blocks
 
     def fits(self, lengths: Any, raw_bytes: Any) -> Any:
-        """Return which blocks, of these raw sizes, may be stored in these lengths."""
+        """Return which blocks of these raw sizes may have these stored lengths."""
         return (lengths > 0) & (lengths <= raw_bytes + (raw_bytes >> 7) + 256)
 
     def make_encoder(self, codec: Codec) -> BlockEncoder:
@@ -64,7 +64,7 @@ class _Encoder:
         self._planes = make_planes()
         self._laid = memoryview(empty(codec.block_bytes, uint8).data)
         self._searching = make_compressor(codec.level)
-        # A search for matches in the planes of floating-point numbers finds nothing and takes half of the time.
+        # A match search in the planes of floating-point numbers finds nothing and takes half of the time.
         self._glancing = make_glancing_compressor() if codec.level == 1 else self._searching
         self._entropy_coder = make_entropy_coder() if codec.level == 1 else None
         self._sampled = memoryview(bytearray(2 * _LONG_SAMPLE))
@@ -84,12 +84,11 @@ class _Encoder:
         return laid
 
     def _choose(self, laid: memoryview, planes: int, before: Compressor | None) -> Compressor:
-        """Return what compresses a block best, by samples of its planes and by what was chosen for the block before it.
+        """Return the best compressor for a block, by samples of its planes and by the choice for the previous block.
 
-        Entropy coding alone is enough where the lowest plane that says anything is noise: numbers of which some are
-        equal, zero or integers show it there. The first block's sample is long, so that it holds rows that repeat; and
-        rows that are multiples of each other repeat in the exponents alone. Later samples tell whether a block is like
-        the first.
+        Entropy coding alone is enough if the lowest plane that is not constant is noise: it is not if some numbers are
+        equal, zero or integers. The first block's sample is long enough to contain repeated rows; rows that are
+        multiples of each other repeat in the exponents alone. Later samples show whether a block is like the first.
         """
         stride = len(laid) // planes
         if planes == 1:
@@ -121,8 +120,8 @@ def _sample(plane: memoryview, *, long: bool) -> Raw:
 def _compress_planes(laid: memoryview, planes: int, compressor: Compressor, out: memoryview) -> int:
     """Compress into one frame, whose zstd blocks end where the planes of exponents do.
 
-    Exponents and mantissas would otherwise share the tables of the zstd blocks that hold some of both. The planes
-    before hold mantissas only, and an end costs as much as the encoding of a small plane.
+    Exponents and mantissas would otherwise share the tables of the zstd blocks that contain both. The earlier planes
+    are mantissas only, and ending a block costs as much as encoding a small plane.
     """
     stride = len(laid) // planes
     if planes == 1 or stride % _ZSTD_BLOCK_BYTES == 0:
@@ -147,11 +146,11 @@ class _Decoder:
     def _decompress(self, stored: Raw, check: str, out: memoryview) -> None:
         frame = memoryview(stored)
         if frame[:4] != MAGIC or frame[-4:].hex() != check:
-            raise BlockCorrupt("the bytes are not the zstd frame that belongs here")
+            raise BlockCorrupt("the bytes are not the expected zstd frame")
         try:
             header = zstandard.get_frame_parameters(frame)
             if header.content_size != len(out) or not header.has_checksum:
-                raise BlockCorrupt("the zstd frame is of another size than its block")
+                raise BlockCorrupt("the zstd frame's content size differs from the block's")
             self._decompressor.decompress(frame, out)
         except zstandard.ZstdError as error:
             raise BlockCorrupt(f"the zstd frame is damaged: {error}") from error

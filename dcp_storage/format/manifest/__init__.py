@@ -1,1 +1,1 @@
-"""The manifest of this format: what it says of a checkpoint, and its way to bytes and back."""
+"""The manifest of this format: its contents, and how they are encoded and decoded."""

@@ -1,4 +1,4 @@
-"""The boxes that tile a stored tensor, in row-major order of their offsets: mostly a grid, which needs no list."""
+"""The boxes that tile a stored tensor, in row-major order of their offsets: usually a grid, which needs no list."""
 
 from abc import abstractmethod
 from bisect import bisect_left, bisect_right
@@ -13,25 +13,25 @@ import numpy as np
 from dcp_storage.geometry import Box, Shape, intersect, whole
 
 Cuts = int | list[int]
-"""Where the boxes of a grid begin along one dimension: at the multiples of a number, or at each of a list."""
+"""Where the boxes of a grid begin along one dimension: at the multiples of a number, or at each number of a list."""
 
 
 class Boxes(Sequence[Box]):
-    """Boxes by number."""
+    """A sequence of boxes."""
 
     size: Shape
 
     @abstractmethod
     def near(self, wanted: Box) -> list[int]:
-        """Return the numbers of the boxes that share an element with another, ascending."""
+        """Return the numbers of the boxes that share an element with `wanted`, ascending."""
 
     @abstractmethod
     def at(self, offsets: Shape) -> int | None:
-        """Return the number of the first box that begins there."""
+        """Return the number of the first box that begins at `offsets`."""
 
     @abstractmethod
     def counts(self) -> list[int]:
-        """Return the elements of each box."""
+        """Return the number of elements of each box."""
 
     @overload
     def __getitem__(self, number: int) -> Box: ...
@@ -52,7 +52,7 @@ class Boxes(Sequence[Box]):
 
 
 class Whole(Boxes):
-    """One box that is all of a tensor."""
+    """One box that covers a whole tensor."""
 
     def __init__(self, size: Shape) -> None:
         self.size = size
@@ -64,15 +64,15 @@ class Whole(Boxes):
         return whole(self.size)
 
     def near(self, wanted: Box) -> list[int]:
-        """Return the one."""
+        """Return the only box, if it overlaps."""
         return [0] if intersect(wanted, whole(self.size)) else []
 
     def at(self, offsets: Shape) -> int | None:
-        """Return the one, if it begins there."""
+        """Return the only box, if it begins at `offsets`."""
         return None if any(offsets) or len(offsets) != len(self.size) else 0
 
     def counts(self) -> list[int]:
-        """Return its elements."""
+        """Return the number of elements."""
         return [prod(self.size)]
 
 
@@ -99,7 +99,7 @@ class Grid(Boxes):
         return (starts[place + 1] if place + 1 < len(starts) else self.size[dim]) - starts[place]
 
     def near(self, wanted: Box) -> list[int]:
-        """Return the part of the grid that a box touches."""
+        """Return the part of the grid that a box overlaps."""
         if not wanted.numel:
             return []
         reach = []
@@ -114,7 +114,7 @@ class Grid(Boxes):
         return number
 
     def at(self, offsets: Shape) -> int | None:
-        """Return the one that begins there."""
+        """Return the box that begins at `offsets`."""
         if len(offsets) != len(self._starts):
             return None
         places = [bisect_left(starts, offset) for starts, offset in zip(self._starts, offsets, strict=True)]
@@ -124,7 +124,7 @@ class Grid(Boxes):
         return self._number(places)
 
     def counts(self) -> list[int]:
-        """Return the elements of each."""
+        """Return the number of elements of each."""
         counts = np.ones(1, np.int64)
         for starts, extent in zip(self._starts, self.size, strict=True):
             counts = np.multiply.outer(counts, np.diff(np.array([*starts, extent], np.int64))).ravel()
@@ -133,7 +133,7 @@ class Grid(Boxes):
 
 
 class Listed(Boxes):
-    """Boxes of any order and shape."""
+    """Boxes in any order and of any shape."""
 
     def __init__(self, size: Shape, boxes: Sequence[Box]) -> None:
         self.size = size
@@ -149,7 +149,7 @@ class Listed(Boxes):
         return iter(self._boxes)
 
     def near(self, wanted: Box) -> list[int]:
-        """Return those that a box touches: all are compared at once, where they are many."""
+        """Return those that a box overlaps; if there are many, all are compared at once."""
         numbers = range(len(self._boxes)) if len(self._boxes) < 8 or not self.size else self._candidates(wanted)  # noqa: PLR2004
         return [number for number in numbers if intersect(wanted, self._boxes[number])]
 
@@ -165,7 +165,7 @@ class Listed(Boxes):
         return starts, starts + np.array([box.sizes for box in self._boxes], np.int64)
 
     def at(self, offsets: Shape) -> int | None:
-        """Return the first that begins there."""
+        """Return the first that begins at `offsets`."""
         return self._firsts.get(offsets)
 
     @cached_property
@@ -173,12 +173,12 @@ class Listed(Boxes):
         return {box.offsets: number for number, box in reversed(list(enumerate(self._boxes)))}
 
     def counts(self) -> list[int]:
-        """Return the elements of each."""
+        """Return the number of elements of each."""
         return [box.numel for box in self._boxes]
 
 
 def grid_of(size: Shape, offsets: Any, sizes: Any) -> list[Cuts] | None:
-    """Return the cuts of the grid that boxes are, ascending in their offsets; `None` where they are not a grid.
+    """Return the cuts of the grid that boxes form, or `None` if they are not a grid. Their offsets must ascend.
 
     `offsets` and `sizes` are arrays of `int64`, with a row for each box.
     """

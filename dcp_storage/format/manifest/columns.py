@@ -1,4 +1,4 @@
-"""Where the items of a checkpoint lie, as columns: rows for all items, segments and blocks at once."""
+"""Where the items of a checkpoint are stored, as columns with rows for all items, segments and blocks."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -9,16 +9,16 @@ from dcp_storage.format.manifest.schema import Column, Stored
 
 
 class Columns(NamedTuple):
-    """A row for each item, segment or block, in their order. Numbers are `int64`, texts fixed-width `bytes`.
+    """One row per item, segment or block, in order. Numbers are `int64`, texts fixed-width `bytes`.
 
     Attributes:
-        segments: For each item, its segments.
-        blocks: For each segment, its blocks.
+        segments: For each item, the number of its segments.
+        blocks: For each segment, the number of its blocks.
         objects: For each segment, the number of its object.
-        offsets: For each segment, where in the object it begins.
+        offsets: For each segment, its offset in the object.
         lengths: For each block, its stored size.
         checks: For each block, its check value.
-        digests: For each segment, the digest of its raw bytes; empty where there are none.
+        digests: For each segment, the digest of its raw bytes; empty if there are no digests.
     """
 
     segments: Any
@@ -30,7 +30,7 @@ class Columns(NamedTuple):
     digests: Any
 
     def take(self, items: Any) -> "Columns":
-        """Return the items of these numbers, in this order."""
+        """Return the items with these numbers, in this order."""
         segments = _rows(self.segments, items)
         blocks = _rows(self.blocks, segments)
         return Columns(
@@ -51,13 +51,13 @@ class Columns(NamedTuple):
         return self.offsets + ends[lasts] - ends[lasts - self.blocks]
 
     def stored(self) -> Stored:
-        """Return them as a frame holds them."""
+        """Return them in the form that a frame stores."""
         segments, blocks, objects = map(_one_for_all, (self.segments, self.blocks, self.objects))
         return Stored(segments, blocks, objects, self.offsets.tolist(), self.lengths.tolist(), text_of(self.checks))
 
 
 def join(parts: Iterable[Columns], objects: Iterable[int]) -> Columns:
-    """Return the items of several, one after another, whose objects are numbered from where each of `objects` says."""
+    """Concatenate the items of several parts; `objects` gives the first object number for each part."""
     shifted = [part._replace(objects=part.objects + first) for part, first in zip(parts, objects, strict=True)]
     return Columns(*map(np.concatenate, zip(*shifted, strict=True))) if shifted else NOTHING
 
@@ -68,7 +68,7 @@ def numbers(column: Iterable[int]) -> Any:
 
 
 def texts(parts: Sequence[str], chars: int) -> Any:
-    """Return texts of `chars` ASCII characters each, several of which a part may hold, as a column."""
+    """Return texts of `chars` ASCII characters each as a column; a part may contain several texts."""
     return np.frombuffer("".join(parts).encode("ascii"), f"S{max(1, chars)}")
 
 
@@ -76,13 +76,13 @@ NOTHING = Columns(*[numbers(())] * 5, *[texts([], 1)] * 2)
 
 
 def text_of(column: Any) -> str:
-    """Return a column of texts, one after another."""
+    """Return the texts of a column, concatenated."""
     text: str = column.tobytes().decode("ascii")
     return text
 
 
 def _rows(counts: Any, wanted: Any) -> Any:
-    """Return the numbers of the rows of what is wanted, of which each has so many rows, one after another."""
+    """Return the row numbers of the wanted elements, each of which has as many consecutive rows as `counts` says."""
     taken = counts[wanted]
     firsts = np.cumsum(counts)[wanted] - taken
     return np.repeat(firsts - np.cumsum(taken) + taken, taken) + np.arange(taken.sum())

@@ -1,4 +1,4 @@
-"""The manifest of a new checkpoint, and its way to bytes."""
+"""The manifest of a new checkpoint, and how it is encoded."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,13 +29,13 @@ from dcp_storage.format.manifest.tables import StatePath
 from dcp_storage.geometry import Shape
 
 _FRAME_WEIGHT = 64 * KIB
-"""Segments and names of a frame, at least: enough to compress well, and few enough to decode for one tensor."""
+"""Minimum weight of a frame: enough to compress well, and little enough to decode for one tensor."""
 
 
 class DraftTensor(NamedTuple):
-    """A tensor that is to be written: of how many boxes it is, in which layout, and in how many byte planes.
+    """A tensor to be written: its number of boxes, their layout, and the number of byte planes.
 
-    The boxes ascend in their offsets.
+    The boxes are in ascending order of their offsets.
     """
 
     dtype: str
@@ -55,12 +55,12 @@ class DraftTensor(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Draft:
-    """A manifest that is to be written; `Head` says what its other fields are.
+    """A manifest to be written; `Head` describes the other fields.
 
     Attributes:
         tensors: By name, ascending.
-        entries: The raw sizes of those that are not tensors, by name, ascending.
-        stored: Where all of it lies: the boxes of the first tensor, and so on, and then the entries.
+        entries: The raw sizes of the entries that are not tensors, by name, ascending.
+        stored: Where everything is stored: the boxes of the first tensor, of the second and so on, then the entries.
     """
 
     save_id: str
@@ -89,7 +89,7 @@ def encode(draft: Draft) -> bytes:
     """Return the manifest as it is stored.
 
     Raises:
-        ConfigError: It is larger than what `decode` accepts.
+        ConfigError: It is larger than `decode` accepts.
     """
     frames, items = _Frames(draft.digest), _Items(draft.stored)
     names = [stored.name for stored in draft.objects]
@@ -160,7 +160,7 @@ class _Items:
 
 
 def _weight(name: str, tensor: DraftTensor) -> int:
-    """Return about how many bytes of a frame a tensor takes."""
+    """Return roughly how many bytes of a frame a tensor takes."""
     return 64 + len(name) + 32 * tensor.boxes
 
 
@@ -189,7 +189,7 @@ def _tensor_frame(names: list[str], held: Sequence[DraftTensor], stored: Columns
 
 
 def layout_of(size: Shape, offsets: Any, sizes: Any) -> Layout:
-    """Return how a frame says what the boxes of a tensor are: arrays with a row for each box, ascending."""
+    """Return the layout of a tensor's boxes, which are given as arrays with a row for each box, ascending."""
     if len(offsets) == 1 and tuple(sizes[0].tolist()) == size and not offsets.any():
         return None
     return grid_of(size, offsets, sizes) or ListedBoxes(np.concatenate((offsets, sizes), axis=1).tolist())

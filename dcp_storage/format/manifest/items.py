@@ -1,4 +1,4 @@
-"""The items of a body's frames: tensors, entries and their segments, checked and made when they are asked for."""
+"""The items of a body's frames: tensors, entries and their segments, checked and created on demand."""
 
 import itertools
 from bisect import bisect_right
@@ -18,10 +18,10 @@ from dcp_storage.geometry import Box, Shape, contains, tiling_fault
 
 
 class Digests(Protocol):
-    """Gives the digests of a frame's segments, which lie in a frame of their own."""
+    """Gives the digests of a frame's segments, which are in a separate frame."""
 
     def __call__(self, count: int) -> list[str]:
-        """Return those of so many segments, or none where there are none."""
+        """Return the digests of `count` segments, or none if the checkpoint has no digests."""
 
 
 class Segments:
@@ -32,13 +32,13 @@ class Segments:
         raw_bytes: Raw size of each item, an array of `int64`.
         codec: How its blocks are encoded.
         object_sizes: Size of each object, an array of `int64`.
-        name: Says which entry an item is of.
+        name: Gives the name of an item's entry.
 
     Attributes:
         digests: Gives the digests of the segments.
 
     Raises:
-        Fault: They do not hold these items, or reach beyond an object.
+        Fault: They do not contain these items, or extend beyond an object.
     """
 
     digests: Digests
@@ -56,14 +56,14 @@ class Segments:
         self._check_blocks(raw_bytes, codec)
         self._check_places(object_sizes)
         right = len(self._checks) == self._chars * len(self._lengths) and not self._checks.strip("0123456789abcdef")
-        require(right, f"check values for other blocks than its own, or not hexadecimal, after {name(0)}")
+        require(right, f"wrong number of check values, or they are not hexadecimal, after {name(0)}")
 
     def _cumulate(self, column: Column, rows: int, total: int, what: str) -> Any:
         counts = _expand(column, rows, what)
-        # A sum that is right has no count that is larger than it.
-        require(not rows or int(counts.max()) <= total, f"{what} that are not listed")
+        # No count can be larger than the right sum.
+        require(not rows or int(counts.max()) <= total, f"it counts {what} that are not listed")
         firsts = np.concatenate(([0], np.cumsum(counts)))
-        require(int(firsts[-1]) == total, f"{what} that are not listed, or too many of them")
+        require(int(firsts[-1]) == total, f"it counts {what} that are not listed, or lists too many")
         return firsts
 
     def _check_blocks(self, raw_bytes: Any, codec: StoredCodec) -> None:
@@ -82,13 +82,13 @@ class Segments:
 
     def _check_places(self, object_sizes: Any) -> None:
         unknown = self._objects >= len(object_sizes)
-        self._refuse_segments(unknown, lambda number: f"names object {self._objects[number]}, which is not listed")
+        self._refuse_segments(unknown, lambda number: f"refers to object {self._objects[number]}, which is not listed")
         sizes = object_sizes[self._objects]
         stored = np.concatenate(([0], np.cumsum(np.array(self._lengths, np.int64))))[self._first_block]
         room = sizes - self._offsets
         self._refuse_segments(
             (room < 0) | (np.diff(stored) > room),
-            lambda number: f"reaches beyond object {self._objects[number]} ({sizes[number]} bytes)",
+            lambda number: f"extends beyond object {self._objects[number]} ({sizes[number]} bytes)",
         )
 
     def _refuse(self, wrong: Any, says: Callable[[int], str]) -> None:
@@ -106,11 +106,11 @@ class Segments:
         return tuple(self._segment(number) for number in range(self._first[item], self._first[item + 1]))
 
     def digests_of(self, item: int) -> list[str]:
-        """Return the digests of the segments of an item, or none."""
+        """Return the digests of an item's segments, if any."""
         return self.digests(len(self._offsets))[self._first[item] : self._first[item + 1]]
 
     def columns(self) -> Columns:
-        """Return all of them as columns."""
+        """Return all segments as columns."""
         digests = self.digests(len(self._offsets))
         return Columns(
             np.diff(self._first),
@@ -131,15 +131,15 @@ class Segments:
 def _expand(column: Column, rows: int, what: str) -> Any:
     if isinstance(column, int):
         return np.full(rows, column, np.int64)
-    require(len(column) == rows, f"{len(column)} {what} in place of {rows}")
+    require(len(column) == rows, f"{len(column)} {what} instead of {rows}")
     return np.array(column, np.int64)
 
 
 class TensorEntry:
     """A tensor: its dtype, its global shape, the boxes that tile it, and where each of these is stored.
 
-    `planes` is the number of byte planes that each of its blocks is laid out in; 1 is none. `frame` holds the segments
-    of all the tensors beside it.
+    `planes` is the number of byte planes that each of its blocks is laid out in; 1 is none. `frame` contains the
+    segments of all tensors in the same frame.
     """
 
     def __init__(self, dtype: str, planes: int, boxes: Boxes, segments: Segments, first: int) -> None:
@@ -159,22 +159,22 @@ class TensorEntry:
         return self.frame.of(self._first + number)
 
     def digests(self, number: int) -> list[str]:
-        """Return the digests of the raw bytes of a box's segments; none where the checkpoint has none."""
+        """Return the digests of the raw bytes of a box's segments; none if the checkpoint has no digests."""
         return self.frame.digests_of(self._first + number)
 
 
 def decode_tensors(
     frame: TensorFrame, codec: StoredCodec, object_sizes: Any, digests: Digests, *, partial: bool
 ) -> dict[str, TensorEntry]:
-    """Return the tensors of a frame; `partial` ones need not be tiled.
+    """Return the tensors of a frame; the boxes of `partial` ones need not tile them.
 
     Raises:
-        Fault: Something in it cannot be.
+        Fault: Something in it is invalid.
     """
     columns = (frame.dtypes, frame.sizes, frame.planes, frame.layouts)
     even = all(len(column) == len(frame.names) for column in columns)
-    require(even, "columns of tensors that are uneven")
-    left = len(frame.stored.offsets)  # each box that holds anything is stored
+    require(even, "its columns of tensors have different lengths")
+    left = len(frame.stored.offsets)  # each non-empty box is stored
     cut = []
     firsts, boxed = [0], 0
     raw_bytes: list[int] = []
@@ -197,19 +197,19 @@ def decode_tensors(
 
 
 def _boxes(fqn: str, size: Shape, layout: Layout, most: int, *, partial: bool) -> Boxes:
-    """Return the boxes of a tensor; of a grid, whose boxes are all stored, at most as many as segments are listed."""
+    """Return the boxes of a tensor. A grid, whose boxes are all stored, may have at most as many as listed segments."""
     if layout is None:
         return Whole(size)
     if isinstance(layout, ListedBoxes):
         dims = len(size)
-        require(all(len(box) == 2 * dims for box in layout.boxes), f"{fqn} has a box of other dimensions")
+        require(all(len(box) == 2 * dims for box in layout.boxes), f"{fqn} has a box of wrong dimensions")
         boxes = [Box(tuple(box[:dims]), tuple(box[dims:])) for box in layout.boxes]
         inside = all(contains(size, box) for box in boxes)
-        require(inside, f"{fqn} has a part outside of its shape {list(size)}")
+        require(inside, f"{fqn} has a part outside its shape {list(size)}")
         fault = None if partial else tiling_fault(size, boxes)
         require(fault is None, f"{fqn}: {fault}")
         return Listed(size, boxes)
-    require(len(layout) == len(size) and bool(size) and all(size), f"{fqn} has a grid of other dimensions")
+    require(len(layout) == len(size) and bool(size) and all(size), f"{fqn} has a grid of wrong dimensions")
     number, starts = 1, []
     for cuts, extent in zip(layout, size, strict=True):
         starts.append(_starts(fqn, cuts, extent))
@@ -242,7 +242,7 @@ class BytesEntry:
 
     @property
     def digests(self) -> list[str]:
-        """The digests of the raw bytes of its segments; none where the checkpoint has none."""
+        """The digests of the raw bytes of its segments; none if the checkpoint has no digests."""
         return self.frame.digests_of(self._item)
 
 
@@ -250,9 +250,9 @@ def decode_entries(frame: EntryFrame, codec: StoredCodec, object_sizes: Any, dig
     """Return the entries of a frame.
 
     Raises:
-        Fault: Something in it cannot be.
+        Fault: Something in it is invalid.
     """
-    require(len(frame.names) == len(frame.sizes), "columns of entries that are uneven")
+    require(len(frame.names) == len(frame.sizes), "its columns of entries have different lengths")
     sizes = np.array(frame.sizes, np.int64)
     segments = Segments(frame.stored, sizes, codec, object_sizes, frame.names.__getitem__)
     segments.digests = digests

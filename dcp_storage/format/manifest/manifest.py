@@ -1,4 +1,4 @@
-"""The manifest, `.metadata`, as it is read: frame by frame, as its tensors are asked for."""
+"""The manifest, `.metadata`, as it is read: frame by frame, as tensors are requested."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
@@ -41,20 +41,20 @@ class StoredObject(NamedTuple):
 
 
 class Manifest:
-    """What a checkpoint holds.
+    """The contents of a checkpoint.
 
     Args:
         head: Its head.
-        stored_head: The same as it is stored.
+        stored_head: The head as it is stored.
         frames: The frames that the head lists.
-        where: Where it was read, for errors.
+        where: Where it was read from, for error messages.
 
     Attributes:
-        tensors: By fully qualified name.
+        tensors: Tensors by fully qualified name.
         bytes: Entries that are not tensors, by fully qualified name.
 
-    Raises (whenever something is asked for):
-        ManifestCorrupt: The frame that holds it is damaged, or says what cannot be.
+    Raises (on any access):
+        ManifestCorrupt: The frame that is read is damaged, or its contents are invalid.
     """
 
     stock = False
@@ -88,7 +88,7 @@ class Manifest:
 
     @property
     def sha256(self) -> str:
-        """The SHA-256 of the head as it is stored; it proves the whole checkpoint where its digests are SHA-256."""
+        """The SHA-256 of the head as it is stored; it covers the whole checkpoint if its digests are SHA-256."""
         return digest_of(self._stored_head, "sha256")
 
     @property
@@ -103,17 +103,17 @@ class Manifest:
 
     @property
     def world_size(self) -> int:
-        """Ranks that took part in the save."""
+        """Number of ranks that took part in the save."""
         return self.head.world_size
 
     @property
     def version(self) -> str:
-        """What DCP calls the version of its names."""
+        """The version of DCP's naming conventions."""
         return METADATA_VERSION
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """What the caller said of the save."""
+        """The `info` that the caller of the save gave."""
         return self.head.info
 
     @property
@@ -123,12 +123,12 @@ class Manifest:
 
     @property
     def part(self) -> tuple[int, int] | None:
-        """The rank whose part this is, and of how many, or `None`."""
+        """The rank whose part this is and the world size, or `None`."""
         return None if self.head.rank is None else (self.head.rank, self.head.world_size)
 
     @property
     def attempt(self) -> str | None:
-        """What the parts of one save without collectives share."""
+        """The id that the parts of one save without collectives share."""
         return self.head.attempt
 
     @property
@@ -143,17 +143,17 @@ class Manifest:
 
     @property
     def proof(self) -> str | None:
-        """`sha256`, where that proves the whole checkpoint."""
+        """`sha256`, if it covers the whole checkpoint."""
         return self.sha256 if self.head.digest == "sha256" else None
 
     @property
     def object_names(self) -> Sequence[str]:
-        """The names of the data objects, by their numbers."""
+        """The names of the data objects, by number."""
         return [stored.name for stored in self.objects]
 
     @cached_property
     def objects(self) -> tuple[StoredObject, ...]:
-        """The data objects, by their numbers."""
+        """The data objects, by number."""
         names: list[str] = []
         sizes: list[int] = []
         for number in self._numbers.get("objects", ()):
@@ -162,22 +162,22 @@ class Manifest:
             sizes += frame.sizes
         with self._checked():
             check_objects(names, sizes)
-            require(len(names) == self.head.objects, f"{len(names)} objects in place of {self.head.objects}")
+            require(len(names) == self.head.objects, f"{len(names)} objects instead of {self.head.objects}")
         return tuple(map(StoredObject, names, sizes))
 
     @property
     def planner_data(self) -> Mapping[str, StatePath] | None:
-        """For each name its path in the nested state dict, or `None` where the planner did not flatten."""
+        """The path of each name in the nested state dict, or `None` if the planner did not flatten."""
         return LazyPaths(partial(getattr, self, "paths")) if "paths" in self._numbers else None
 
     @cached_property
     def paths(self) -> dict[str, StatePath]:
-        """For each name its path, where the planner flattened."""
+        """The path of each name, if the planner flattened."""
         paths: dict[str, StatePath] = {}
         with self._checked():
             for number in self._numbers.get("paths", ()):
                 frame = self._frame(number, PathFrame)
-                require(len(frame.names) == len(frame.paths), "columns of paths that are uneven")
+                require(len(frame.names) == len(frame.paths), "its columns of paths have different lengths")
                 if frame.names or self.head.frames[number].first:
                     self._check_names(number, frame.names)
                 paths.update(zip(frame.names, frame.paths, strict=True))
@@ -185,7 +185,7 @@ class Manifest:
         return paths
 
     def objects_held(self) -> list[HeldObject]:
-        """Return the data objects and what lies in each."""
+        """Return the data objects and the entries stored in each."""
         fqns: list[dict[str, None]] = [{} for _ in self.objects]
         for item in self.checked_items():
             for segment in item.segments:
@@ -203,11 +203,11 @@ class Manifest:
             yield CheckedItem(fqn, entry.size, 1, entry.segments, entry.digests)
 
     def deletable(self) -> list[str]:
-        """Return the objects that are of this package's form."""
+        """Return the objects whose names have this package's form."""
         return list(filter(is_data_object, self.object_names))
 
     def stored(self) -> Columns:
-        """Return where all of it lies: the boxes of the first tensor, and so on, and then the entries."""
+        """Return where everything is stored: the boxes of the first tensor, and so on, and then the entries."""
         tensors = (tensor.frame for tensor in self.tensors.values())
         frames = dict.fromkeys(chain(tensors, (entry.frame for entry in self.bytes.values())))
         return join([frame.columns() for frame in frames], [0] * len(frames))
@@ -243,7 +243,7 @@ class Manifest:
             return decode_entries(frame, self.codec, self._object_sizes, self._digests(number))
 
     def _digests(self, number: int) -> Digests:
-        """Return what reads the digests of a frame's segments, which have a frame of their own that few need."""
+        """Return a reader of the digests of a frame's segments, which are in a separate, rarely needed frame."""
         listed = self.head.frames[number]
         digest = self.head.digest
         wanted = (f"{listed.kind}_digests", listed.first)
@@ -253,11 +253,11 @@ class Manifest:
         def digests(count: int) -> list[str]:
             if digest is not None and not decoded:
                 with self._checked():
-                    require(bool(found), f"no digests of what follows {listed.first!r}")
+                    require(bool(found), f"the digests of the frame that begins with {listed.first!r} are missing")
                 text, chars = self._frame(found[0], DigestFrame).digests, DIGEST_CHARS[digest]
                 with self._checked():
                     right = len(text) == chars * count and not text.strip("0123456789abcdef")
-                    require(right, f"digests of other segments than there are, after {listed.first!r}")
+                    require(right, f"wrong number of digests, or they are not hexadecimal, after {listed.first!r}")
                 decoded.extend(text[at : at + chars] for at in range(0, len(text), chars))
             return decoded
 
@@ -280,10 +280,10 @@ class Manifest:
         return Blamed(self._where)
 
     def check_whole(self) -> None:
-        """Decode and check all of it.
+        """Decode and check everything.
 
         Raises:
-            ManifestCorrupt: Something in it cannot be.
+            ManifestCorrupt: Something in it is invalid.
         """
         self.check_names()
         for table in (self.tensors, self.bytes):
@@ -295,22 +295,22 @@ class Manifest:
         """Decode and check the names of all tensors and entries.
 
         Raises:
-            ManifestCorrupt: They cannot be.
+            ManifestCorrupt: They are invalid.
         """
         tensors, others = len(self.tensors), len(self.bytes)
         with self._checked():
             both = self.bytes.keys() & self.tensors.keys()
             require(not both, f"{next(iter(both), '')} is both a tensor and another entry")
             right = (tensors, others) == (self.head.tensors, self.head.entries)
-            require(right, f"{tensors} tensors and {others} entries, which is not what its head says")
+            require(right, f"it has {tensors} tensors and {others} entries, which does not match its head")
 
 
 def decode(data: bytes, where: str) -> Manifest:
-    """Return a manifest that was read at `where`; what it holds is decoded, and checked, when it is asked for.
+    """Decode a manifest that was read from `where`; its contents are decoded and checked on demand.
 
     Raises:
-        ManifestCorrupt: It is damaged, or its head says what cannot be.
-        UnsupportedFormat: It is of another version of the format, or requires a feature that this one lacks.
+        ManifestCorrupt: It is damaged, or its head is invalid.
+        UnsupportedFormat: It has another format version, or requires a feature that this version lacks.
     """
     head, start = unpack_head(data, where)
     with Blamed(where):

@@ -1,4 +1,4 @@
-"""One manifest out of those that the ranks of a save without collectives each committed by themselves."""
+"""Merges the manifests that the ranks of a save without collectives each committed."""
 
 from collections.abc import Collection, Sequence
 from itertools import accumulate, islice
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
     from dcp_storage.geometry import Box
 
 _MOST_MISSING = 1000
-"""Ranks that an error names: a manifest may claim any number of them."""
+"""The most ranks that an error lists: a manifest may claim any number of them."""
 
 
 def is_complete(part: Manifest, ranks: Collection[int]) -> bool:
-    """Return whether these are all the ranks of the save that a part is of."""
+    """Return whether these are all the ranks of the save that a part belongs to."""
     return len(ranks) == part.world_size and max(ranks) == part.world_size - 1
 
 
 def merge(parts: Sequence[Manifest], where: str) -> Manifest:
-    """Return the whole checkpoint of which each part is one rank's.
+    """Merge the ranks' parts into the whole checkpoint.
 
-    What several ranks stored alike (a replicated chunk, an entry that is not a tensor) is read from the lowest of them.
+    An item that several ranks stored (a replicated chunk, an entry that is not a tensor) is read from the lowest one.
 
     Raises:
-        ManifestCorrupt: A rank's part is missing, or two disagree on a tensor or on the codec.
+        ManifestCorrupt: A rank's part is missing, or two parts disagree on a tensor or on the codec.
     """
     parts = sorted(parts, key=lambda part: part.rank or 0)
     _check_complete(parts, where)
     first = parts[0]
     tensors: dict[str, _Joined] = {}
-    entries: dict[str, tuple[int, int]] = {}  # raw size, and the number of the item
+    entries: dict[str, tuple[int, int]] = {}  # raw size, and item number
     planner_data: dict[str, StatePath] = {}
     item = 0
     for part in parts:
@@ -76,7 +76,7 @@ def merge(parts: Sequence[Manifest], where: str) -> Manifest:
 
 
 class _Joined:
-    """A tensor of several parts."""
+    """A tensor merged from several parts."""
 
     def __init__(self, tensor: TensorEntry) -> None:
         self.dtype = tensor.dtype
@@ -86,14 +86,14 @@ class _Joined:
 
     def add(self, tensor: TensorEntry, first: int) -> int:
         """Add a part's boxes, whose items are numbered from `first`, and return the number after the last."""
-        # A bare LocalShardsWrapper knows no further than its own shards; the tiling proves the largest size full.
+        # A bare LocalShardsWrapper knows only its own shards; the tiling check proves that the largest size is full.
         self.size = tuple(map(max, self.size, tensor.size))
         for number, box in enumerate(tensor.boxes, first):
             self._items.setdefault(box, number)
         return first + len(tensor.boxes)
 
     def draft(self) -> tuple[DraftTensor, list[int]]:
-        """Return the whole tensor, and the numbers of the items that it is."""
+        """Return the whole tensor, and the numbers of its items."""
         boxes, dims = sorted(self._items), len(self.size)
         offsets, sizes = (np.array(rows, np.int64).reshape(len(boxes), dims) for rows in zip(*boxes, strict=True))
         layout = layout_of(self.size, offsets, sizes)
@@ -106,12 +106,12 @@ def _check_complete(parts: Sequence[Manifest], where: str) -> None:
     missing = list(islice((rank for rank in range(max(sizes)) if rank not in committed), _MOST_MISSING))
     if len(sizes) > 1:
         raise ManifestCorrupt(
-            f"{where} holds the parts of saves by {sorted(sizes)} ranks, mixed: load another checkpoint", url=where
+            f"{where} mixes the parts of saves by {sorted(sizes)} ranks: load another checkpoint", url=where
         )
     if missing:
         raise ManifestCorrupt(
-            f"{where} is a save without collectives by {max(sizes)} ranks, of which these did not commit: {missing}. "
-            "Load another checkpoint, or bring their manifests (__<rank>-<attempt>.metadata) and objects here",
+            f"{where} was saved without collectives by {max(sizes)} ranks, of which these did not commit: {missing}. "
+            "Load another checkpoint, or copy their manifests (__<rank>-<attempt>.metadata) and objects here",
             url=where,
             ranks=missing,
         )

@@ -1,4 +1,4 @@
-"""What the frames of a body are: columns, and rows of them."""
+"""The schema of the body's frames: columns, and their rows."""
 
 from collections.abc import Sequence
 from typing import Annotated, NamedTuple
@@ -18,9 +18,9 @@ class Segment(NamedTuple):
 
     Attributes:
         object: Index into the manifest's object table.
-        offset: Where in the object the first block begins, in bytes.
+        offset: Offset of the first block in the object, in bytes.
         lengths: Stored size of each block, in bytes.
-        checks: The check values of the blocks in hexadecimal, one after another, all of one width.
+        checks: The check values of the blocks in hexadecimal, concatenated, all of the same width.
     """
 
     object: int
@@ -30,18 +30,18 @@ class Segment(NamedTuple):
 
     @property
     def stop(self) -> int:
-        """Where in the object the last block ends, in bytes."""
+        """End of the last block in the object, in bytes."""
         return self.offset + sum(self.lengths)
 
 
 class Stored(Struct, frozen=True, gc=False):
-    """Where the items of a frame lie: their segments, and the blocks of these, one item after another.
+    """Where the items of a frame are stored: their segments, and the segments' blocks, one item after another.
 
     Attributes:
-        segments: For each item, its segments.
-        blocks: For each segment, its blocks.
-        objects: For each segment, its object.
-        offsets: For each segment, where in the object it begins.
+        segments: For each item, the number of its segments.
+        blocks: For each segment, the number of its blocks.
+        objects: For each segment, the number of its object.
+        offsets: For each segment, its offset in the object.
         lengths: For each block, its stored size.
         checks: The check values of all blocks.
     """
@@ -55,7 +55,7 @@ class Stored(Struct, frozen=True, gc=False):
 
 
 class ListedBoxes(Struct, frozen=True, gc=False):
-    """Boxes that are not a grid: of each its offsets and then its sizes."""
+    """Boxes that are not a grid: the offsets and then the sizes of each."""
 
     boxes: list[list[Count]]
 
@@ -69,11 +69,11 @@ class TensorFrame(Struct, frozen=True, gc=False):
 
     Attributes:
         names: Fully qualified names, ascending.
-        dtypes: Of each its dtype.
-        sizes: ... its global shape.
-        planes: ... the byte planes of its blocks; 1 is none.
-        layouts: ... how it is cut: `None` for one box, the cuts of a grid along each dimension, or a list.
-        stored: Where the boxes lie.
+        dtypes: The dtype of each.
+        sizes: Its global shape.
+        planes: The number of byte planes of its blocks; 1 is none.
+        layouts: How it is cut: `None` for one box, the cuts of a grid along each dimension, or a list.
+        stored: Where the boxes are stored.
     """
 
     names: list[str]
@@ -85,7 +85,7 @@ class TensorFrame(Struct, frozen=True, gc=False):
 
 
 class NameColumn(Struct, frozen=True, gc=False):
-    """The names of a frame of tensors or entries, and nothing else of it."""
+    """Only the names of a frame of tensors or entries."""
 
     names: list[str]
 
@@ -99,14 +99,14 @@ class EntryFrame(Struct, frozen=True, gc=False):
 
 
 class ObjectFrame(Struct, frozen=True, gc=False):
-    """Data objects, by their numbers: names below the checkpoint's prefix, and sizes in bytes."""
+    """Data objects, by number: names below the checkpoint's prefix, and sizes in bytes."""
 
     names: list[str]
     sizes: list[Count]
 
 
 class DigestFrame(Struct, frozen=True, gc=False):
-    """The digests of the raw bytes of all segments of a frame of tensors or entries, in their order."""
+    """The digests of the raw bytes of all segments of a frame of tensors or entries, in order."""
 
     digests: str
 

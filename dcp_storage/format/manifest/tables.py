@@ -1,4 +1,4 @@
-"""What a manifest says by name, decoded as it is asked for."""
+"""Contents of a manifest by name, decoded on demand."""
 
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -8,13 +8,13 @@ from typing import Generic, TypeVar
 
 T = TypeVar("T")
 StatePath = tuple[str | int, ...]
-"""Where a value stands in the nested state dict: keys of mappings and indices of lists."""
+"""The path of a value in the nested state dict: keys of mappings and indices of lists."""
 
 
 class Table(Mapping[str, T], Generic[T]):
-    """What frames of one kind hold, by name.
+    """The contents of all frames of one kind, by name.
 
-    A frame is decoded, and checked whole, when the value of a name in it is asked for; else its names alone are.
+    A frame is decoded and checked as a whole when one of its values is requested; until then, only its names are.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Table(Mapping[str, T], Generic[T]):
 
 
 class LazyPaths(Mapping[str, StatePath]):
-    """`planner_data`, which `load` decodes and checks when any of it is asked for."""
+    """`planner_data`, which `load` decodes and checks on first access."""
 
     def __init__(self, load: Callable[[], Mapping[str, StatePath]]) -> None:
         self._load = load

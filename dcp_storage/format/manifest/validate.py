@@ -1,4 +1,4 @@
-"""What must hold in a manifest before a byte is read or allocated on its word."""
+"""Checks that a manifest must pass before any byte is read or allocated because of it."""
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,16 +15,16 @@ from dcp_storage.geometry import Shape
 
 MAX_BLOCK_BYTES = 64 << 20
 MAX_LIST_SLOTS = 1 << 20
-"""Elements of the lists in `planner_data`, or 64 for each of its entries where that is more."""
+"""Most elements of the lists in `planner_data`; or 64 for each of its entries, if that is more."""
 
 
 def check_head(head: Head) -> None:
-    """Check what a head says but for its totals."""
+    """Check everything in a head except its totals."""
     codec = head.codec
-    require(codec.compression in CODECS, f"unknown compression {codec.compression!r}")
-    require(0 < codec.block_bytes <= MAX_BLOCK_BYTES, f"blocks of {codec.block_bytes} bytes")
-    require(codec.block_bytes % 16 == 0, f"blocks of {codec.block_bytes} bytes cut elements in two")
-    require(head.world_size >= 1, f"a world size of {head.world_size}")
+    require(codec.compression in CODECS, f"compression {codec.compression!r} is unknown")
+    require(0 < codec.block_bytes <= MAX_BLOCK_BYTES, f"block_bytes is {codec.block_bytes}")
+    require(codec.block_bytes % 16 == 0, f"block_bytes is {codec.block_bytes}, which splits elements")
+    require(head.world_size >= 1, f"world_size is {head.world_size}")
     require(head.rank is None or 0 <= head.rank < head.world_size, f"rank {head.rank} of {head.world_size}")
     firsts: dict[str, str] = {}
     for frame in head.frames:
@@ -35,22 +35,22 @@ def check_head(head: Head) -> None:
 
 def check_objects(names: Sequence[str], sizes: Sequence[int]) -> None:
     """Check a table of objects."""
-    require(len(names) == len(sizes), "its table of objects is uneven")
-    require(len(set(names)) == len(names), "two objects of one name")
+    require(len(names) == len(sizes), "its columns of objects have different lengths")
+    require(len(set(names)) == len(names), "two objects have the same name")
     for name, size in zip(names, sizes, strict=True):
         require(is_safe(name), f"object name {name!r} leaves the checkpoint")
-        require(0 <= size <= MAX_INT, f"object {name} of {size} bytes")
+        require(0 <= size <= MAX_INT, f"object {name} has {size} bytes")
 
 
 def check_names(names: Sequence[str], first: str, after: str | None) -> None:
-    """Check that the names of a frame ascend, from the one that the head lists to before the first of the next."""
-    require(bool(names) and names[0] == first, f"a frame that begins with another name than {first!r}")
+    """Check that the names of a frame ascend, from the first that the head lists to before that of the next frame."""
+    require(bool(names) and names[0] == first, f"a frame does not begin with {first!r}")
     ascending = all(a < b for a, b in itertools.pairwise(names))
-    require(ascending and (after is None or names[-1] < after), f"names that do not ascend after {first!r}")
+    require(ascending and (after is None or names[-1] < after), f"names do not ascend after {first!r}")
 
 
 def check_tensor(fqn: str, dtype: str, size: Shape, planes: int, codec: BlockCodec) -> int:
-    """Check what is said of a tensor as a whole, and return the bytes of an element."""
+    """Check a tensor's properties, and return the bytes per element."""
     require(dtype in ITEM_BYTES, f"{fqn} has the unknown dtype {dtype!r}")
     most_planes = codec.planes(number_bytes(dtype))
     require(planes in {1, most_planes}, f"{fqn}, of {dtype}, has {planes} byte planes")
@@ -71,4 +71,4 @@ def check_paths(paths: Mapping[str, tuple[str | int, ...]]) -> None:
 def _check_slots(paths: Iterable[tuple[str | int, ...]]) -> None:
     paths = list(paths)
     most = max(MAX_LIST_SLOTS, 64 * len(paths))
-    require(list_slots(paths) <= most, "planner_data has lists longer than the checkpoint can hold")
+    require(list_slots(paths) <= most, "planner_data implies lists too long for the checkpoint")

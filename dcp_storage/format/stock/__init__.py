@@ -1,1 +1,1 @@
-"""Manifests of DCP's own writers: pickles, of which nothing is executed."""
+"""Manifests of DCP's own writers: pickles, which are read without executing anything."""

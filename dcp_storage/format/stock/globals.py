@@ -6,12 +6,12 @@ from dcp_storage.format.stock.unpickle import Class, Function
 
 _METADATA = "torch.distributed.checkpoint.metadata"
 _METADATA_TO_2_2 = "torch.distributed._shard.sharded_tensor.metadata"
-"""Where torch kept the properties of tensors up to 2.2."""
+"""The module of tensor properties up to torch 2.2."""
 _MEMORY_FORMATS = ("TORCH_CONTIGUOUS_FORMAT", "TORCH_CHANNELS_LAST", "TORCH_PRESERVE_FORMAT")
 
 
 def _size(arguments: tuple[object, ...]) -> object:
-    """Give the tuple itself, never a copy: many calls on one long tuple must not cost its length each."""
+    """Return the tuple itself, never a copy: many calls on one long tuple must not cost its length each."""
     match arguments:
         case ():
             return ()
@@ -38,7 +38,7 @@ _MEMORY_FORMAT = Function("_MEM_FORMAT_ENCODING", _memory_format)
 
 
 def _getattr(arguments: tuple[object, ...]) -> object:
-    """Know the one use that Python 3.11.0 to 3.11.4 makes of it: a member of an enum."""
+    """Support its only use, by Python 3.11.0 to 3.11.4: a member of an enum."""
     match arguments:
         case (owner, str(name)) if owner is _MEMORY_FORMAT and name in _MEMORY_FORMATS:
             return name
@@ -46,7 +46,7 @@ def _getattr(arguments: tuple[object, ...]) -> object:
 
 
 def _forget(_arguments: tuple[object, ...]) -> object:
-    """Drop a path: where the checkpoint was written decides nothing."""
+    """Drop a path: where the checkpoint was written does not matter."""
     return None
 
 
@@ -81,4 +81,4 @@ KNOWN: dict[tuple[str, str], object] = {
     **{(module, name): Function(f"{module}.{name}", _forget) for module in _PATH_MODULES for name in _PATHS},
     **{("torch", name): name for name in ITEM_BYTES},
 }
-"""What `read_pickle` puts in the place of `(module, name)`; anything else is refused."""
+"""The stand-ins that `read_pickle` uses for `(module, name)`; anything else is refused."""

@@ -1,4 +1,4 @@
-"""Stock DCP checkpoints: their `.metadata` is a pickle, which is read without executing it."""
+"""Stock DCP checkpoints, whose `.metadata` is a pickle that is read without executing it."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from math import prod
@@ -23,7 +23,7 @@ StorageKey = tuple[str, Shape | None]
 _MAX_DIMS = 64
 _MAX_TRANSFORMS = 8
 _MIN_CHUNK_BYTES = 16
-"""Less than a pickle needs to hold a chunk: more chunks than that are one chunk named over and over."""
+"""Fewer than a chunk takes in a pickle: if there are more chunks than that, one chunk is referenced repeatedly."""
 
 
 class StockTensor(Struct, frozen=True):
@@ -40,7 +40,7 @@ class StockTensor(Struct, frozen=True):
 
 
 class StockItem(Struct, frozen=True):
-    """Where one stored item lies, and the descriptors of the streams to undo, outermost first."""
+    """Where one item is stored, and the descriptors of the stream transforms to undo, outermost first."""
 
     object_name: str
     offset: int
@@ -49,15 +49,15 @@ class StockItem(Struct, frozen=True):
 
 
 class StockManifest(Struct, frozen=True):
-    """What a stock `.metadata` says, in plain and validated values.
+    """The contents of a stock `.metadata`, as plain, validated values.
 
     Attributes:
         tensors: The tensors by fqn.
-        bytes: The fqns of everything else, as bytes that `torch.save` made.
-        planner_data: The path of each fqn in the nested state dict, or `None` where it was not flattened.
-        storage: Where each chunk and each bytes entry lies.
-        version: The version of DCP's metadata, or `None` before torch had one.
-        save_id: Unique to this save, or `None` before torch had that.
+        bytes: The fqns of all other entries, stored as `torch.save` writes them.
+        planner_data: The path of each fqn in the nested state dict, or `None` if it was not flattened.
+        storage: Where each chunk and each bytes entry is stored.
+        version: The version of DCP's metadata, or `None` if torch had none yet.
+        save_id: Unique to this save, or `None` if torch had none yet.
         identity: Unique to the `.metadata` that it was read from.
     """
 
@@ -83,13 +83,13 @@ class StockManifest(Struct, frozen=True):
         return list(dict.fromkeys(item.object_name for item in self.storage.values()))
 
     def check_whole(self) -> None:
-        """Do nothing: it was checked when it was decoded."""
+        """Do nothing: everything was checked when it was decoded."""
 
     def check_names(self) -> None:
-        """Do nothing: they were checked when it was decoded."""
+        """Do nothing: names were checked when they were decoded."""
 
     def objects_held(self) -> list[HeldObject]:
-        """Return the data objects and what lies in each; they are at least as long as their last item says."""
+        """Return the data objects and the entries stored in each; an object must be long enough for its last item."""
         stops = dict.fromkeys(self.object_names, 0)
         fqns: dict[str, dict[str, None]] = {name: {} for name in stops}
         for (fqn, _), item in self.storage.items():
@@ -98,21 +98,21 @@ class StockManifest(Struct, frozen=True):
         return [HeldObject(name, stop, False, tuple(fqns[name])) for name, stop in stops.items()]
 
     def checked_items(self) -> Iterator[CheckedItem]:
-        """Yield nothing: no item carries a check."""
+        """Yield nothing: items have no check values."""
         yield from ()
 
     def deletable(self) -> list[str]:
-        """Return the objects that are of the form that DCP's writers name."""
+        """Return the objects that are named as DCP's own writers name them."""
         return sorted(filter(is_stock_object, self.object_names))
 
 
 def decode_stock_metadata(data: bytes, *, where: str) -> StockManifest:
-    """Return what a stock `.metadata` says; nothing in it is executed or imported.
+    """Decode a stock `.metadata`; nothing in it is executed or imported.
 
     Raises:
-        UnsupportedFormat: It asks for a class or function that no stock manifest needs, or holds a kind of tensor or
-            object name that this package does not read.
-        ManifestCorrupt: It is truncated, not a pickle, or says something that cannot be true.
+        UnsupportedFormat: It asks for a class or function that no stock manifest needs, or contains a kind of tensor
+            or object name that this package does not read.
+        ManifestCorrupt: It is truncated, not a pickle, or its contents are invalid.
     """
     root = read_pickle(data, KNOWN, where=where)
     try:
@@ -123,7 +123,7 @@ def decode_stock_metadata(data: bytes, *, where: str) -> StockManifest:
 
 
 class _Unread(Exception):
-    """Something that may well be but is not read here."""
+    """Something valid that this package does not read."""
 
 
 def _fields(value: object, name: str) -> dict[str, Any]:
@@ -152,7 +152,7 @@ def _manifest(fields: dict[str, Any], pickle_bytes: int) -> StockManifest:
             continue
         state = _fields(entry, "TensorStorageMetadata")
         chunks_left -= len(_list(state.get("chunks"), f"{fqn}'s chunks"))
-        require(chunks_left >= 0, f"{fqn} has more chunks than the manifest has room for")
+        require(chunks_left >= 0, f"{fqn} has more chunks than fit in the manifest")
         tensors[fqn] = _tensor(fqn, state)
     storage = dict(map(_stored, *_columns(_dict(fields.get("storage_data"), "storage_data"))))
     manifest = StockManifest(
@@ -209,7 +209,7 @@ def _dtype(fqn: str, properties: object) -> str:
 def _chunk(fqn: str, size: Shape, chunk: object) -> Box:
     state = _fields(chunk, "ChunkStorageMetadata")
     box = Box(_shape(state.get("offsets"), fqn), _shape(state.get("sizes"), fqn))
-    require(contains(size, box), f"{fqn} has a part outside of its shape {list(size)}")
+    require(contains(size, box), f"{fqn} has a part outside its shape {list(size)}")
     return box
 
 
@@ -237,7 +237,7 @@ def _item(fqn: str, state: dict[str, Any]) -> StockItem:
     if not isinstance(name, str) or not _is_count(offset) or not _is_count(length):
         raise Fault(f"{fqn} does not say where it is stored")
     if "/" in name and all(map(is_safe, name.split("/"))):
-        raise _Unread(f"the object {name!r:.80} in a folder of its own (a prefix strategy); only flat names are read")
+        raise _Unread(f"the object {name!r:.80} in a subfolder (a prefix strategy); only flat names are read")
     require(is_safe(name), f"object name {name!r:.80} leaves the checkpoint")
     require(isinstance(transforms, (tuple, list)) and len(transforms) <= _MAX_TRANSFORMS, f"{fqn} has no transforms")
     require(all(isinstance(one, str) for one in transforms), f"{fqn} has a transform without a name")
@@ -252,9 +252,9 @@ def _paths(value: object, pickle_bytes: int) -> dict[str, tuple[str | int, ...]]
     for fqn, path in paths.items():
         require(isinstance(fqn, str) and isinstance(path, tuple) and bool(path), "planner_data has an invalid path")
         steps_left -= len(path)
-        require(steps_left >= 0, "planner_data has more steps than the manifest has room for")
+        require(steps_left >= 0, "planner_data has more steps than fit in the manifest")
         require(all(map(_is_step, path)), "planner_data has an invalid path")
-    require(list_slots(paths.values()) <= pickle_bytes, "planner_data has lists longer than the checkpoint can hold")
+    require(list_slots(paths.values()) <= pickle_bytes, "planner_data implies lists too long for the checkpoint")
     return paths
 
 
@@ -271,4 +271,4 @@ def _keys(manifest: StockManifest) -> Iterator[StorageKey]:
 def _check_complete(manifest: StockManifest) -> None:
     for fqn, offset in _keys(manifest):
         at = "" if offset is None else f" at {list(offset)}"
-        require((fqn, offset) in manifest.storage, f"nothing says where {fqn}{at} is stored")
+        require((fqn, offset) in manifest.storage, f"it does not say where {fqn}{at} is stored")

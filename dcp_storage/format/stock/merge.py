@@ -1,4 +1,4 @@
-"""One stock manifest out of those that the ranks of a save without collectives each wrote."""
+"""Merges the stock manifests that the ranks of a save without collectives each wrote."""
 
 from collections.abc import Mapping
 
@@ -10,17 +10,17 @@ from dcp_storage.format.stock.manifest import StockItem, StockManifest, StockTen
 
 
 def merge_stock(parts: Mapping[int, StockManifest], where: str) -> StockManifest:
-    """Return the whole checkpoint of which each part is one rank's, as DCP's own writers store it without collectives.
+    """Merge the ranks' parts into the whole checkpoint, as DCP's own writers store it without collectives.
 
-    They do not say how many ranks there were, so one that is missing after the last is only found by what a load needs.
+    The parts do not say how many ranks there were. If the last ones are missing, only a load that needs them fails.
 
     Raises:
-        ManifestCorrupt: A rank's part is missing before another's, or two disagree on a tensor.
+        ManifestCorrupt: The part of a rank below the highest is missing, or two parts disagree on a tensor.
     """
     missing = sorted(set(range(max(parts))) - parts.keys())
     if missing:
         raise ManifestCorrupt(
-            f"{where} is a save without collectives that lacks the parts of ranks {missing}", url=where
+            f"{where} was saved without collectives and lacks the parts of ranks {missing}", url=where
         )
     tensors: dict[str, StockTensor] = {}
     storage: dict[StorageKey, StockItem] = {}

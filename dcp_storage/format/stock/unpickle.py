@@ -1,4 +1,4 @@
-"""Reads a pickle of a stock manifest as plain data: of its globals each has a stand-in."""
+"""Reads the pickle of a stock manifest as plain data: every global has a stand-in."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -37,7 +37,7 @@ def read_pickle(data: bytes, known: Globals, *, where: str) -> object:
     """Return the data in a pickle, with the values of `known` for its globals and a `Record` for each instance.
 
     Raises:
-        UnsupportedFormat: It asks for a global that is not known, or for an instruction that data does not need.
+        UnsupportedFormat: It asks for an unknown global, or has an instruction that plain data does not need.
         ManifestCorrupt: It is truncated or not a pickle.
     """
     machine = _DataMachine(data, known)
