@@ -1,8 +1,9 @@
-"""Saves and loads of several ranks at once, each of which holds a part of every tensor."""
+"""Saves and loads of several ranks at once, each of which holds a part of every tensor, or all of it."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +29,14 @@ class _Job:
     sizes: Sizes
     rounds: int
     device: str
+    replicated: bool
 
 
 def measure(directory: Path, sizes: Sizes, rounds: int, counts: Iterable[int], device: str) -> Iterator[Timing]:
-    """Yield every timing, of so many ranks; all ranks together hold one training state."""
-    for count in counts:
+    """Yield every timing of each number of ranks, which together hold one training state, of parts or of copies."""
+    for count, replicated in product(counts, (False, True)):
         part = directory / f"{count}-ranks"
-        job = _Job(part, replace(sizes, training=sizes.training // count), rounds, device)
+        job = _Job(part, replace(sizes, training=sizes.training // count), rounds, device, replicated)
         with Ranks(count, _measure, job, limit_s=_LIMIT_S) as ranks:
             for event in ranks.events():
                 yield event.data
@@ -48,18 +50,21 @@ def _measure(rank: Rank, job: _Job) -> None:
     entrants = [each for each in contestants("local") if each.name in _NAMES]
     for number in range(job.rounds + 1):
         for entrant in rotate(entrants, number):
-            for operation, seconds, stored in _turn(entrant, mesh, state, target, shelf):
+            saved, loaded = (each if job.replicated else _shards(each, mesh) for each in (state, target))
+            for operation, seconds, stored in _turn(entrant, saved, loaded, shelf):
+                if operation != "save":
+                    check_equal(target, state, entrant.name)
+                    poison(target)
                 if not rank.rank:
-                    raw = raw_bytes(state) * rank.world_size
-                    name = f"mixed, {rank.world_size} ranks"
+                    raw = raw_bytes(state) * (1 if job.replicated else rank.world_size)
+                    name = f"mixed, {rank.world_size} ranks{', replicated' * job.replicated}"
                     rank.report("timing", Timing(name, "local", entrant.name, number, operation, seconds, raw, stored))
 
 
 def _turn(
-    entrant: Contestant, mesh: Any, state: State, target: State, shelf: LocalShelf
+    entrant: Contestant, saved: dict[str, Any], loaded: dict[str, Any], shelf: LocalShelf
 ) -> Iterator[tuple[Operation, float, int]]:
     place, first = shelf.new_place(), not dist.get_rank()
-    saved, loaded = _shards(state, mesh), _shards(target, mesh)
     seconds = _timed(lambda: entrant.save(saved, place))
     stored = shelf.stored_bytes(place)
     yield "save", seconds, stored
@@ -70,11 +75,9 @@ def _turn(
         ("load cold", shelf.chill),
     ]
     for operation, prepare in loads:
-        poison(target)
         if prepare and first:
             prepare(place)
         yield operation, _timed(lambda: entrant.load(loaded, place)), stored
-        check_equal(target, state, entrant.name)
     dist.barrier()
     if first:
         shelf.delete(place)
