@@ -75,7 +75,7 @@ class TestObstore(StoreSuite):
     def test_times_of_the_last_write(self, place: Place):
         """obstore's file system does not tell them, so `prune` cannot tell a dead save from one that is under way."""
         run(place, lambda store: put(store, NAME, b"1"))
-        with pytest.raises(StoreError, match="does not tell when it was written"):
+        with pytest.raises(StoreError, match="does not report write times"):
             run(place, lambda store: store.modified())
 
 

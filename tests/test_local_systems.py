@@ -79,7 +79,7 @@ class TestDirectories:
     def test_what_is_a_file_is_refused(self, tmp_path: Path):
         (tmp_path / "file").write_text("mine")
         for path in (tmp_path / "file", tmp_path / "file" / "below"):
-            with pytest.raises(StoreError, match="Not a directory|no file may be made"):
+            with pytest.raises(StoreError, match="Not a directory|no file may be created"):
                 run(Place(str(path)), lambda store: put(store, NAME, b"data"))
         assert (tmp_path / "file").read_text() == "mine"
 

@@ -153,7 +153,7 @@ def test_endpoint_that_falls_silent_in_a_put(silent_port: int, monkeypatch, size
     options = {"key": "k-1234", "secret": "s-1234", "endpoint_url": f"http://127.0.0.1:{silent_port}"}
     place = Place("s3://bucket/step-1", options | {"config_kwargs": limits})
     start = time.monotonic()
-    with pytest.raises(StoreError, match=r"s3://bucket/step-1/\.metadata.*(not done within 2 s|imeout)") as caught:
+    with pytest.raises(StoreError, match=r"s3://bucket/step-1/\.metadata.*(not finish within 2 s|imeout)") as caught:
         run(place, lambda store: store.commit(".metadata", bytes(size)))
     assert time.monotonic() - start < 10
     del caught
@@ -365,7 +365,7 @@ def test_a_commit_whose_answer_was_lost_does_not_replace_what_came_after_it(moto
         await requests._fs._call_s3("put_object", Bucket=requests.bucket, Key=key, Body=b"another writer's")
 
     lose_answers(monkeypatch, replace)
-    with pytest.raises(ObjectExists, match="another one was written meanwhile"):
+    with pytest.raises(ObjectExists, match="another one was written in the meantime"):
         run(moto_s3, commit)
     assert run(moto_s3, lambda store: store.get(".metadata")) == b"another writer's"
 
@@ -422,7 +422,7 @@ def test_a_client_too_old_for_conditions_only_has_the_look_before(moto_s3: Place
 
 @pytest.mark.parametrize("option", ["region_name", "aws_access_key_id", "endpoint", "verify"])
 def test_options_that_nothing_takes_are_refused_by_the_constructor(option):
-    with pytest.raises(ConfigError, match=f"takes no storage option {option}.*client_kwargs"):
+    with pytest.raises(ConfigError, match=f"has no storage option {option}.*client_kwargs"):
         AsyncStorageWriter("s3://bucket/run", storage_options={option: "x"})
 
 

@@ -1,1 +1,1 @@
-"""Where objects live. The only layer that knows fsspec and aiofiles."""
+"""Stores of objects. The only layer that uses fsspec and aiofiles."""

@@ -1,4 +1,4 @@
-"""`Store`: the few operations below one prefix that a checkpoint needs of a storage system."""
+"""`Store`: the few operations that a checkpoint needs from a storage system, below one prefix."""
 
 import builtins
 from abc import ABC, abstractmethod
@@ -9,22 +9,22 @@ from dcp_storage.config import KIB
 from dcp_storage.errors import ObjectNotFound, StoreError
 
 Batch = bytes | memoryview
-"""Bytes of an object, in order. Their memory is used again once the next batch is asked for."""
+"""Bytes of an object, in order. Their memory is reused once the next batch is requested."""
 
 ABSENT = ""
-"""The version of an object that is not there."""
+"""The version of an object that does not exist."""
 
 PAGE_BYTES = 4 * KIB
-"""Batches that begin and end at pages, in memory and in the object, reach local disks without a copy."""
+"""Batches that begin and end at page boundaries, in memory and in the object, reach local disks without a copy."""
 
 
 class Room(NamedTuple):
     """Memory for a read.
 
     Attributes:
-        pages: Begins at a page, and holds at least `room_bytes` of the bytes that are read.
-        final: Where they belong as they are, if anywhere; as long as the read.
-        shared: Whether other processes of this machine read the same at about the same time.
+        pages: Page-aligned memory, at least as large as `room_bytes` of the size of the read.
+        final: The destination of the bytes, if they go there unchanged; as long as the read.
+        shared: Whether other processes on this machine read the same bytes at about the same time.
     """
 
     pages: memoryview
@@ -36,9 +36,9 @@ class ObjectInfo(NamedTuple):
     """An object in a listing.
 
     Attributes:
-        size: In bytes.
-        modified: When it was last written, in seconds since the epoch by the store's clock, or `None` where the storage
-            system does not tell.
+        size: Size in bytes.
+        modified: When it was last written, in seconds since the epoch by the store's clock, or `None` if the storage
+            system does not report it.
     """
 
     size: int
@@ -49,13 +49,13 @@ def times_of(url: str, listed: Mapping[str, ObjectInfo]) -> dict[str, float]:
     """Return when each object of a listing was last written.
 
     Raises:
-        StoreError: The storage system does not tell.
+        StoreError: The storage system does not report it.
     """
     times: dict[str, float] = {}
     for name, each in listed.items():
         if each.modified is None:
             raise StoreError(
-                f"cannot find the age of {url.rstrip('/')}/{name}: this file system does not tell when it was written",
+                f"cannot find the age of {url.rstrip('/')}/{name}: this file system does not report write times",
                 url=url,
                 object_name=name,
             )
@@ -64,7 +64,7 @@ def times_of(url: str, listed: Mapping[str, ObjectInfo]) -> dict[str, float]:
 
 
 def room_bytes(nbytes: int) -> int:
-    """Return the size of the pages that a read of so many bytes needs, wherever it begins."""
+    """Return the size of the pages that a read of this many bytes needs, at any offset."""
     return nbytes + 2 * PAGE_BYTES
 
 
@@ -74,15 +74,15 @@ class Store(ABC):
     Object names are flat: no `/`. A store is opened for one call and one event loop, as an async context manager that
     closes its connections; it is never pickled and never shared between loops. Operations may run concurrently.
 
-    Every method raises `StoreError`, or its subclasses `ObjectNotFound` where an object is absent and `AccessDenied`
-    where rights are missing, and names the URL in it. No method leaves a partly written object under the name it was
-    given when it fails: local files are removed, and a PUT is atomic.
+    A method that fails raises `StoreError`, or its subclasses `ObjectNotFound` if an object does not exist and
+    `AccessDenied` if permissions are missing; the error names the URL. It leaves no partly written object under the
+    given name: local files are removed, and a PUT is atomic.
 
     Attributes:
-        url: Where the prefix is, for messages; never with credentials.
-        put_bytes: The largest size that objects are best put in.
-        read_bytes: The largest size that is best read at once.
-        remote: Whether operations wait for a network, which more of them in flight hide.
+        url: The URL of the prefix, for messages; never with credentials.
+        put_bytes: The preferred maximum size of an object.
+        read_bytes: The preferred maximum size of a single read.
+        remote: Whether operations wait for a network, whose latency more operations in flight hide.
     """
 
     url: str
@@ -100,33 +100,33 @@ class Store(ABC):
     def child(self, name: str) -> "Store":
         """Return the store of a prefix directly below this one, which is open as long as this one is."""
 
-    async def remove_directory(self) -> None:  # noqa: B027 - where there are directories
-        """Remove this prefix's directory if it is empty; do nothing where prefixes are only names."""
+    async def remove_directory(self) -> None:  # noqa: B027 - not every store has directories
+        """Remove this prefix's directory if it is empty; do nothing if prefixes are only names."""
 
     @abstractmethod
     async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
         """Write a new object from its batches, in order, and return its size in bytes.
 
-        The object is durable when this returns (on local disk: but for its directory entry, which `commit` syncs).
-        An object of that name must not exist yet; the caller's names are unique.
+        The object is durable when this returns (on local disk except for its directory entry, which `commit` syncs).
+        No object of that name may exist yet; callers use unique names.
         """
 
     @abstractmethod
     async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
-        """Atomically create or replace an object, durable together with everything put before it.
+        """Atomically create or replace an object, and make it durable with everything put before it.
 
         A concurrent reader sees the whole old object or the whole new one. `over` is the only version that may be
-        replaced, or `ABSENT`; of several callers that name the same one, one succeeds.
+        replaced, or `ABSENT`; if several callers give the same one, only one succeeds.
 
         Raises:
-            ObjectExists: There is another version, of other bytes.
+            ObjectExists: Another version exists, with different bytes.
         """
 
     async def probe(self, name: str) -> bool:
-        """Return whether an object is there, before data moves; raise what would keep a commit from replacing it.
+        """Return whether an object exists, before data moves; raise an error if a commit could not replace it.
 
-        As far as that can be told without writing anything. Where the storage system does not say whether something is
-        there (S3, to those who may not list), it is taken for absent, and the commit's condition decides.
+        It finds what it can without writing anything. If the storage system does not reveal whether an object exists
+        (S3, without permission to list), the object counts as absent, and the commit's condition decides.
         """
         try:
             await self.get_range(name, 0, 1)
@@ -134,8 +134,8 @@ class Store(ABC):
             return False
         return True
 
-    async def version(self, name: str) -> str | None:  # noqa: ARG002 - where there are versions
-        """Return the version of an object, for `commit`; `None` where the system has none."""
+    async def version(self, name: str) -> str | None:  # noqa: ARG002 - not every store has versions
+        """Return the version of an object, for `commit`; `None` if the system has no versions."""
         return None
 
     @abstractmethod
@@ -144,10 +144,10 @@ class Store(ABC):
 
     @abstractmethod
     async def get_range(self, name: str, start: int, stop: int, room: Room | None = None) -> bytes | memoryview:
-        """Return bytes `start` to `stop` (exclusive) of an object, or fewer where the object ends before `stop`.
+        """Return bytes `start` to `stop` (exclusive) of an object, or fewer if the object ends before `stop`.
 
-        `0 <= start < stop`. An object that ends before `start` gives nothing. A store that has to copy reads into
-        `room`, and returns what it filled: of `room.final`, if that is given. Any other store leaves it alone.
+        `0 <= start < stop`. The result is empty if the object ends before `start`. A store that has to copy reads into
+        `room` and returns the part that it filled, of `room.final` if that is given. Other stores ignore `room`.
         """
 
     @abstractmethod
@@ -156,10 +156,10 @@ class Store(ABC):
 
     @abstractmethod
     async def list(self) -> dict[str, ObjectInfo]:
-        """Return every object directly below the prefix, by name; nothing where there is none."""
+        """Return every object directly below the prefix, by name; an empty dict if there is none."""
 
     async def directories(self) -> builtins.list[str]:
-        """Return the names of the prefixes directly below this one, as far as the storage system knows any."""
+        """Return the names of the prefixes directly below this one, if the storage system has such prefixes."""
         return []
 
     async def modified(self) -> dict[str, float]:
@@ -168,4 +168,4 @@ class Store(ABC):
 
     @abstractmethod
     async def delete(self, names: Sequence[str]) -> None:
-        """Delete objects; one that is absent already is not an error."""
+        """Delete objects; it is not an error if one does not exist."""

@@ -18,9 +18,9 @@ class Bodies:
 
     @asynccontextmanager
     async def gather(self, batches: AsyncIterable[Batch]) -> AsyncIterator[BytesIO]:
-        """Yield the batches, as they come, in one body, for the length of the block.
+        """Gather the batches, as they arrive, in one body, and yield it.
 
-        After an error the body is not used again: somebody may still be sending it.
+        After an error the body is not reused: a request may still be sending it.
         """
         body = self._free.pop() if self._free else BytesIO()
         size = 0
@@ -33,7 +33,7 @@ class Bodies:
 
 
 def _append(body: BytesIO, size: int, batch: Batch) -> int:
-    """Copy a batch behind the first `size` bytes, without the GIL, and return the size with it."""
+    """Write a batch after the first `size` bytes, without the GIL, and return the new size."""
     stop = size + len(batch)
     if stop > body.seek(0, 2):
         body.seek(stop - 1)

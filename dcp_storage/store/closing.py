@@ -1,4 +1,4 @@
-"""Closes what an fsspec file system opened; fsspec has no common way to do that."""
+"""Closes the resources that an fsspec file system opened; fsspec has no common way to do that."""
 
 import asyncio
 import inspect
@@ -12,10 +12,10 @@ from fsspec import AbstractFileSystem
 
 
 async def close_opened(fs: AbstractFileSystem, given: Mapping[str, Any]) -> None:
-    """Close the clients, sessions, connections and threads that a file system opened, not those that it was given.
+    """Close the clients, sessions, connections and threads that a file system opened, but not those that it was given.
 
     Raises:
-        Exception: The first that a close raised, after all were tried.
+        Exception: The first error of a close, after all were attempted.
     """
     errors = [error for close in _closes(fs, given) if (error := await _try(close)) is not None]
     if errors:
@@ -37,23 +37,23 @@ def _close_of(held: Any) -> Callable[[], Any] | None:
         return partial(held.shutdown, wait=False)
     if isinstance(held, asyncio.AbstractEventLoop | type):
         return None
-    if clear := getattr(held, "cache_clear", None):  # functools.cache, around what makes clients
+    if clear := getattr(held, "cache_clear", None):  # functools.cache, around a function that creates clients
         return clear  # type: ignore[no-any-return]
-    # Clients of gRPC have a transport that is closed.
+    # gRPC clients are closed through their transport.
     close = getattr(held, "aclose", None) or getattr(held, "close", None)
     close = close or getattr(getattr(held, "transport", None), "close", None)
     return close if inspect.ismethod(close) or inspect.isbuiltin(close) else None
 
 
 def _forget_finalizers(fs: AbstractFileSystem) -> None:
-    """Drop what would close it again at the end of the program: some keep it in memory until then, and fail there."""
+    """Drop finalizers that would close it again at exit: some keep it in memory until then, and then fail."""
     for finalizer in list(getattr(weakref.finalize, "_registry", ())):
         if (found := finalizer.peek()) and found[0] is fs:
             finalizer.detach()
 
 
 async def _try(close: Callable[[], Any]) -> Exception | None:
-    """Call what closes something; where it blocks, in a thread."""
+    """Call a close function, in a thread if it blocks."""
     try:
         closing = close() if inspect.iscoroutinefunction(close) else await asyncio.to_thread(close)
         if inspect.isawaitable(closing):

@@ -1,4 +1,4 @@
-"""The one place where what a storage system raises becomes a `StoreError`."""
+"""The one place that turns the errors of storage systems into `StoreError`."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Failures:
     """Maps the errors of one store.
 
     Args:
-        url: Where the store is; shown without userinfo.
+        url: The store's URL; shown without userinfo.
         secrets: Strings that no message and no printed cause may contain.
     """
 
@@ -24,30 +24,30 @@ class Failures:
         self._secrets = secrets
 
     def mapped(self, operation: str, name: str = "", *, absent: type[StoreError] = StoreError) -> "Mapped":
-        """Return a context that raises what fails in it as `StoreError`, or as `absent` for a `FileNotFoundError`.
+        """Return a context manager that turns errors into `StoreError`, and a `FileNotFoundError` into `absent`.
 
-        Only calls into the storage system belong in it: everything they raise is a failure of storage. Errors of this
-        package pass as they are, and so does a cancellation. What may not be done is `AccessDenied`.
+        Only calls into the storage system belong in its block: everything that they raise is a failure of storage.
+        Errors of this package and cancellations pass unchanged. A missing permission becomes `AccessDenied`.
         """
         return Mapped(self, operation, name, absent)
 
     def error(self, operation: str, name: str, reason: str, kind: type[StoreError] = StoreError) -> StoreError:
-        """Return the error for an operation on an object (or on the whole prefix where `name` is empty)."""
+        """Return the error for an operation on an object (or on the whole prefix if `name` is empty)."""
         where = f"{self.url.rstrip('/')}/{name}" if name else self.url
         return kind(f"cannot {operation} {where}: {mask(reason, self._secrets)}", url=self.url, object_name=name)
 
     def leaks(self, error: BaseException) -> bool:
-        """Tell whether an error, or what is behind it, shows a secret."""
+        """Return whether an error, or one in its chain, shows a secret."""
         texts = [f"{link} {link!r}" for link in chain(error)]
         return any(mask(text, self._secrets) != text for text in texts)
 
 
 @dataclass(frozen=True)
 class Mapped:
-    """The context of one operation.
+    """The context manager of one operation.
 
-    No generator, and no name for what is raised: either would be a circle with the traceback, which holds the frames of
-    all callers, and with them the state that they save, until the garbage collector comes.
+    It is not a generator and has no variable for the error that it raises: either would form a reference cycle with
+    the traceback, which keeps the frames of all callers, and the state that they save, alive until garbage collection.
     """
 
     failures: Failures
@@ -64,7 +64,7 @@ class Mapped:
         kind = self.absent if isinstance(error, FileNotFoundError) else StoreError
         if is_denied(error):
             kind = AccessDenied
-        # A printed traceback shows the cause too, so a cause that holds a secret is left out of it.
+        # A printed traceback shows the cause too, so a cause that contains a secret is left out.
         cause = None if self.failures.leaks(error) else error
         raise self.failures.error(self.operation, self.name, describe(error), kind) from cause
 
@@ -75,7 +75,7 @@ def describe(error: BaseException) -> str:
 
 
 def chain(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error and every cause or context behind it."""
+    """Yield an error and all errors in its chain of causes and contexts."""
     seen: set[int] = set()
     waiting = [error]
     while waiting:
@@ -87,35 +87,35 @@ def chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def is_range_beyond_end(error: BaseException) -> bool:
-    """Tell whether a server answered 416: the object ends before the range starts."""
+    """Return whether a server responded with 416: the object ends before the range starts."""
     return any(not _RANGE_NOT_SATISFIABLE.isdisjoint(_codes(link)) for link in chain(error))
 
 
 def is_denied(error: BaseException) -> bool:
-    """Tell whether an operation was denied."""
+    """Return whether an operation was denied."""
     if code := error_code(error):
         return code in _DENIED
     return isinstance(error, PermissionError) or any(not _DENIED.isdisjoint(_codes(link)) for link in chain(error))
 
 
 def answer_of(error: BaseException) -> Mapping[str, Any]:
-    """Return the S3 answer behind an error, as botocore parsed it, or nothing."""
+    """Return the S3 response behind an error, as parsed by botocore, or an empty dict."""
     answers = (getattr(link, "response", None) for link in chain(error))
     return next((answer for answer in answers if isinstance(answer, dict)), {})
 
 
 def error_code(error: BaseException) -> str:
-    """Return the code in the S3 answer behind an error (`NoSuchBucket`, `SlowDown`), or an empty string."""
+    """Return the code in the S3 response behind an error (`NoSuchBucket`, `SlowDown`), or an empty string."""
     return str(answer_of(error).get("Error", {}).get("Code", ""))
 
 
 def http_status(error: BaseException) -> int:
-    """Return the HTTP status of the S3 answer behind an error, or 0."""
+    """Return the HTTP status of the S3 response behind an error, or 0."""
     return int(answer_of(error).get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
 
 
 def _codes(error: BaseException) -> set[int | str]:
-    """Return what a client keeps as status: botocore's code, aiohttp's `status`, gcsfs's `code`, azure's."""
-    # The first there is: aiohttp warns whoever reads its `code`.
+    """Return the status that a client gives an error: botocore's code, aiohttp's `status`, gcsfs's `code`, Azure's."""
+    # Only the first that exists: reading aiohttp's `code` emits a warning.
     kept = next((getattr(error, name) for name in ("status", "status_code", "code") if name in dir(error)), None)
     return {code for code in (kept, error_code(error)) if isinstance(code, int | str)}

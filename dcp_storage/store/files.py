@@ -21,18 +21,18 @@ logger = logging.getLogger(__name__)
 _DIRECT = getattr(os, "O_DIRECT", 0)
 
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.EBADF, errno.ENOTSUP}
-"""What CIFS, 9p and some FUSE file systems answer; a failing disk answers EIO."""
+"""The errors of CIFS, 9p and some FUSE file systems; a failing disk returns EIO."""
 
 _told_of: set[int] = set()
-"""The file systems, by device, that a warning told of."""
+"""The devices of file systems for which a warning was logged."""
 
 
 class NewFile:
-    """A file that did not exist before, written from its beginning to its end.
+    """A new file, written from beginning to end.
 
-    One that is to be synced goes past the page cache where the file system takes that: the cache would cost a copy,
-    memory that the training job has better use for, and on virtual machines page faults that outlast the disk. What
-    is written that way must be whole pages, in memory and in the file.
+    If it is to be synced, and the file system supports that, it is written with direct I/O: the page cache would cost a
+    copy, memory that the training job can use better, and on virtual machines page faults that take longer than the
+    disk. Direct writes must be whole pages, in memory and in the file.
     """
 
     def __init__(self, path: Path, *, sync: bool) -> None:
@@ -40,7 +40,7 @@ class NewFile:
         self._direct = False
         self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         if sync and _DIRECT:
-            with suppress(OSError):  # the file system does not take it
+            with suppress(OSError):  # the file system does not support it
                 self._set_direct(True)
 
     def append(self, batch: Batch) -> int:
@@ -52,20 +52,20 @@ class NewFile:
             try:
                 rest = rest[os.write(self._descriptor, rest) :]
             except OSError as error:
-                # Memory that begins in a page, a disk of larger pages, or the rest of a write that was cut short.
+                # Memory that is not page-aligned, a disk with larger pages, or the rest of a partial write.
                 if error.errno != errno.EINVAL or not self._direct:
                     raise
                 self._set_direct(False)
         return len(batch)
 
     def finish(self) -> None:
-        """Close; with `sync`, the data is on the disk then (the directory's entry may not be)."""
+        """Close the file; with `sync`, its data is then on disk (its directory entry may not be)."""
         if self._sync:
             os.fsync(self._descriptor)
         self._close()
 
     def discard(self, path: Path) -> None:
-        """Close and remove a partial file; what made it partial is raised, not what fails here."""
+        """Close and remove a partial file, ignoring errors: the original one is raised."""
         with suppress(OSError):
             self._close()
         with suppress(OSError):
@@ -83,10 +83,10 @@ class NewFile:
 
 
 def sync_directory(directory: Path) -> None:
-    """Sync the entries of a directory, where its file system can."""
+    """Sync the entries of a directory, if its file system supports that."""
     try:
         descriptor = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    except PermissionError:  # it may be written, but not listed
+    except PermissionError:  # it is writable, but not listable
         os.sync()
         return
     try:
@@ -107,9 +107,9 @@ def _warn_of_directory_sync(device: int, directory: Path) -> None:
 
 
 def sync_path(directory: Path) -> None:
-    """Sync a directory's entries and those that lead to it: a save that died, or the caller, may just have made them.
+    """Sync the entries of a directory and its parents: a save that died, or the caller, may just have created them.
 
-    Where this user may not write, or beyond a mount point, nothing was made.
+    Nothing was created where this user may not write, or beyond a mount point.
     """
     directory = directory.resolve()
     sync_directory(directory)
@@ -120,10 +120,10 @@ def sync_path(directory: Path) -> None:
 
 
 def make_directory(directory: Path) -> None:
-    """Create a directory and its parents; a commit makes them last.
+    """Create a directory and its parents; a commit makes them durable.
 
-    What stands there already is not looked at: some parallel file systems say for a while that it is not a directory.
-    Where that is true, nothing can be created in it.
+    An existing path is not checked: some parallel file systems report for a while that it is not a directory. If that
+    is true, no file can be created in it.
     """
     with suppress(FileExistsError):
         try:
@@ -136,9 +136,9 @@ def make_directory(directory: Path) -> None:
 
 
 def in_directory(directory: Path, make: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-    """Call what makes a file in a directory; if that is not there, create it and call again.
+    """Call a function that creates a file in a directory; if the directory is missing, create it and call again.
 
-    On network file systems each look at a directory is a request, and mostly it is there.
+    On network file systems each check of a directory is a request, and the directory usually exists.
     """
     try:
         return make(*args, **kwargs)
@@ -148,16 +148,16 @@ def in_directory(directory: Path, make: Callable[P, R], *args: P.args, **kwargs:
 
 
 def check_replaceable(path: Path) -> bool:
-    """Return whether a file is there, that may be read and replaced.
+    """Return whether a file exists; if so, it may be read and replaced.
 
     Raises:
-        OSError: It may not be, or no file may be made in its directory.
+        OSError: It may not be, or no file may be created in its directory.
     """
     directory = path.parent
     there = next((outer for outer in (directory, *directory.parents) if outer.exists()), directory)
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         why = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
-        raise OSError(why, f"{os.strerror(why)}: no file may be made in this directory", str(there))
+        raise OSError(why, f"{os.strerror(why)}: no file may be created in this directory", str(there))
     try:
         with path.open("rb"):
             status, around = path.stat(), directory.stat()
@@ -169,15 +169,15 @@ def check_replaceable(path: Path) -> bool:
 
 
 def replace_file(path: Path, data: bytes, *, sync: bool) -> None:
-    """Write a temporary file beside the path, and rename it over the path."""
+    """Write a temporary file next to the path, and rename it over the path."""
     _publish(path, data, Path.replace, sync=sync)
 
 
 def create_file(path: Path, data: bytes, *, sync: bool) -> None:
-    """Write a temporary file beside the path, and link it to the path.
+    """Write a temporary file next to the path, and hard-link it to the path.
 
     Raises:
-        FileExistsError: Something is there.
+        FileExistsError: The path exists.
     """
     _publish(path, data, _link, sync=sync)
 
@@ -188,7 +188,7 @@ def _link(temporary: Path, path: Path) -> None:
     except FileExistsError:
         raise
     except OSError as error:
-        says = "this file system has no hard links, without which nothing can be created atomically: use overwrite=True"
+        says = "this file system has no hard links, which atomic creation requires: use overwrite=True"
         raise OSError(error.errno, f"{error.strerror}: {says}") from error
     temporary.unlink()
 
@@ -205,7 +205,7 @@ def _publish(path: Path, data: bytes, publish: Callable[[Path, Path], object], *
                 os.fsync(file.fileno())
         publish(temporary, path)
     except BaseException:
-        with suppress(OSError):  # what made it fail is raised, not what fails here
+        with suppress(OSError):  # the original error is raised
             temporary.unlink(missing_ok=True)
         raise
     if sync:
@@ -221,14 +221,14 @@ def file_size(path: Path) -> int:
 
 
 def list_directories(directory: Path) -> list[str]:
-    """Return the names of the directories in a directory; none where it is not there."""
+    """Return the names of a directory's subdirectories; none if it does not exist."""
     with suppress(FileNotFoundError), os.scandir(directory) as entries:
         return [entry.name for entry in entries if entry.is_dir()]
     return []
 
 
 def stat_files(directory: Path) -> dict[str, os.stat_result]:
-    """Return name and status of each regular file; one that vanishes while we look was deleted."""
+    """Return the name and status of each regular file; one that vanishes meanwhile was deleted."""
     files = {}
     with suppress(FileNotFoundError), os.scandir(directory) as entries:
         for entry in entries:
@@ -239,11 +239,11 @@ def stat_files(directory: Path) -> dict[str, os.stat_result]:
 
 
 _DIRECTORY_STAYS = {errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST, errno.EBUSY, errno.EACCES, errno.EPERM}
-"""Something is in it, it is in use, or whoever may write in it may not remove it: an empty directory does no harm."""
+"""It is not empty, is in use, or may be written to but not removed: an empty directory does no harm."""
 
 
 def remove_directory(directory: Path) -> None:
-    """Remove a directory if it is empty, and may be removed."""
+    """Remove a directory if it is empty and may be removed."""
     try:
         directory.rmdir()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Google Cloud Storage through gcsfs, which asks anew for credentials and for a bucket's kind whenever it is opened."""
+"""Google Cloud Storage through gcsfs, which requests credentials and a bucket's layout whenever it is opened."""
 
 import os
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from dcp_storage.store.remote import RemoteStore
 
 @dataclass
 class _Found:
-    """What a process has found out, for one set of options: credentials that refresh themselves, what never changes."""
+    """A process's cache for one set of options: credentials that refresh themselves, layouts that never change."""
 
     credentials: Any = None
     layouts: dict[str, Any] = field(default_factory=dict)

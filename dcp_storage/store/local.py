@@ -22,12 +22,12 @@ R = TypeVar("R")
 
 
 class LocalStore(Store):
-    """The files of one directory, made when the first object is put.
+    """The files of one directory, which is created when the first object is put.
 
     Args:
         path: The directory.
-        sync_files: Whether a put and a commit wait until their bytes are on the disk. Without it a checkpoint may be
-            lost or damaged by a crash of the machine, though not by one of the process.
+        sync_files: Whether a put and a commit wait until their bytes are on disk. Without it a crash of the machine,
+            though not one of the process, may lose or damage a checkpoint.
     """
 
     remote = False
@@ -44,14 +44,14 @@ class LocalStore(Store):
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """Nothing to close: no file is held open between calls."""
+        """Do nothing: no file is kept open between calls."""
 
     def child(self, name: str) -> "LocalStore":
-        """Return the store of the directory of a name."""
+        """Return the store of a subdirectory."""
         return LocalStore(self._path(name), sync_files=self._sync_files)
 
     async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
-        """Stream the batches into a new file; remove it again if anything fails."""
+        """Stream the batches into a new file; remove it if anything fails."""
         path = self._path(name)
         size = 0
         async with self._new_file(path) as file:
@@ -63,14 +63,14 @@ class LocalStore(Store):
         return size
 
     async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
-        """Write a temporary file beside the object, and rename it over the object or, over `ABSENT`, link it there."""
+        """Write a temporary file next to the object, and rename it over that or, for `ABSENT`, hard-link it there."""
         path = self._path(name)
         write = files.create_file if over == ABSENT else files.replace_file
         with self._failures.mapped("commit", name):
             try:
                 await _in_thread(files.in_directory, self._directory, write, path, data, sync=self._sync_files)
             except FileExistsError as error:
-                raise self._failures.error("commit", name, "it is there already", ObjectExists) from error
+                raise self._failures.error("commit", name, "it already exists", ObjectExists) from error
 
     async def get(self, name: str) -> bytes:
         """Read the whole file."""
@@ -79,14 +79,14 @@ class LocalStore(Store):
             return await wrap(reads.read_file)(path)
 
     async def get_range(self, name: str, start: int, stop: int, room: Room | None = None) -> bytes | memoryview:
-        """Read a range of the file; into `room`, past the page cache what is not in it."""
+        """Read a range of the file; into `room`, with direct I/O for what is not in the page cache."""
         path = self._path(name)
         with self._failures.mapped("read", name, absent=ObjectNotFound):
-            # The thread writes to memory that its owner uses again once this call has ended.
+            # The thread writes to memory that its owner reuses once this call has ended.
             return await _in_thread(reads.read_range, path, start, stop, room)
 
     async def probe(self, name: str) -> bool:
-        """Return whether the file is there; raise where it may not be read or replaced."""
+        """Return whether the file exists; raise an error if it may not be read or replaced."""
         path = self._path(name)
         with self._failures.mapped("commit", name):
             return await wrap(reads.reopening(files.check_replaceable))(path)
@@ -104,17 +104,17 @@ class LocalStore(Store):
         return {name: ObjectInfo(status.st_size, status.st_mtime) for name, status in statuses.items()}
 
     async def directories(self) -> builtins.list[str]:
-        """Return the directories in the directory."""
+        """Return the names of the subdirectories."""
         with self._failures.mapped("list"):
             return await wrap(reads.reopening(files.list_directories))(self._directory)
 
     async def remove_directory(self) -> None:
-        """Remove the directory, unless something is in it, or it is not there."""
+        """Remove the directory if it exists and is empty."""
         with self._failures.mapped("remove"):
             await wrap(files.remove_directory)(self._directory)
 
     async def delete(self, names: Sequence[str]) -> None:
-        """Remove files, after a sync of the directory: what was renamed before may have replaced them."""
+        """Remove files, after syncing the directory: an earlier rename may have replaced them."""
         paths = [(name, self._path(name)) for name in names]
         if paths and self._sync_files:
             with self._failures.mapped("delete", names[0]), suppress(FileNotFoundError):
@@ -128,7 +128,7 @@ class LocalStore(Store):
 
     @asynccontextmanager
     async def _new_file(self, path: Path) -> AsyncIterator[files.NewFile]:
-        """A file that did not exist before: removed if the block ends with an error."""
+        """Create a file; remove it if the block ends with an error."""
         opening = asyncio.ensure_future(
             wrap(files.in_directory)(self._directory, files.NewFile, path, sync=self._sync_files)
         )

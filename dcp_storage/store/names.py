@@ -1,15 +1,15 @@
-"""A store never leaves its prefix, whatever a manifest says."""
+"""Checks object names: a store never leaves its prefix, whatever a manifest says."""
 
 from dcp_storage.errors import ConfigError
 from dcp_storage.format.names import is_safe
 
 
 def check_name(name: str) -> str:
-    """Return an object name that stays below its prefix.
+    """Return an object name, which must stay below its prefix.
 
     Raises:
-        ConfigError: It does not: `is_safe` says what does.
+        ConfigError: It does not; see `is_safe`.
     """
     if not is_safe(name):
-        raise ConfigError(f"{name!r} is not an object name; names are flat, without separators")
+        raise ConfigError(f"{name!r} is not a valid object name; names are flat, without separators")
     return name

@@ -1,7 +1,7 @@
-"""Blocking reads of local files: what the page cache holds from there, the rest past it, if nobody else reads that.
+"""Blocking reads of local files, with direct I/O unless the page cache has the bytes or other processes read them too.
 
 A first read through the page cache costs a copy and memory, and on virtual machines page faults: up to 20 times the CPU
-time of one that goes past it, and half of its speed.
+time of a direct read, at half of its speed.
 """
 
 import errno
@@ -31,9 +31,9 @@ _PAUSE_SECONDS = 0.05
 
 
 def reopening(read: Callable[Concatenate[Path, P], R]) -> Callable[Concatenate[Path, P], R]:
-    """Look again at a path whose file another machine replaced or deleted (NFS), for what is there now.
+    """Make a function open its path again if another machine replaced or deleted the file (NFS).
 
-    The function raises `FileNotFoundError` where that does not end.
+    It raises `FileNotFoundError` if the handle stays stale.
     """
 
     @wraps(read)
@@ -54,7 +54,7 @@ def reopening(read: Callable[Concatenate[Path, P], R]) -> Callable[Concatenate[P
 
 
 def _check_regular(path: Path) -> None:
-    """Refuse what is not a file before it is opened: a pipe would wait for a writer for ever."""
+    """Refuse anything but a regular file before opening it: opening a pipe would wait for a writer forever."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise OSError(errno.EINVAL, "not a regular file", str(path))
 
@@ -68,7 +68,7 @@ def read_file(path: Path) -> bytes:
 
 @reopening
 def read_range(path: Path, start: int, stop: int, room: Room | None) -> bytes | memoryview:
-    """Open, read and close in one go, so that a range costs one trip through a thread."""
+    """Open, read and close in one call, so that a range costs one switch to a thread."""
     _check_regular(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -78,7 +78,7 @@ def read_range(path: Path, start: int, stop: int, room: Room | None) -> bytes | 
 
 
 def _pread(descriptor: int, start: int, stop: int) -> bytes:
-    """Read until `stop` or the end of the file; one call may return less than it was asked for."""
+    """Read until `stop` or the end of the file; one call may return less than requested."""
     parts = []
     while start < stop and (part := os.pread(descriptor, stop - start, start)):
         parts.append(part)
@@ -95,7 +95,7 @@ def _read(descriptor: int, start: int, stop: int, room: Room) -> memoryview:
         return target[: _fill(descriptor, start, target, 0)]
     if cached == len(target):
         return target
-    # From the page that holds the first missing byte on.
+    # Continue from the page with the first missing byte.
     skip = (before + cached) // PAGE_BYTES * PAGE_BYTES
     pages = room.pages[skip : -(-(before + stop - start) // PAGE_BYTES) * PAGE_BYTES]
     stopped = min(skip + _read_direct(descriptor, start - before + skip, pages) - before, len(target))
@@ -107,10 +107,10 @@ def _read(descriptor: int, start: int, stop: int, room: Room) -> memoryview:
 
 
 def _read_cached(descriptor: int, start: int, memory: memoryview) -> int | None:
-    """Read what is in the page cache, from the beginning on; `None` where the file system does not tell.
+    """Read from the page cache, up to the first missing byte; `None` if the file system does not report what it holds.
 
-    Linux begins to read what was asked for and is missing, and some more unless it is told that reads are random. So a
-    page is asked for first, and then no more than is there.
+    Linux starts to read requested bytes that are missing, and reads ahead unless it expects random reads. So one page
+    is requested first, and then only what is cached.
     """
     filled = 0
     try:
@@ -121,14 +121,14 @@ def _read_cached(descriptor: int, start: int, memory: memoryview) -> int | None:
             filled += count
     except BlockingIOError:
         return filled
-    except OSError:  # a system without it, a network, FUSE; what is wrong with the file is raised by the next read
+    except OSError:  # not supported: another system, a network, FUSE; the next read raises errors of the file
         _expect(descriptor, "POSIX_FADV_NORMAL")
         return filled or None
     return filled
 
 
 def _forget_probe(descriptor: int, start: int) -> None:
-    """Take from the page cache what only asking for it has put there: the next read would take it for more."""
+    """Drop the page that the probe itself put into the page cache: the next read would take it for more."""
     if hasattr(os, "posix_fadvise"):
         os.posix_fadvise(descriptor, start // PAGE_BYTES * PAGE_BYTES, PAGE_BYTES, os.POSIX_FADV_DONTNEED)
 
@@ -139,7 +139,7 @@ def _expect(descriptor: int, reads: str) -> None:
 
 
 def _read_direct(descriptor: int, start: int, pages: memoryview) -> int:
-    """Read whole pages past the page cache, or through it where the file system has no other way."""
+    """Read whole pages with direct I/O, or through the page cache if the file system supports nothing else."""
     _set_direct(descriptor, direct=True)
     filled = 0
     try:
@@ -150,7 +150,7 @@ def _read_direct(descriptor: int, start: int, pages: memoryview) -> int:
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        _set_direct(descriptor, direct=False)  # a disk of larger pages
+        _set_direct(descriptor, direct=False)  # a disk with larger pages
         return _fill(descriptor, start, pages, filled)
     return filled
 
@@ -162,6 +162,6 @@ def _fill(descriptor: int, start: int, memory: memoryview, filled: int) -> int:
 
 
 def _set_direct(descriptor: int, *, direct: bool) -> None:
-    with suppress(OSError):  # the file system does not take it
+    with suppress(OSError):  # the file system does not support it
         flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
         fcntl.fcntl(descriptor, fcntl.F_SETFL, flags | _DIRECT if direct else flags & ~_DIRECT)

@@ -1,4 +1,4 @@
-"""Keep credentials out of whatever a person or a log may read."""
+"""Keeps credentials out of messages and logs."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,7 +15,7 @@ _LONG = 8  # characters
 
 
 def strip_userinfo(url: str) -> str:
-    """Return the URL (or a text with URLs in it) without `user:password@` and the values of secret parameters."""
+    """Return a URL (or a text that contains URLs) without `user:password@` and the values of secret parameters."""
     return _PARAMETER.sub(_mask_parameter, _USERINFO.sub("", url))
 
 
@@ -29,14 +29,14 @@ def secrets_in(url: str, options: Mapping[str, Any]) -> frozenset[str]:
 
 
 def mask(text: str, secrets: Iterable[str]) -> str:
-    """Return the text with every secret replaced, also as `repr` or a URL shows it; the longest first.
+    """Return the text with every secret masked, also in the forms of `repr` and URLs; the longest first.
 
-    A single character is not a secret: it would mask letters of every message.
+    A single character is not a secret: it would mask letters in every message.
     """
     secrets = [secret for secret in secrets if len(secret) > 1]
     shown = {form for secret in secrets for form in (secret, repr(secret)[1:-1], quote(secret), quote(secret, safe=""))}
     for form in sorted(shown, key=len, reverse=True):
-        # A short one might be a part of any word.
+        # A short one might be part of any word.
         text = text.replace(form, _MASK) if _is_long(form) else re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", _MASK, text)
     return strip_userinfo(text)
 
@@ -51,7 +51,7 @@ def _url_secrets(text: str) -> Iterator[str]:
 
 
 def _option_secrets(options: Any, *, secret: bool = False) -> Iterator[str]:
-    """Yield the strings below an option whose own name, or that of one around it, says that it is secret."""
+    """Yield the strings of options whose name, or that of an enclosing option, marks them as secret."""
     if isinstance(options, Mapping):
         for name, value in options.items():
             yield from _option_secrets(value, secret=secret or bool(_SECRET_OPTION.search(str(name))))
@@ -65,5 +65,5 @@ def _option_secrets(options: Any, *, secret: bool = False) -> Iterator[str]:
 
 
 def _is_long(word: str) -> bool:
-    """Say whether a word of a secret (of a header, of a PEM file) is one by itself."""
+    """Return whether a word of a secret (a header, a PEM file) is a secret by itself."""
     return len(word) >= _LONG

@@ -1,4 +1,4 @@
-"""Objects below a prefix of any file system that fsspec knows, through fsspec's coroutines."""
+"""Objects below a prefix of any file system that fsspec supports, through fsspec's coroutines."""
 
 import asyncio
 import builtins
@@ -29,7 +29,7 @@ R = TypeVar("R")
 
 
 class FileSystem(Protocol):
-    """What a `RemoteStore` asks of one of fsspec's file systems: coroutines, which it names with an underscore."""
+    """The coroutines of an fsspec file system that a `RemoteStore` uses; their names begin with an underscore."""
 
     async def _pipe_file(self, path: str, value: bytes) -> object: ...
 
@@ -42,7 +42,7 @@ class FileSystem(Protocol):
     async def _ls(self, path: str, detail: bool = True) -> Sequence[Mapping[str, Any]]: ...
 
     def invalidate_cache(self) -> object:
-        """Forget what listings told before."""
+        """Drop cached listings."""
 
 
 class RemoteStore(Store):
@@ -51,15 +51,15 @@ class RemoteStore(Store):
     Args:
         url: The prefix.
         fs_class: fsspec's class for the URL's protocol.
-        storage_options: What the class is called with, on top of fsspec's own configuration and what the URL says.
+        storage_options: Arguments of the class, which override fsspec's own configuration and the URL.
     """
 
     remote = True
-    # Large enough for a request's latency not to count, small enough for a server to hold many at once.
+    # Large enough that a request's latency does not matter, small enough that a server can hold many at once.
     put_bytes = read_bytes = 16 * MIB
 
     _fs: FileSystem
-    """Of an open store."""
+    """Only while the store is open."""
 
     def __init__(self, url: str, fs_class: Any, storage_options: Mapping[str, Any]) -> None:
         self._fs_class = fs_class
@@ -78,7 +78,7 @@ class RemoteStore(Store):
                 await self._connect(fs)
                 self._check_paths(fs)
         except BaseException:
-            with suppress(StoreError):  # what kept it from opening is raised
+            with suppress(StoreError):  # the original error is raised
                 await self.__aexit__()
             raise
         return self
@@ -91,7 +91,7 @@ class RemoteStore(Store):
                 await self._disconnect(fs)
 
     def child(self, name: str) -> Self:
-        """Return the store of the prefix of a name, with this one's client."""
+        """Return the store of a prefix directly below this one, with the same client."""
         below = copy(self)
         below._prefix = self._path(name)
         below._failures = Failures(f"{self.url.rstrip('/')}/{name}", secrets_in(self.url, self._options))
@@ -110,11 +110,11 @@ class RemoteStore(Store):
     async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
         """Write the object with one request, which replaces an older one as a whole.
 
-        Over `ABSENT` it looks before: fsspec has no request that does both at once.
+        For `ABSENT` it checks first: fsspec has no request that does both at once.
         """
         path = self._path(name)
         if over == ABSENT and await self._is_there(name):
-            raise self._failures.error("commit", name, "it is there already", ObjectExists)
+            raise self._failures.error("commit", name, "it already exists", ObjectExists)
         with self._failures.mapped("commit", name):
             await self._write(path, io.BytesIO(data))
 
@@ -136,7 +136,7 @@ class RemoteStore(Store):
         name: str,
         start: int,
         stop: int,
-        room: Room | None = None,  # noqa: ARG002 - what HTTP clients return is theirs
+        room: Room | None = None,  # noqa: ARG002 - HTTP clients allocate what they return
     ) -> bytes:
         """Read a range with one request."""
         path = self._path(name)
@@ -154,10 +154,10 @@ class RemoteStore(Store):
         return data
 
     async def _ends_before(self, path: str, start: int) -> bool:
-        """Tell whether an object has no byte at `start`, for which some clients have an error that says nothing."""
+        """Return whether an object has no byte at `start`: the errors of some clients do not show it."""
         try:
             info = await self._info(path)
-        except Exception:  # noqa: BLE001 - what made the read fail is raised
+        except Exception:  # noqa: BLE001 - the original error is raised
             return False
         return info.get("size") is not None and int(info["size"]) <= start
 
@@ -176,7 +176,7 @@ class RemoteStore(Store):
             entries = await self._list_entries()
         files = (entry for entry in entries if entry["type"] == "file" and entry["name"] != self._prefix)
         found = {entry["name"].rpartition("/")[2]: entry for entry in files}
-        found.pop("", None)  # the marker that some tools put for an empty directory
+        found.pop("", None)  # a marker that some tools put into an empty directory
         return {name: ObjectInfo(self._size(name, entry), _modified(entry)) for name, entry in found.items()}
 
     async def directories(self) -> builtins.list[str]:
@@ -187,13 +187,13 @@ class RemoteStore(Store):
 
     def _size(self, name: str, entry: Mapping[str, Any]) -> int:
         if entry["size"] is None:
-            raise self._failures.error("find the size of", name, "the server does not tell it (no Content-Length)")
+            raise self._failures.error("find the size of", name, "the server does not report it (no Content-Length)")
         return int(entry["size"])
 
     async def delete(self, names: Sequence[str]) -> None:
         """Delete every object that can be deleted, then raise the first failure.
 
-        One request an object: S3's request for many is refused by some servers, and s3fs ignores what it reports.
+        It sends one request per object: some servers refuse S3's bulk delete, whose errors s3fs ignores.
         """
         limit = asyncio.Semaphore(_DELETES_IN_FLIGHT)
         paths = [(name, self._path(name)) for name in names]
@@ -226,14 +226,14 @@ class RemoteStore(Store):
         await close_opened(fs, self._options)
 
     def _check_paths(self, fs: Any) -> None:
-        """Check that the file system takes no part of an object's path for a version.
+        """Check that the file system does not take a part of an object's path for a version.
 
         Raises:
-            ConfigError: It does not, so that all objects would be one.
+            ConfigError: It does, so that all objects would be the same one.
         """
         split = getattr(fs, "split_path", None)
         if split is not None and not any(str(part).endswith(_ANY_NAME) for part in split(self._path(_ANY_NAME))):
-            raise ConfigError(f"{self.url}: fsspec takes a part of this URL for the version of an object; leave it out")
+            raise ConfigError(f"{self.url}: fsspec reads a part of this URL as the version of an object; leave it out")
 
     async def _write(self, path: str, body: io.BytesIO) -> None:
         await self._ask(lambda: self._fs._pipe_file(path, body.getvalue()))
@@ -255,12 +255,12 @@ class RemoteStore(Store):
             return []
 
     async def _ask(self, request: Callable[[], Awaitable[R]]) -> R:
-        """Have the file system do something, again where the connection breaks: not every client tries that itself."""
+        """Send a request, and retry it if the connection breaks: not every client does that itself."""
         return await _RETRIES.run(request)
 
 
 def _modified(entry: Mapping[str, Any]) -> float | None:
-    """Return the time of the last write in an entry of fsspec's listings, each of which calls it as it likes."""
+    """Return the time of the last write in an entry of a listing; each file system has its own key for it."""
     time = next((entry[key] for key in _TIME_KEYS if entry.get(key) is not None), None)
     if isinstance(time, str):
         try:

@@ -1,4 +1,4 @@
-"""Requests over a network, tried again until they succeed or will not."""
+"""Retries of requests over a network."""
 
 import asyncio
 import random
@@ -12,7 +12,7 @@ from aiohttp import ClientConnectionError, ClientPayloadError, ClientSSLError
 R = TypeVar("R")
 
 MOST_TIMEOUTS = 2
-"""The most timeouts of one operation: an endpoint that refuses or drops connections fails in half a minute."""
+"""Maximum number of timeouts per operation: an endpoint that refuses or drops connections fails in half a minute."""
 _PAUSE_SECONDS = 0.25
 _LONGEST_PAUSE_SECONDS = 4
 
@@ -20,12 +20,12 @@ _BROKEN = (ConnectionError, TimeoutError, ClientConnectionError, ClientPayloadEr
 
 
 def is_broken(error: Exception) -> bool:
-    """Tell whether a connection was refused, reset, broken off or silent."""
+    """Return whether a connection was refused, reset or interrupted, or timed out."""
     return isinstance(error, _BROKEN) and not isinstance(error, ClientSSLError | ssl.SSLError)
 
 
 def is_silent(error: Exception) -> bool:
-    """Tell whether a server did not answer at all."""
+    """Return whether a server did not respond at all."""
     return isinstance(error, TimeoutError)
 
 
@@ -34,10 +34,10 @@ class Retries:
     """How often, and for how long, an operation is tried.
 
     Attributes:
-        attempts: Requests for one operation, at most.
-        limit_s: Seconds that one operation may take with all its requests, or `None` for any.
-        is_transient: Tells whether the same request may succeed later.
-        is_timeout: Tells whether the server did not answer at all.
+        attempts: The maximum number of requests per operation.
+        limit_s: Seconds that an operation may take with all its requests, or `None` for no limit.
+        is_transient: Returns whether the same request may succeed later.
+        is_timeout: Returns whether the server did not respond at all.
     """
 
     attempts: int
@@ -46,12 +46,12 @@ class Retries:
     is_timeout: Callable[[Exception], bool] = is_silent
 
     async def run(self, request: Callable[[], Awaitable[R]]) -> R:
-        """Send a request until it succeeds or will not, and return its answer.
+        """Send a request, retry it if it fails for a transient reason, and return its result.
 
         Raises:
-            Exception: What the last request raised.
-            TimeoutError: The operation took too long: the limit of one request does not end one whose body the server
-                does not take.
+            Exception: The error of the last request.
+            TimeoutError: The operation took too long: the timeout of a single request does not end it while the server
+                does not accept its body.
         """
         try:
             async with asyncio.timeout(self.limit_s) as limit:
@@ -59,7 +59,7 @@ class Retries:
         except TimeoutError as error:
             if not limit.expired():
                 raise
-            raise TimeoutError(f"not done within {self.limit_s:g} s") from error
+            raise TimeoutError(f"did not finish within {self.limit_s:g} s") from error
 
     async def _repeat(self, request: Callable[[], Awaitable[R]]) -> R:
         attempt = timeouts = 0

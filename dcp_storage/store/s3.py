@@ -24,19 +24,19 @@ from dcp_storage.store.s3_retry import retries_of
 _CONFIG_DEFAULTS = {
     "connect_timeout": 5,  # seconds
     "read_timeout": 15,  # seconds without a byte
-    "max_pool_connections": 256,  # the most that Transfer.concurrency may ask for
-    # Some servers answer a range with the checksum of the whole object, and blocks carry checks of their own.
+    "max_pool_connections": 256,  # the maximum of Transfer.concurrency
+    # Some servers return the checksum of the whole object with a range, and blocks have their own checks.
     "response_checksum_validation": "when_required",
 }
-"""What botocore is told where `config_kwargs` in the storage options says nothing."""
+"""The settings of botocore, unless `config_kwargs` in the storage options overrides them."""
 
 _PRECONDITION_FAILED = 412
 _NOT_IMPLEMENTED = 501
 _NO_CHECKSUMS = (
-    "the server may not take checksums: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required, or storage_options="
+    "the server may not support checksums: set AWS_REQUEST_CHECKSUM_CALCULATION=when_required, or storage_options="
     '{"config_kwargs": {"request_checksum_calculation": "when_required"}}'
 )
-_ABSENT_OR_DENIED = "S3 answers so, too, where nothing is, to those without the right to list: s3:ListBucket"
+_ABSENT_OR_DENIED = "without the permission s3:ListBucket, S3 responds like this for absent objects, too"
 
 
 class S3Store(RemoteStore):
@@ -44,16 +44,16 @@ class S3Store(RemoteStore):
 
     Credentials, profile, region and endpoint come from the storage options, fsspec's configuration, or the usual
     `AWS_*` variables and files, in this order, and so does the number of attempts; a `session` is used as it is.
-    `config_kwargs` in the storage options is merged over this store's time limits.
+    `config_kwargs` in the storage options is merged over this store's timeouts.
 
-    An object's key is the prefix and its name, whatever is in them: s3fs makes the client and signs, and parses no path
-    of an object. `Requests` tries again.
+    An object's key is the prefix and its name, whatever they contain: s3fs creates the client and signs, but parses no
+    paths of objects. `Requests` retries.
     """
 
     def __init__(self, url: str, fs_class: Any, storage_options: Mapping[str, Any]) -> None:
         super().__init__(url, fs_class, storage_options)
         _check_options(fs_class, self._options)
-        # Options that this botocore is too old for name behaviour that it is also too old to have.
+        # A botocore that is too old for one of these options also lacks the behavior that it controls.
         defaults = {name: value for name, value in _CONFIG_DEFAULTS.items() if name in Config.OPTION_DEFAULTS}
         config: dict[str, Any] = defaults | http_options() | dict(self._options.get("config_kwargs") or {})
         # Bodies carry a CRC; signing them as well, which botocore does over plain HTTP, takes longer than zstd.
@@ -75,7 +75,7 @@ class S3Store(RemoteStore):
         return fs
 
     def child(self, name: str) -> Self:
-        """Return the store of the keys below a name, with this one's client."""
+        """Return the store of the keys below a name, with the same client."""
         below = super().child(name)
         below._keys = f"{self._keys}{name}/"
         return below
@@ -84,7 +84,7 @@ class S3Store(RemoteStore):
         if "session" in self._options:
             use_here(await fs.session.get_credentials())
         await self._requests.connect()
-        # A setting of the options, the environment or the profile.
+        # Set by the options, the environment or the profile.
         how = getattr(self._requests.client.meta.config, "request_checksum_calculation", None)
         self._checksums = how != "when_required"
 
@@ -97,26 +97,26 @@ class S3Store(RemoteStore):
         return f"{self._keys}{check_name(name)}"
 
     async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
-        """Write the object with a request that the server refuses where it is of another version than `over`.
+        """Write the object with a request that the server refuses if the object's version is not `over`.
 
-        A server that does not know `If-Match` and `If-None-Match`, or a botocore that is too old for them, only has the
-        look before.
+        If the server does not support `If-Match` and `If-None-Match`, or botocore is too old for them, there is only
+        the check beforehand.
         """
         path = self._path(name)
         if over == ABSENT and await self._is_there(name):
-            raise self._failures.error("commit", name, "it is there already", ObjectExists)
+            raise self._failures.error("commit", name, "it already exists", ObjectExists)
         with self._failures.mapped("commit", name):
             try:
                 await self._write_over(path, data, self._only_over(over))
             except Exception as error:
                 if not _has_changed(error):
                     raise
-                if await self._held(path) != data:  # else an attempt of ours whose answer was lost
-                    why = "another one was written meanwhile"
+                if await self._held(path) != data:  # otherwise it is an attempt of ours whose response was lost
+                    why = "another one was written in the meantime"
                     raise self._failures.error("commit", name, why, ObjectExists) from error
 
     async def probe(self, name: str) -> bool:
-        """Return whether an object is there; to those who may not list, S3 denies what is absent."""
+        """Return whether an object exists; without permission to list, S3 denies access to absent ones."""
         try:
             return await super().probe(name)
         except AccessDenied:
@@ -132,7 +132,7 @@ class S3Store(RemoteStore):
                 info = await self._info(self._path(name))
         except (ObjectNotFound, AccessDenied):
             return ABSENT
-        return info["ETag"] or None  # not every server has them
+        return info["ETag"] or None  # not every server has ETags
 
     async def _write_over(self, path: str, data: bytes, conditions: Mapping[str, str]) -> None:
         try:
@@ -152,12 +152,12 @@ class S3Store(RemoteStore):
         except FileNotFoundError:
             return None
         except PermissionError as error:
-            raise PermissionError(f"one is there that may not be read, so it is not replaced: {error}") from error
+            raise PermissionError(f"it already exists and may not be read, so it is not replaced: {error}") from error
 
     async def _write(self, path: str, body: io.BytesIO, **conditions: str) -> None:
-        """Put an object with a checksum, so that the server checks what arrived.
+        """Put an object with a checksum, so that the server checks the bytes that arrived.
 
-        botocore would compute it on the event loop's thread.
+        It is computed in another thread; botocore would use the event loop's.
         """
         if not self._checksums:
             await self._requests.send("put_object", Key=path, Body=body, **conditions)
@@ -184,7 +184,7 @@ class S3Store(RemoteStore):
         answer = await self._requests.send("head_object", Key=path)
         return {"type": "file", "size": answer["ContentLength"], "ETag": answer.get("ETag")}
 
-    async def _ends_before(self, path: str, start: int) -> bool:  # noqa: ARG002 - S3 answers 416
+    async def _ends_before(self, path: str, start: int) -> bool:  # noqa: ARG002 - S3 responds with 416
         return False
 
     async def _remove(self, path: str) -> None:
@@ -203,16 +203,16 @@ class S3Store(RemoteStore):
 
 
 def _check_options(fs_class: type, options: Mapping[str, Any]) -> None:
-    """Refuse early what s3fs would pass on, to fail in the middle of a save.
+    """Refuse invalid options early: s3fs would pass them on, and a save would fail halfway.
 
     Raises:
-        ConfigError: Nothing takes an option, or the profile or the file with certificates does not exist.
+        ConfigError: An option is unknown, or the profile or the certificate bundle does not exist.
     """
     known = {name for cls in (*fs_class.__mro__, AioSession) for name in _parameters(cls)}
     unknown = sorted(options.keys() - known - _OF_FSSPEC)
     if unknown:
         raise ConfigError(
-            f"s3fs takes no storage option {', '.join(unknown)}; what botocore's client takes goes into "
+            f"s3fs has no storage option {', '.join(unknown)}; options of botocore's client go into "
             f'client_kwargs, as in {{"client_kwargs": {{"region_name": "eu-west-1"}}}}, and credentials are key, '
             "secret and token"
         )
@@ -221,7 +221,7 @@ def _check_options(fs_class: type, options: Mapping[str, Any]) -> None:
         try:
             AioSession(profile=profile).get_scoped_config()
         except ProfileNotFound as error:
-            raise ConfigError(f"{error}: name another in storage_options, or write it to ~/.aws/config") from error
+            raise ConfigError(f"{error}: name another in storage_options, or add it to ~/.aws/config") from error
 
 
 _OF_FSSPEC = {"skip_instance_cache", "use_listings_cache", "listings_expiry_time", "max_paths", "target_options"}
@@ -238,12 +238,12 @@ def _crc32(body: io.BytesIO) -> int:
 
 
 def _has_changed(error: Exception) -> bool:
-    """Tell whether a server refused a request because the object has changed or is gone."""
+    """Return whether a server refused a request because the object was changed or deleted."""
     return http_status(error) == _PRECONDITION_FAILED or error_code(error) == "NoSuchKey"
 
 
 def _refuses_checksums(error: Exception) -> bool:
-    """Tell whether a server does not know the header; one that found another checksum has the code `BadDigest`."""
+    """Return whether a server does not support the header; if the checksum differs, the code is `BadDigest`."""
     if http_status(error) == _NOT_IMPLEMENTED:
         return True
     told = answer_of(error).get("Error", {})

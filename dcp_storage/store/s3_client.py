@@ -1,4 +1,4 @@
-"""What s3fs and botocore are given: a session with shared credentials, hooks, and no redirects of their own."""
+"""For s3fs and botocore: a session with shared credentials, and hooks, which also follow redirects."""
 
 import asyncio
 import inspect
@@ -19,16 +19,16 @@ from dcp_storage.errors import ConfigError
 
 _MOVED = {301, 302, 307, 308}
 _ERROR_STATUS = 300
-_WORDS = 200  # characters of an answer that is not S3's
+_WORDS = 200  # characters of a response that is not S3's
 
 _credentials: dict[object, Any] = {}
-"""What a process has found: credentials that refresh themselves, or never change. Asking again costs a program that
-runs, or a request to a service that limits them."""
+"""The process's cache of credentials, which refresh themselves or never change. Looking them up again runs a
+program, or sends a request to a service that limits requests."""
 os.register_at_fork(after_in_child=_credentials.clear)
 
 
 def make_session(options: Mapping[str, Any]) -> AioSession:
-    """Return a session that shares the process's credentials, and botocore's descriptions of services."""
+    """Return a session that shares the process's credentials, and botocore's service descriptions."""
     session = AioSession(**options)
     session.register_component("data_loader", _loader(session.get_config_variable("data_path")))
     session.register_component("credential_provider", Credentials(session, options))
@@ -37,12 +37,12 @@ def make_session(options: Mapping[str, Any]) -> AioSession:
 
 @cache
 def _loader(data_path: str | None) -> Any:
-    """Return what holds botocore's descriptions of services: parsing them anew for every client takes 0.1 s."""
+    """Return a loader that keeps botocore's service descriptions: parsing them for every client takes 0.1 s."""
     return create_loader(data_path)
 
 
 class Credentials:
-    """botocore's credential provider, which remembers what it found until the environment or a file changes."""
+    """botocore's credential provider, with a cache that is valid until the environment or a file changes."""
 
     def __init__(self, session: AioSession, options: Mapping[str, Any]) -> None:
         self._resolver = session.get_component("credential_provider")
@@ -51,7 +51,7 @@ class Credentials:
         self._key = repr((sorted(options.items()), environment, [_stamp(file) for file in files]))
 
     async def load_credentials(self) -> Any:
-        """Return the credentials, or `None` where there are none."""
+        """Return the credentials, or `None` if there are none."""
         if self._key not in _credentials:
             found = await self._resolver.load_credentials()
             if found is None:
@@ -61,12 +61,12 @@ class Credentials:
         return _credentials[self._key]
 
     def forget(self) -> None:
-        """Ask anew the next time: a server refused them."""
+        """Look them up again the next time: a server refused them."""
         _credentials.pop(self._key, None)
 
 
 def _stamp(file: str | None) -> tuple[str, int] | None:
-    """Return what changes where a file does."""
+    """Return a value that changes when a file does."""
     if not file:
         return None
     path = Path(file).expanduser()
@@ -77,14 +77,14 @@ def _stamp(file: str | None) -> tuple[str, int] | None:
 
 
 def use_here(credentials: Any) -> None:
-    """Let credentials that refresh themselves do so in this event loop: their lock may belong to one that is over."""
+    """Let credentials refresh themselves in this event loop: their lock may belong to one that has ended."""
     lock = getattr(credentials, "_refresh_lock", None)
     if isinstance(lock, asyncio.Lock) and not lock.locked():
         credentials._refresh_lock = asyncio.Lock()  # noqa: SLF001
 
 
 def check_certificates(options: Mapping[str, Any], session: AioSession | None = None) -> None:
-    """Refuse a bundle of certificates that is not there: every request would fail without naming it.
+    """Refuse a certificate bundle that does not exist: every request would fail without naming it.
 
     Raises:
         ConfigError: The storage options, the environment or the profile name a missing file.
@@ -94,12 +94,12 @@ def check_certificates(options: Mapping[str, Any], session: AioSession | None = 
         given = session.get_config_variable("ca_bundle") if session else os.environ.get("AWS_CA_BUNDLE")
     if isinstance(given, str) and not Path(given).exists():
         raise ConfigError(
-            f"{given}: no such file with certificates (AWS_CA_BUNDLE, ca_bundle in the profile, or verify)"
+            f"{given}: this certificate bundle does not exist (see AWS_CA_BUNDLE, ca_bundle in the profile, or verify)"
         )
 
 
 class _Unredirected:
-    """aiohttp's session, but for redirects: those that it followed would lose their signature."""
+    """aiohttp's session without redirects: the requests that it redirects would lose their signature."""
 
     def __init__(self, session: Any) -> None:
         self._session = session
@@ -114,27 +114,27 @@ class _HttpSession(AIOHTTPSession):  # type: ignore[misc]
 
 
 def http_options() -> dict[str, Any]:
-    """Return what makes aiobotocore leave redirects to us, where it is new enough for that."""
+    """Return the options that make aiobotocore leave redirects to us, if it is new enough for that."""
     takes = "http_session_cls" in inspect.signature(AioConfig.__init__).parameters
     return {"http_session_cls": _HttpSession} if takes and hasattr(AIOHTTPSession, "_get_session") else {}
 
 
 class MovedError(Exception):
-    """A server told where a bucket is; the same request goes there now."""
+    """A server redirected a request, which is now sent to the new place of its bucket."""
 
 
 class Redirects:
-    """Where a bucket is, as a server told: requests go there from the start, signed for it."""
+    """The place that a server redirected a bucket to: later requests go there directly, signed for it."""
 
     def __init__(self) -> None:
         self._moved: tuple[str, str, str] | None = None
         self._region: str | None = None
 
     def needs_retry(self, response: Any, request_dict: Mapping[str, Any], **_: Any) -> None:
-        """Take a redirect to another place of the same object: a hook of botocore, whose own asks for the bucket first.
+        """Record a redirect of an object to another place (a hook of botocore, whose own looks up the bucket first).
 
         Raises:
-            MovedError: It was one.
+            MovedError: The response is one.
         """
         headers = response[0].headers if response else {}
         if response is None or response[0].status_code not in _MOVED or "location" not in headers:
@@ -147,7 +147,7 @@ class Redirects:
         raise MovedError(f"the server redirects to {urlunsplit((*new[:3], '', ''))}")
 
     def before_call(self, params: dict[str, Any], **_: Any) -> None:
-        """Send a request where its bucket is: a hook of botocore, before it signs."""
+        """Send a request to the place of its bucket (a hook of botocore, called before it signs)."""
         if self._moved is None:
             return
         origin, old, new = self._moved
@@ -159,14 +159,14 @@ class Redirects:
 
 
 def _without_common_end(one: str, other: str) -> tuple[str, str]:
-    """Return what stands before one key in the paths of two servers: a bucket's name, or nothing."""
+    """Return what precedes the same key in the paths of two servers: a bucket's name, or nothing."""
     while one and other and one[-1] == other[-1]:
         one, other = one[:-1], other[:-1]
     return one, other
 
 
 def hook(client: Any, redirects: Redirects) -> None:
-    """Register what a store wants to see of each request of a client."""
+    """Register a store's hooks for the requests of a client."""
     client.meta.events.register("before-call.s3", _expect_nothing)
     client.meta.events.register("before-call.s3", redirects.before_call)
     client.meta.events.register_first("needs-retry.s3", redirects.needs_retry)
@@ -174,12 +174,12 @@ def hook(client: Any, redirects: Redirects) -> None:
 
 
 def _expect_nothing(params: dict[str, Any], **_: Any) -> None:
-    """Send a body without asking first: aiohttp sets no limit to how long it waits for `100 Continue`."""
+    """Send a body without asking first: aiohttp waits for `100 Continue` without a timeout."""
     params["headers"].pop("Expect", None)
 
 
 def _keep_words(response_dict: Mapping[str, Any], customized_response_dict: dict[str, Any], **_: Any) -> None:
-    """Keep the first words of an answer that is no S3 server's (a proxy's HTML), which botocore would drop."""
+    """Keep the first words of a response that is not S3's (a proxy's HTML), which botocore would drop."""
     status, body = response_dict["status_code"], response_dict["body"]
     if status < _ERROR_STATUS or not isinstance(body, bytes) or not body.strip() or b"<Code>" in body:
         return

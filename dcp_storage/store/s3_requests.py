@@ -1,4 +1,4 @@
-"""Requests to S3, until they succeed or will not. What s3fs is asked privately is asked here."""
+"""Requests to S3, with retries. Private functions of s3fs are called here."""
 
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
@@ -18,9 +18,9 @@ _EXPIRED = {"ExpiredToken", "ExpiredTokenException", "InvalidAccessKeyId", "Inva
 class Requests:
     """Sends requests for one bucket, with s3fs's client.
 
-    What is throttled, refused, reset, broken off or silent is tried again here and nowhere else: neither botocore,
-    which does not see a body break off, nor s3fs repeats a request. (aiohttp alone sends one again, at once, whose
-    connection turns out to be dead.)
+    Requests that are throttled, refused, reset or interrupted, or time out, are retried here and nowhere else: neither
+    botocore, which does not notice an interrupted body, nor s3fs repeats a request. (Only aiohttp resends one, at once,
+    if its connection turns out to be dead.)
 
     Args:
         fs: s3fs's file system, with a session.
@@ -45,18 +45,18 @@ class Requests:
         hook(self.client, self._redirects)
 
     def takes(self, operation: str, parameter: str) -> bool:
-        """Tell whether this botocore knows a parameter of an operation."""
+        """Return whether this botocore supports a parameter of an operation."""
         return parameter in self.client.meta.service_model.operation_model(operation).input_shape.members
 
     async def send(self, operation: str, **parameters: Any) -> dict[str, Any]:
-        """Send a request until it succeeds or will not; a body in the answer is read."""
+        """Send a request, with retries, and read the body of the response."""
         return await self._persist(lambda: self.send_once(operation, parameters))
 
     async def send_once(self, operation: str, parameters: dict[str, Any]) -> dict[str, Any]:
         """Send a request."""
         sent = parameters.get("Body")
         if sent is not None:
-            sent.seek(0)  # the try before has read it
+            sent.seek(0)  # the previous attempt has read it
         answer: dict[str, Any] = await self._fs._call_s3(operation, Bucket=self.bucket, **parameters)
         if stream := answer.get("Body"):
             try:
@@ -66,7 +66,7 @@ class Requests:
         return answer
 
     async def _follow(self, call: Callable[[], Awaitable[R]]) -> R:
-        """Call again where the server names another place for the bucket, at once."""
+        """Call again, at once, if the server redirects to another place of the bucket."""
         for _ in range(_MOST_REDIRECTS):
             with suppress(MovedError):
                 return await call()

@@ -19,9 +19,9 @@ from dcp_storage.store.failures import error_code, http_status
 from dcp_storage.store.retries import Retries
 
 _ATTEMPTS = 10
-"""Requests for one operation, where neither the storage options nor the environment or profile say."""
+"""Requests per operation, unless the storage options, the environment or the profile set the number."""
 _READ_TIMEOUTS = 20
-"""How many times `read_timeout` an operation may take, with all its requests: 5 minutes, where nothing else is said."""
+"""The limit of an operation with all its requests, as a multiple of `read_timeout`: 5 minutes by default."""
 
 _BROKEN = (NoConnectionError, HTTPClientError, IncompleteReadError, ClientConnectionError, ClientPayloadError)
 _SERVER_ERROR = 500
@@ -41,10 +41,10 @@ _BUSY_CODES = {
 
 
 def _attempts(settings: Mapping[str, int], session: Any) -> int:
-    """Return how many requests an operation may take, by botocore's rules on who says so."""
+    """Return the maximum number of requests per operation, by botocore's order of precedence."""
     if "total_max_attempts" in settings:
         return settings["total_max_attempts"]
-    if "max_attempts" in settings:  # those after the first
+    if "max_attempts" in settings:  # not counting the first
         return settings["max_attempts"] + 1
     return session.get_config_variable("max_attempts") or _ATTEMPTS
 
@@ -54,20 +54,20 @@ def retries_of(settings: Mapping[str, int], session: Any, read_timeout: float | 
 
     Args:
         settings: botocore's `retries`.
-        session: Where else to look for them.
-        read_timeout: Seconds without a byte after which a request fails, or `None` for any.
+        session: The session, which has the settings of the environment and the profile.
+        read_timeout: Seconds without a byte after which a request fails, or `None` for no limit.
     """
     limit_s = None if read_timeout is None else _READ_TIMEOUTS * read_timeout
     return Retries(_attempts(settings, session), limit_s, is_transient, is_timeout)
 
 
 def is_timeout(error: Exception) -> bool:
-    """Tell whether a server did not answer at all."""
+    """Return whether a server did not respond at all."""
     return isinstance(error, ConnectTimeoutError | ReadTimeoutError)
 
 
 def is_transient(error: Exception) -> bool:
-    """Tell whether the same request may succeed later."""
+    """Return whether the same request may succeed later."""
     if isinstance(error, _BROKEN):
         return not isinstance(error, SSLError)
     status = http_status(error)

@@ -17,10 +17,10 @@ R = TypeVar("R")
 
 
 class ThreadedStore(RemoteStore):
-    """A directory of a blocking file system; one call at a time, as fsspec's instances are made for one thread each.
+    """A directory of a blocking file system; one call at a time, since fsspec's instances are meant for one thread.
 
     Such file systems write in pieces, so an object is written under a temporary name and renamed. A commit is as atomic
-    as the file system's own rename (SFTP's `posix-rename` is; fsspec copies and deletes where there is none).
+    as the file system's own rename (SFTP's `posix-rename` is; without one, fsspec copies and deletes).
     """
 
     def _make_fs(self) -> Any:
@@ -30,7 +30,7 @@ class ThreadedStore(RemoteStore):
         return self._wrapped
 
     async def _ask(self, request: Callable[[], Awaitable[R]]) -> R:
-        """Have the file system do something, once: a rename whose answer was lost must not be repeated."""
+        """Send a request, once: a rename whose response was lost must not be repeated."""
         async with self._turn:
             return await request()
 
@@ -41,19 +41,19 @@ class ThreadedStore(RemoteStore):
             await self._ask(lambda: self._fs._pipe_file(temporary, body.getvalue()))
             await self._rename(temporary, path)
         except BaseException:
-            # What made the write fail is raised, not what fails here.
+            # The original error is raised.
             with suppress(Exception):
                 await self._ask(lambda: self._fs._rm_file(temporary))
             raise
 
     async def remove_directory(self) -> None:
-        """Remove the directory, unless something is in it, or it is not there."""
+        """Remove the directory if it exists and is empty."""
         with self._failures.mapped("remove"):
             try:
                 await self._ask(lambda: self._wrapped._rmdir(self._prefix))
             except FileNotFoundError:
                 return
-            except OSError:  # each system has an error of its own for what is not empty
+            except OSError:  # each system has its own error for a directory that is not empty
                 if not list(await self._list_entries()):
                     raise
 
@@ -61,7 +61,7 @@ class ThreadedStore(RemoteStore):
         if type(self._blocking_fs).mv is not AbstractFileSystem.mv:
             await self._ask(lambda: self._wrapped._mv(temporary, path))
             return
-        # fsspec's own way would take `?`, `*` and `[` in a path for a pattern.
+        # fsspec's own `mv` would take `?`, `*` and `[` in a path for a pattern.
         await self._ask(lambda: self._wrapped._cp_file(temporary, path))
         await self._ask(lambda: self._fs._rm_file(temporary))
 
@@ -69,7 +69,7 @@ class ThreadedStore(RemoteStore):
         """Write the object under another name, rename it, and check the result: some servers refuse silently.
 
         Raises:
-            StoreError: What was there before is there still.
+            StoreError: The previous object is still there.
         """
         before = await self._held(name)
         await super().commit(name, data, over)
@@ -88,7 +88,7 @@ class ThreadedStore(RemoteStore):
 
 
 class MemoryStore(ThreadedStore):
-    """fsspec's `memory://`, whose readers in one process share a file object, and with it the position in it."""
+    """fsspec's `memory://`, whose readers in one process share a file object and its position."""
 
     async def _read(self, path: str, start: int | None = None, stop: int | None = None) -> bytes:
         file = self._blocking_fs.store.get(path)

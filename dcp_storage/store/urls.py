@@ -1,4 +1,4 @@
-"""What people give as a path: text, path objects, path objects that are URLs, URLs that lost a slash."""
+"""The paths that callers give: strings, path objects, path objects that are URLs, URLs that lost a slash."""
 
 import os
 import re
@@ -13,21 +13,21 @@ from dcp_storage.errors import ConfigError
 from dcp_storage.store.redact import strip_userinfo
 
 Address = str | os.PathLike[str]
-"""A local path, or a URL: as text or as an object that stands for either."""
+"""A local path or a URL, as a string or a path object."""
 
 _LOCAL_PROTOCOLS = {"file", "local"}
 _VERSION = re.compile(r"[?&]version_?id=", re.IGNORECASE)
 
 
 def url_of(address: object) -> str:
-    """Return a path or URL as text.
+    """Return a path or URL as a string.
 
-    Path objects of other libraries (`UPath`, `CloudPath`) stand for a URL, though for `os.fspath` some are a file in
-    a cache.
+    Path objects of other libraries (`UPath`, `CloudPath`) give their URL, although `os.fspath` returns a file in a
+    cache for some.
 
     Raises:
-        ConfigError: It is neither text nor a path object, it is empty, it lost a slash, as `Path("s3://bucket/run")`
-            does, or it names one version of an object.
+        ConfigError: It is neither a string nor a path object, is empty, lost a slash (as `Path("s3://bucket/run")`
+            does), or names one version of an object.
     """
     url = _text_of(address)
     if not url:
@@ -44,7 +44,7 @@ def url_of(address: object) -> str:
         )
     if "://" in url and _VERSION.search(url):
         raise ConfigError(
-            f"{strip_userinfo(url)} names one version of an object, but a checkpoint is many: leave it out"
+            f"{strip_userinfo(url)} names one version of an object, but a checkpoint is many objects: leave it out"
         )
     return url
 
@@ -56,13 +56,13 @@ def options_of(address: object) -> Mapping[str, Any]:
 
 
 def is_local(url: str) -> bool:
-    """Tell whether a text is a path on this machine's file systems, also one that is written as a URL."""
+    """Return whether a string is a path on this machine's file systems, possibly written as a URL."""
     protocol, separator, _ = url.partition("://")
     return not separator or protocol in _LOCAL_PROTOCOLS
 
 
 def local_path(url: str) -> str:
-    """Return an absolute path, from what fsspec takes for a local one: `file:/x`, `~/x`, relative paths."""
+    """Return the absolute path of any path that fsspec takes for a local one: `file:/x`, `~/x`, relative paths."""
     return str(LocalFileSystem._strip_protocol(url))  # noqa: SLF001
 
 

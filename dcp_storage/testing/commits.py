@@ -1,4 +1,4 @@
-"""What every store's commit must do: all or nothing, and over the expected version only."""
+"""The requirements for every store's commit: all or nothing, and only over the expected version."""
 
 import asyncio
 
@@ -13,7 +13,7 @@ class CommitSuite:
     """Conformance of a store's commits; part of `StoreSuite`."""
 
     creates_at_once = False
-    """Whether of several that create an object at the same time one succeeds alone."""
+    """Whether exactly one of several commits that create an object at the same time succeeds."""
 
     @pytest.fixture
     def place(self) -> Place:
@@ -24,7 +24,7 @@ class CommitSuite:
         async def use(store: Store) -> None:
             await store.commit(".metadata", b"first", over=ABSENT)
             for data in (b"second", b""):
-                with pytest.raises(ObjectExists, match=r"cannot commit .*/\.metadata: it is there already") as caught:
+                with pytest.raises(ObjectExists, match=r"cannot commit .*/\.metadata: it already exists") as caught:
                     await store.commit(".metadata", data, over=ABSENT)
                 assert caught.value.url == store.url
             assert await store.get(".metadata") == b"first"
@@ -38,7 +38,7 @@ class CommitSuite:
         run(place, use)
 
     def test_of_several_that_create_one_succeeds(self, place: Place) -> None:
-        """Where the store can do that at once; else what is there is of one of them, whole."""
+        """If the store creates objects atomically; otherwise the object is that of one commit, whole."""
 
         async def use(store: Store) -> None:
             made = [bytes([65 + n]) * 50_000 for n in range(6)]
