@@ -73,7 +73,7 @@ def test_a_process_that_dies_costs_a_warning_and_no_byte(caplog, at):
         assert encoded(encoder, ITEMS) == expected
         assert encoded(encoder, ITEMS) == expected
     [record] = caplog.records
-    assert "no process to encode in" in record.message
+    assert "cannot encode in a separate process" in record.message
     assert process.returncode == -signal.SIGKILL
 
 
@@ -118,7 +118,7 @@ def test_a_process_that_stops_without_dying_is_given_up(monkeypatch, caplog):
         process.send_signal(signal.SIGSTOP)
         assert encoded(encoder, ITEMS) == encoded(ItemEncoder(CODECS[0]), ITEMS)
     [record] = caplog.records
-    assert "it did not answer for" in record.message
+    assert "it did not respond for" in record.message
     assert process.returncode == -signal.SIGKILL
 
 

@@ -1,1 +1,1 @@
-"""What moves when: pure planning (`layout`, `ranges`) beside bounded pipelines (`save`, `load`)."""
+"""Data movement: pure planning (`layout`, `ranges`) and bounded pipelines (`save`, `load`, `check`)."""

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 
 class Budget:
-    """Bytes that may be in flight in one event loop; a piece larger than all of them goes alone."""
+    """Limits the bytes in flight in one event loop; a piece larger than the limit goes alone."""
 
     def __init__(self, limit: int) -> None:
         self._limit = self._free = limit
@@ -14,7 +14,7 @@ class Budget:
 
     @asynccontextmanager
     async def hold(self, size: int) -> AsyncIterator[None]:
-        """Wait until `size` bytes are free and keep them for the length of the block."""
+        """Wait until `size` bytes are free, and hold them until the `with` block ends."""
         size = min(size, self._limit)
         async with self._freed:
             await self._freed.wait_for(lambda: self._free >= size)

@@ -1,4 +1,4 @@
-"""Memory to encode in and fetch into, which is reused: new pages cost page faults."""
+"""Reused memory for encoding and fetching: new pages cost page faults."""
 
 import mmap
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from contextlib import contextmanager, suppress
 
 
 class Buffers:
-    """The buffers of one call: as many as are held at once, each as large as the largest that was asked for."""
+    """The buffers of one call: as many as are held at once, each as large as the largest requested."""
 
     def __init__(self) -> None:
         self._size = 0
@@ -14,9 +14,9 @@ class Buffers:
 
     @contextmanager
     def hold(self, size: int) -> Iterator[memoryview]:
-        """Lend at least `size` bytes (1 or more), which begin at a page.
+        """Lend at least `size` bytes (1 or more), page-aligned.
 
-        After an error they are not lent again: a thread may still be writing to them.
+        After an error they are not reused: a thread may still be writing to them.
         """
         self._size = max(self._size, size)
         memory = self._free.pop() if self._free else memoryview(b"")
@@ -27,7 +27,7 @@ class Buffers:
 
 
 def _map(size: int) -> mmap.mmap:
-    """Map memory of this process alone, in huge pages where Linux has them: one fault stands for 512."""
+    """Map private memory, in huge pages if Linux has them: one page fault instead of 512."""
     memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with suppress(OSError):  # this kernel has none

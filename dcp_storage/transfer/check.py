@@ -23,7 +23,7 @@ from dcp_storage.transfer.workers import CodecThreads, for_each
 class Run(NamedTuple):
     """Blocks that are read together: those of a segment, or of a part of one.
 
-    `digest` is that of their raw bytes, or empty; `planes` those of the blocks.
+    `digest` is the digest of their raw bytes, or empty; `planes` is the number of their byte planes.
     """
 
     blocks: Sequence[Block]
@@ -32,32 +32,32 @@ class Run(NamedTuple):
 
     @property
     def object(self) -> int:
-        """The number of the object that they lie in."""
+        """The number of the object that contains them."""
         return self.blocks[0].object
 
     @property
     def start(self) -> int:
-        """Where the first begins."""
+        """The offset at which the first begins."""
         return self.blocks[0].offset
 
     @property
     def stop(self) -> int:
-        """Where the last ends."""
+        """The offset at which the last ends."""
         return self.blocks[-1].offset + self.blocks[-1].length
 
 
 class BlockFault(NamedTuple):
-    """A block that is not what was written, or all of a run, whose blocks are sound."""
+    """A damaged block, or a run whose blocks are sound but whose digest differs."""
 
     run: Run
     block: Block | None
 
 
 def runs_of(items: Sequence[CheckedItem], codec: StoredCodec, there: Sequence[int]) -> Iterator[Run]:
-    """Yield the blocks of items, segment by segment, that lie within their objects; `there` are these objects' sizes.
+    """Yield the blocks of items, segment by segment, that are within their objects; `there` has the objects' sizes.
 
     Raises:
-        ManifestCorrupt: A digest is of more than what may be held in memory at once.
+        ManifestCorrupt: A digest covers more than may be held in memory at once.
     """
     for number, item in enumerate(items):
         count = -(-item.raw_bytes // codec.block_bytes)
@@ -73,7 +73,7 @@ def runs_of(items: Sequence[CheckedItem], codec: StoredCodec, there: Sequence[in
 
 
 def _checked_size(item: CheckedItem, blocks: Sequence[Block]) -> Sequence[Block]:
-    """Return blocks that are hashed in one go, and held in memory for that."""
+    """Return the blocks of a digest, which are hashed, and held in memory, together."""
     if blocks[-1].stop - blocks[0].start > MAX_DIGESTED_BYTES:
         raise ManifestCorrupt(f"{item.fqn} has a digest of more than {MAX_DIGESTED_BYTES} bytes", fqn=item.fqn)
     return blocks
@@ -82,10 +82,10 @@ def _checked_size(item: CheckedItem, blocks: Sequence[Block]) -> Sequence[Block]
 async def check_runs(
     context: Context, runs: Sequence[Run], object_names: Sequence[str], codec: StoredCodec, algorithm: str | None
 ) -> list[BlockFault]:
-    """Read and decode all runs, and return what failed its check in two readings.
+    """Read and decode all runs, and return what failed its check in two reads.
 
     Raises:
-        StoreError: A range could not be read, for any reason but that its object is gone: its blocks are returned.
+        StoreError: A range could not be read. If its object does not exist, its blocks are returned instead.
     """
     store, transfer = context.store, context.transfer
     groups = _group(runs, min(transfer.object_bytes, store.read_bytes))
@@ -99,7 +99,7 @@ async def check_runs(
 
 
 def _group(runs: Iterable[Run], most: int) -> list[list[Run]]:
-    """Join runs that lie side by side into requests of at most so many bytes, unless one run is larger."""
+    """Join adjacent runs into requests of at most `most` bytes, unless one run is larger."""
     groups: list[list[Run]] = []
     for run in sorted(runs, key=lambda run: (run.object, run.start)):
         last = groups[-1] if groups else None
@@ -112,7 +112,7 @@ def _group(runs: Iterable[Run], most: int) -> list[list[Run]]:
 
 
 class _Checks:
-    """Checks runs for one thread, in memory that it uses again; byte planes are undone for digests alone."""
+    """Checks runs for one thread, in memory that it reuses; byte planes are only undone for digests."""
 
     def __init__(self, codec: StoredCodec, algorithm: str | None) -> None:
         self._decoder = CODECS[codec.compression].make_decoder(codec.block_bytes)

@@ -1,4 +1,4 @@
-"""What a pipeline moves bytes with."""
+"""The context of a pipeline."""
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,5 +17,5 @@ class Context:
     observer: Observer = silent
 
     def observed(self, operation: Operation, raw_bytes: int) -> AbstractContextManager[Advance]:
-        """Tell the observer of a transfer that moves so many bytes in memory, for the length of the block."""
+        """Report a transfer of this many bytes, as in memory, to the observer until the `with` block ends."""
         return observed(self.observer, operation, self.store.url, raw_bytes)

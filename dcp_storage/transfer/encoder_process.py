@@ -1,7 +1,7 @@
-"""An encoder in a process of its own: both ends of it, and the memory between them.
+"""An encoder in a separate process: both ends of it, and the memory that they share.
 
-The memory holds a unit's raw bytes and, behind them, what they were encoded to. The process runs nothing of the program
-that started it, and ends when that closes the connection or dies.
+The memory holds a unit's raw bytes, followed by the encoded bytes. The process runs no code of the program that started
+it, and ends when that program closes the connection or dies.
 """
 
 import os
@@ -19,17 +19,17 @@ from dcp_storage.raw import Raw, copy_bytes
 
 _PATIENCE_S = 60
 _LEAST_BYTES_A_SECOND = 100_000
-"""Slower than zstd's highest level on a core that has other work to do."""
+"""Slower than zstd's highest level on a busy core."""
 
 NICE = 10
-"""How far it steps back: where all cores are busy it has about a tenth of what training has."""
+"""The niceness of the process: if all cores are busy, it gets about a tenth of the time that training gets."""
 
 
 class EncoderProcess:
-    """What `ItemEncoder` does, elsewhere, for one thread. Close it to end the process.
+    """An `ItemEncoder` in another process, for one thread. Close it to end the process.
 
     Raises:
-        OSError: No process, or no memory to share with it, can be had.
+        OSError: The process cannot be started, or no memory can be shared with it.
     """
 
     def __init__(self, codec: Codec) -> None:
@@ -45,10 +45,10 @@ class EncoderProcess:
             undo.pop_all()
 
     def encode_items(self, items: Sequence[tuple[Raw, int]], out: memoryview) -> list[Encoded]:
-        """Encode as `ItemEncoder.encode_items` does; after an error this encoder is of no more use.
+        """Encode as `ItemEncoder.encode_items` does; after an error this encoder cannot be used any more.
 
         Raises:
-            EOFError, OSError: The process died, or does not answer.
+            EOFError, OSError: The process died, or does not respond.
         """
         sizes = [(len(raw), planes) for raw, planes in items]
         memory = self._memory.view(sum(size for size, _ in sizes) + len(out))
@@ -59,14 +59,14 @@ class EncoderProcess:
         self._connection.send((sizes, len(out)))
         patience_s = _PATIENCE_S + filled / _LEAST_BYTES_A_SECOND
         if not self._connection.poll(patience_s):
-            raise TimeoutError(f"it did not answer for {patience_s:.0f} s")
+            raise TimeoutError(f"it did not respond for {patience_s:.0f} s")
         encoded: list[Encoded] = self._connection.recv()
         size = sum(sum(item.lengths) for item in encoded)
         copy_bytes(memory[filled : filled + size], out[:size])
         return encoded
 
     def close(self) -> None:
-        """End the process at once: it holds nothing that could be lost."""
+        """Kill the process: it holds nothing that could be lost."""
         self._connection.close()
         self._process.kill()
         self._process.wait()
@@ -74,30 +74,30 @@ class EncoderProcess:
 
 
 class _SharedMemory:
-    """Memory that both processes see."""
+    """Memory that both processes share."""
 
     def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
         self._view = memoryview(b"")
 
     def view(self, size: int) -> memoryview:
-        """Return at least so many bytes; the process asks for the sizes that it was told, and so sees the same."""
+        """Return at least this many bytes; both processes request the same sizes, so both see the same memory."""
         if len(self._view) < size:
             os.ftruncate(self.descriptor, size)
             self._view = memoryview(mmap(self.descriptor, size))
         return self._view
 
     def close(self) -> None:
-        self._view = memoryview(b"")  # it holds a descriptor of its own
+        self._view = memoryview(b"")  # it has its own descriptor
         os.close(self.descriptor)
 
 
 def _check_possible() -> None:
-    """Raise an `OSError` where no process of this module can be had."""
+    """Raise an `OSError` if a process of this module cannot be started."""
     if not hasattr(os, "memfd_create"):
         raise OSError("this Python was built without os.memfd_create")
     if not sys.executable or getattr(sys, "frozen", False):
-        raise OSError("the program has no Python interpreter of its own to start")
+        raise OSError("the program has no Python interpreter to start")
 
 
 def _start(connection: int, memory: int) -> "subprocess.Popen[bytes]":
@@ -106,24 +106,24 @@ def _start(connection: int, memory: int) -> "subprocess.Popen[bytes]":
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         pass_fds=(connection, memory),
-        # It finds its modules where this process does, and numpy's BLAS need not start a thread for each core.
+        # It finds modules in the same places as this process, and numpy's BLAS need not start a thread per core.
         env={**os.environ, "PYTHONPATH": _python_path(), "OPENBLAS_NUM_THREADS": "1"},
     )
 
 
 def _python_path() -> str:
-    # What a program may put there by mistake, such as a Path, Python itself passes over.
+    # A program may put other objects there by mistake, such as a Path, which Python itself ignores.
     return os.pathsep.join(os.fspath(entry) for entry in sys.path if isinstance(entry, str | os.PathLike))
 
 
 def give_way() -> None:
-    """Let other processes go first where cores are short; this one's threads inherit that."""
+    """Give other processes priority for scarce cores; this one's threads inherit that."""
     os.setpriority(os.PRIO_PROCESS, 0, max(NICE, os.getpriority(os.PRIO_PROCESS, 0)))
 
 
 def _serve(connection: Connection, shared: _SharedMemory) -> None:
-    """Encode what arrives, until the other end is closed."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all of a terminal's processes; ours ends this one
+    """Encode the units that arrive, until the other end is closed."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes of a terminal; the parent ends this
     give_way()
     encoder = ItemEncoder(connection.recv())
     while True:

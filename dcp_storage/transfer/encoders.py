@@ -1,4 +1,4 @@
-"""Where a save encodes: in threads or, beside training, in processes of its own."""
+"""Where a save encodes: in threads or, during training, in separate processes."""
 
 import logging
 import sys
@@ -15,21 +15,21 @@ from dcp_storage.transfer.encoder_process import EncoderProcess
 logger = logging.getLogger(__name__)
 
 _LEAST_BYTES = 64 * MIB
-"""Less is encoded before a process has started."""
+"""A thread encodes less than this before a process has started."""
 
 PROCESS_UNIT_BYTES = 16 * MIB
-"""Raw bytes that a process encodes at a time. Each time takes Python's lock from training more than once."""
+"""Raw bytes that a process encodes at a time. Each time takes the GIL from training more than once."""
 
 
 class Encoder(Protocol):
-    """What encodes for one thread."""
+    """An encoder for one thread."""
 
     def encode_items(self, items: Sequence[tuple[Raw, int]], out: memoryview) -> list[Encoded]:
-        """Encode slices of items, each with its number of byte planes, one behind the other into `out`."""
+        """Encode slices of items, each with its number of byte planes, one after another into `out`."""
 
 
 def is_worth_a_process(nbytes: int) -> bool:
-    """Tell whether so many bytes are worth a process. The memory that it shares is Linux's."""
+    """Return whether this many bytes are worth a process, whose shared memory needs Linux."""
     return nbytes >= _LEAST_BYTES and sys.platform == "linux"
 
 
@@ -41,9 +41,9 @@ def encoder_in_thread(codec: Codec) -> Iterator[Encoder]:
 
 @contextmanager
 def encoder_in_process(codec: Codec) -> Iterator[Encoder]:
-    """Lend an encoder that works in a process, which ends with the `with` block, and leaves Python's lock to training.
+    """Lend an encoder in a separate process, which ends with the `with` block, and leaves the GIL to training.
 
-    Where no process can be had, or it dies, the calling thread encodes, and a warning says so: the bytes are the same.
+    If the process cannot be started, or dies, the calling thread encodes to the same bytes, and a warning says so.
     """
     try:
         process = EncoderProcess(codec)
@@ -71,5 +71,5 @@ class _ProcessEncoder:
 
 @cache
 def _warn(reason: str) -> None:
-    """Say so once: what is so for one thread is so for all of them and in every save."""
-    logger.warning("no process to encode in (%s): a thread encodes, which slows training down", reason)
+    """Warn once: the reason is the same for all threads and saves."""
+    logger.warning("cannot encode in a separate process (%s): a thread encodes, which slows training down", reason)

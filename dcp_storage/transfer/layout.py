@@ -13,7 +13,7 @@ MIN_OBJECT_BYTES = 8 * MIB
 
 
 class Piece(Struct, frozen=True, order=True, gc=False):
-    """Bytes `start` to `stop` of an item: whole blocks, and the start of a block."""
+    """Bytes `start` to `stop` of an item: whole blocks, from the start of one."""
 
     item: int
     start: int
@@ -23,22 +23,22 @@ class Piece(Struct, frozen=True, order=True, gc=False):
 def target_bytes(total: int, object_bytes: int, concurrency: int, least: int | None = None) -> int:
     """Return how much raw data an object should hold so that every worker has one, within the limits.
 
-    `least` is for what may be smaller than objects: requests to a disk.
+    `least` is for requests to a disk, which may be smaller than objects.
     """
     share = -(-total // concurrency)
-    # A little more than its share: objects end with whole blocks, and what is left over would be one more.
+    # A little more than its share: objects end with whole blocks, and the rest would need one more object.
     return min(object_bytes, max(MIN_OBJECT_BYTES if least is None else least, share + share // 8))
 
 
 @gc_paused
 def lay_out(sizes: Sequence[int], block_bytes: int, target: int, groups: Sequence[str] = ()) -> list[list[Piece]]:
-    """Fill objects with the items of these sizes, in order, to `target` raw bytes each; large items span several.
+    """Fill objects with items of these sizes, in order, up to `target` raw bytes each; large items span several.
 
-    Each item's pieces are in order and cover it; items of no bytes have none. Every object but the last of a group
+    Each item's pieces are in order and cover it; empty items have none. Every object but the last of a group
     holds more than `target - block_bytes` bytes, and none holds more than `max(target, block_bytes)`.
 
-    `groups` names the group of each item, if there are any: items of a block and more share no object with those of
-    another group, so that a group can be deleted by its objects.
+    `groups` names the group of each item, if there are any: items of at least one block share no object with those of
+    another group, so that a group can be deleted by deleting its objects.
     """
     objects: list[list[Piece]] = []
     for members in _members(sizes, block_bytes, groups):
@@ -76,7 +76,7 @@ def _fill(members: Iterable[int], sizes: Sequence[int], block_bytes: int, target
 
 @gc_paused
 def split_units(pieces: Sequence[Piece], block_bytes: int, unit_bytes: int) -> list[list[Piece]]:
-    """Cut an object's pieces, in order, into units of about `unit_bytes`: what one thread encodes at a time."""
+    """Split an object's pieces, in order, into units of about `unit_bytes`, which a thread encodes at a time."""
     units: list[list[Piece]] = [[]]
     room = unit_bytes
     stride = max(block_bytes, unit_bytes // block_bytes * block_bytes)

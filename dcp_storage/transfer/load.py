@@ -22,20 +22,20 @@ from dcp_storage.transfer.ranges import Block, Fetch, coalesce, locate
 from dcp_storage.transfer.workers import UNIT_BYTES, CodecThreads, for_each, useful_threads
 
 _LEAST_LOCAL_BYTES = MIB
-"""A disk takes smaller reads than a network: more of them at once decode in more threads."""
+"""Reads from a disk may be smaller than from a network: more reads at once are decoded in more threads."""
 
 
 class Target(Protocol):
-    """Where an item's bytes go. `open` and `close` are called on the event loop's thread, the rest on any."""
+    """The destination of an item. `open` and `close` are called on the event loop's thread, the others on any."""
 
     def open(self) -> None:
-        """Get the memory ready; called once, before the first byte."""
+        """Prepare the memory; called once, before the first byte."""
 
     def direct(self, start: int, stop: int) -> memoryview | None:
-        """Return the final memory of raw bytes `start` to `stop` where they lie there as they are stored, or `None`."""
+        """Return the final memory of raw bytes `start` to `stop` if it holds them as they are stored, else `None`."""
 
     def fill(self, start: int, stop: int, decode: Callable[[memoryview], None]) -> None:
-        """Have `decode` write raw bytes `start` to `stop`, where they belong or to be copied there."""
+        """Let `decode` write raw bytes `start` to `stop`, to their destination or to memory that is copied there."""
 
     def close(self) -> None:
         """Hand the memory over; called once, after the last byte."""
@@ -46,13 +46,13 @@ class LoadItem:
     """A stored item of which some blocks are read.
 
     Attributes:
-        fqn: Names the item in errors.
+        fqn: The item's name in errors.
         nbytes: Raw size of the whole item in bytes.
-        planes: Byte planes of its blocks; 1 is none.
+        planes: Number of byte planes of its blocks; 1 means none.
         segments: Where it is stored.
         wanted: The numbers of the blocks to read, ascending.
         target: Where they go.
-        shared: Whether other processes of this machine read it at about the same time.
+        shared: Whether other processes on this machine read it at about the same time.
     """
 
     fqn: str
@@ -70,7 +70,7 @@ async def load_items(
     """Fetch, check and decode the wanted blocks of all items, each once.
 
     Raises:
-        BlockCorrupt: A block failed its check, and again when it was read a second time.
+        BlockCorrupt: A block failed its check, and again when read a second time.
         StoreError: A range could not be read.
     """
     store, transfer = context.store, context.transfer
@@ -118,7 +118,7 @@ class _Loader:
         self._opened: set[int] = set()
 
     def finish_empty(self) -> None:
-        """Serve the items that want no bytes."""
+        """Finish the items of which no bytes are wanted."""
         for item in self._items:
             if not item.wanted:
                 item.target.open()
@@ -143,12 +143,12 @@ class _Loader:
         return memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop, room))
 
     def _is_shared(self, fetch: Fetch) -> bool:
-        """Tell whether others read most of what is fetched."""
+        """Return whether other processes read most of this range, too."""
         shared = sum(block.length for block in fetch.blocks if self._items[block.item].shared)
         return 2 * shared > fetch.stop - fetch.start
 
     def _destination(self, fetch: Fetch) -> memoryview | None:
-        """Return the final memory of all that is fetched, where it lies there as it is stored."""
+        """Return the final memory of the whole range if it holds the bytes as they are stored, else `None`."""
         first, last = fetch.blocks[0], fetch.blocks[-1]
         shift = fetch.start - first.start
         if not self._raw or any(
@@ -159,7 +159,7 @@ class _Loader:
         return self._items[first.item].target.direct(first.start, last.stop)
 
     async def _decode(self, blocks: Sequence[Block], data: memoryview, start: int) -> None:
-        """Decode blocks out of a range that begins at `start`; read once more what fails its check."""
+        """Decode blocks from a range that begins at `start`; read those that fail their check once more."""
         for block in await self._threads.run(partial(self._decode_sound, blocks, data, start)):
             await self._decode_again(block)
 
@@ -190,7 +190,7 @@ class _Loader:
             what = f"the object ends {block.length - len(data)} bytes too early" if short else str(error)
             raise BlockCorrupt(
                 f"{self._store.url}/{name}: the block of {fqn} at {block.offset} ({block.length} bytes) is damaged, "
-                f"in two readings: {what}. Restore this object from a copy, or load another checkpoint",
+                f"in two reads: {what}. Restore this object from a copy, or load another checkpoint",
                 url=self._store.url,
                 object_name=name,
                 offset=block.offset,
@@ -198,7 +198,7 @@ class _Loader:
             ) from error
 
     def _deliver(self, unit: Sequence[Block]) -> None:
-        """Hand over the items that are complete now."""
+        """Hand over the items that are now complete."""
         self._advance(sum(b.stop - b.start for b in unit), sum(b.length for b in unit))
         for block in unit:
             self._waiting[block.item] -= 1

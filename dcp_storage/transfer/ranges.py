@@ -1,4 +1,4 @@
-"""Which blocks a read needs, and which byte ranges bring them: pure planning of a load."""
+"""Which blocks a read needs, and which byte ranges contain them: pure planning of a load."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
@@ -15,7 +15,7 @@ from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.geometry import Box, Shape, flat_offset
 
 WASTE = 0.1
-"""Bytes fetched but not needed, over bytes needed, at most."""
+"""The maximum ratio of bytes fetched without need to bytes needed."""
 
 
 class Block(NamedTuple):
@@ -40,7 +40,7 @@ class Fetch(NamedTuple):
 
 
 def needed_blocks(shape: Shape, boxes: Iterable[Box], item_bytes: int, block_bytes: int) -> list[int]:
-    """Return the numbers of the blocks of a row-major item that hold an element of any of the boxes, ascending."""
+    """Return the numbers of the blocks of a row-major item that contain an element of any of the boxes, ascending."""
     count = -(-prod(shape) * item_bytes // block_bytes)
     if count <= 1:
         return [0] if any(box.numel for box in boxes) else []
@@ -97,8 +97,8 @@ def locate(
 def coalesce(blocks: Iterable[Block], max_gap_bytes: int, max_bytes: int) -> list[Fetch]:
     """Join blocks into few requests.
 
-    A gap of unneeded bytes is read too if it is at most `max_gap_bytes` and all such gaps, the smallest first, come to
-    at most a tenth of what is needed. No request is larger than `max_bytes` unless one block is.
+    A gap of unneeded bytes is read too if it is at most `max_gap_bytes` and all such gaps, smallest first, add up to at
+    most a tenth of the bytes needed. No request is larger than `max_bytes` unless one block is.
     """
     ordered = sorted(blocks, key=lambda block: (block.object, block.offset))
     bridged = _bridge(ordered, max_gap_bytes)

@@ -30,7 +30,7 @@ from dcp_storage.transfer.workers import UNIT_BYTES, CodecThreads, for_each, use
 
 
 class Source(Protocol):
-    """An item to save: so many raw bytes, read in slices."""
+    """An item to save, whose raw bytes are read in slices."""
 
     @property
     def nbytes(self) -> int:
@@ -38,7 +38,7 @@ class Source(Protocol):
 
     @property
     def planes(self) -> int:
-        """Byte planes that its blocks are laid out in; 1 is none."""
+        """Number of byte planes of its blocks; 1 means none."""
 
     def read(self, start: int, stop: int) -> Raw:
         """Return bytes `start` to `stop` in host memory. Called on codec threads, for several slices at once."""
@@ -53,12 +53,12 @@ async def save_items(
     groups: Sequence[str] = (),
     in_processes: bool = False,
 ) -> Columns:
-    """Encode and put all items; return where they lie, each one's segments in the order of their blocks.
+    """Encode and put all items; return where they are stored, the segments of each in the order of their blocks.
 
-    Threads encode, or with `in_processes` processes, where the bytes are worth it.
+    Threads encode, or with `in_processes` separate processes, if there are enough bytes.
     Large items of different `groups` (a name for each item, if given) share no object.
-    Objects are named `name(0)`, `name(1)`, ... When one put fails the others are cancelled and the error is raised;
-    objects that were put by then stay: nothing names them.
+    Objects are named `name(0)`, `name(1)`, ... If one put fails, the others are cancelled and the error is raised;
+    objects that were put by then remain, but no manifest names them.
     """
     store, transfer = context.store, context.transfer
     sizes = [source.nbytes for source in sources]
@@ -84,7 +84,7 @@ async def save_items(
 
 
 class _Stored:
-    """Gathers what was put, object by object."""
+    """Collects the results, object by object."""
 
     def __init__(self, codec: Codec) -> None:
         self._chars = CODECS[codec.compression].check_chars
@@ -95,7 +95,7 @@ class _Stored:
         self._offsets: list[Any] = []
 
     def add(self, number: int, pieces: Sequence[Piece], encoded: Sequence[Encoded]) -> None:
-        """Note an object: it is its pieces, one behind the other."""
+        """Record an object, which is its pieces, back to back."""
         sizes = numbers(sum(blocks.lengths) for blocks in encoded)
         self._pieces += pieces
         self._encoded += encoded
@@ -104,7 +104,7 @@ class _Stored:
 
     @gc_paused
     def by_item(self, items: int) -> Columns:
-        """Return where each of so many items lies, in the order of their bytes."""
+        """Return where each of this many items is stored, in the order of their bytes."""
         if not self._pieces:
             return NOTHING._replace(segments=np.zeros(items, np.int64))
         segments = Columns(
@@ -142,7 +142,7 @@ class _ObjectWriter:
         self._advance = advance
 
     async def batches(self, units: Sequence[Sequence[Piece]]) -> AsyncGenerator[Batch, None]:
-        """Yield the object's bytes in whole pages, and what is left at the end."""
+        """Yield the object's bytes in whole pages, and the remainder at the end."""
         with self._buffers.hold(PAGE_BYTES + max(map(self._room, units))) as memory:
             kept = 0
             for unit in units:
@@ -157,7 +157,7 @@ class _ObjectWriter:
                 yield memory[:kept]
 
     def _room(self, unit: Sequence[Piece]) -> int:
-        """Return the most bytes that a unit may be encoded in."""
+        """Return the maximum encoded size of a unit."""
         sizes = [piece.stop - piece.start for piece in unit]
         blocks = sum(-(-size // self._block_bytes) for size in sizes)
         return self._limit(sum(sizes), blocks)

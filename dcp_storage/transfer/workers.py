@@ -15,24 +15,24 @@ R = TypeVar("R")
 
 
 UNIT_BYTES = 8 * MIB
-"""Bytes that a thread encodes or decodes between two looks at the event loop."""
+"""Bytes that a thread encodes or decodes before it returns to the event loop."""
 
 _SMALL_BYTES = 32 * KIB
-"""Items smaller than this cost more Python than encoding."""
+"""Items smaller than this cost more time in Python than in encoding."""
 
 
 def useful_threads(transfer: Transfer, items: int, nbytes: int) -> int:
     """Return the useful number of threads for this many items and bytes.
 
-    Where items are small on average, more than one thread would only hand the GIL to and fro.
+    If items are small on average, several threads would only pass the GIL back and forth.
     """
     return 1 if nbytes < items * _SMALL_BYTES else transfer.resolve_threads()
 
 
 class CodecThreads(Generic[C]):
-    """A pool of threads that each open a coder of their own: zstd contexts crash when they are shared.
+    """A pool of threads that each open their own coder: zstd contexts crash if they are shared.
 
-    Leave its `with` block to end the threads and close their coders.
+    The end of its `with` block ends the threads and closes their coders.
     """
 
     def __init__(self, threads: int, open_coder: Callable[[], AbstractContextManager[C]]) -> None:
@@ -66,7 +66,7 @@ class CodecThreads(Generic[C]):
 async def for_each(concurrency: int, jobs: Iterable[T], do: Callable[[T], Awaitable[None]]) -> None:
     """Do every job, in order, at most `concurrency` at once. The first error cancels the rest and is raised.
 
-    Of several errors the first to happen is raised: those that follow are mostly its consequence.
+    Of several errors, the first to happen is raised: later ones are usually its consequences.
     """
     queue = iter(jobs)
 
@@ -85,11 +85,11 @@ async def for_each(concurrency: int, jobs: Iterable[T], do: Callable[[T], Awaita
         if error is not None:
             raise error  # outside of `except`: the group must not become its context, nor hide its cause
     finally:
-        del error  # else a circle with its traceback holds this frame, and its callers' state
+        del error  # else a reference cycle with its traceback keeps this frame and its callers' state
 
 
 def run_async(coroutine: Coroutine[Any, Any, R]) -> R:
-    """Run a coroutine to its end in an event loop of its own, also where this thread runs a loop already (Jupyter)."""
+    """Run a coroutine in a new event loop, even if this thread is already running one (Jupyter)."""
     if not _runs_a_loop():
         return _run(coroutine)
     with ThreadPoolExecutor(1, thread_name_prefix="dcp_storage_loop") as thread:
