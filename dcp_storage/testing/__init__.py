@@ -1,4 +1,4 @@
-"""For tests of stores, and of programs that must survive a store's failures. It needs pytest."""
+"""Tools to test stores, and programs that must survive a store's failures. They need pytest."""
 
 import pytest
 

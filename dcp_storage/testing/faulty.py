@@ -1,4 +1,4 @@
-"""Stores that fail when they are told to: what a full disk, lost rights or a broken network do to a program."""
+"""Stores that fail on demand, like a full disk, missing permissions or a broken network."""
 
 import builtins
 from collections.abc import AsyncIterable, Awaitable, Callable, Mapping, Sequence
@@ -14,7 +14,7 @@ R = TypeVar("R")
 
 
 class Operation(NamedTuple):
-    """An operation of a store: its method, the prefix, and the object (empty for all of the prefix)."""
+    """An operation of a store: its method, the prefix, and the object (empty for the whole prefix)."""
 
     method: str
     url: str
@@ -22,7 +22,7 @@ class Operation(NamedTuple):
 
 
 Hook = Callable[[Operation], Awaitable[None]]
-"""Is called around operations; what it raises is what the operation raises."""
+"""Called around operations; the operation raises whatever it raises."""
 
 
 async def _nothing(operation: Operation) -> None:
@@ -31,7 +31,7 @@ async def _nothing(operation: Operation) -> None:
 
 @dataclass(frozen=True)
 class Faulty:
-    """Opens stores whose operations are told to hooks.
+    """Opens stores that call hooks around their operations.
 
     ```python
     async def full(operation):
@@ -42,8 +42,8 @@ class Faulty:
     ```
 
     Attributes:
-        before: Is called before each operation.
-        after: Is called after each one that succeeded.
+        before: Called before each operation.
+        after: Called after each operation that succeeded.
         opener: Opens the stores that do the work.
     """
 
@@ -54,12 +54,12 @@ class Faulty:
     def __call__(
         self, path: Address, storage_options: Mapping[str, Any] | None = None, *, sync_files: bool = True
     ) -> "FaultyStore":
-        """Be an `Opener`."""
+        """Open a store: an instance is an `Opener`."""
         return FaultyStore(self.opener(path, storage_options, sync_files=sync_files), self)
 
 
 class FaultyStore(Store):
-    """A store that tells the hooks of a `Faulty` of each operation, and leaves the work to another."""
+    """A store that calls the hooks of a `Faulty` around each operation, and leaves the work to another store."""
 
     def __init__(self, store: Store, faulty: Faulty) -> None:
         self._store = store
@@ -86,46 +86,46 @@ class FaultyStore(Store):
         return done
 
     async def remove_directory(self) -> None:
-        """Tell the hooks, and do it."""
+        """Call the hooks and the store."""
         await self._told("remove_directory", "", self._store.remove_directory)
 
     async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
-        """Tell the hooks, and do it."""
+        """Call the hooks and the store."""
         return await self._told("put", name, lambda: self._store.put(name, batches))
 
     async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
-        """Tell the hooks, and do it."""
+        """Call the hooks and the store."""
         await self._told("commit", name, lambda: self._store.commit(name, data, over))
 
     async def probe(self, name: str) -> bool:
-        """Tell the hooks, and do it."""
+        """Call the hooks and the store."""
         return await self._told("probe", name, lambda: self._store.probe(name))
 
     async def version(self, name: str) -> str | None:
-        """Tell the hooks, and do it."""
+        """Call the hooks and the store."""
         return await self._told("version", name, lambda: self._store.version(name))
 
     async def get(self, name: str) -> bytes:
-        """Tell the hooks, and do it."""
+        """Call the hooks and the store."""
         return await self._told("get", name, lambda: self._store.get(name))
 
     async def get_range(self, name: str, start: int, stop: int, room: Room | None = None) -> bytes | memoryview:
-        """Tell the hooks, and do it."""
+        """Call the hooks and the store."""
         return await self._told("get_range", name, lambda: self._store.get_range(name, start, stop, room))
 
     async def size(self, name: str) -> int:
-        """Tell the hooks, and do it."""
+        """Call the hooks and the store."""
         return await self._told("size", name, lambda: self._store.size(name))
 
     async def list(self) -> dict[str, ObjectInfo]:
-        """Tell the hooks, and do it."""
+        """Call the hooks and the store."""
         return await self._told("list", "", self._store.list)
 
     async def directories(self) -> builtins.list[str]:
-        """Tell the hooks, and do it."""
+        """Call the hooks and the store."""
         return await self._told("directories", "", self._store.directories)
 
     async def delete(self, names: Sequence[str]) -> None:
-        """Tell the hooks of each object, and delete it."""
+        """Call the hooks and the store for each object."""
         for name in names:
             await self._told("delete", name, lambda name=name: self._store.delete([name]))  # type: ignore[misc]

@@ -1,4 +1,4 @@
-"""A place for a store under test, and short ways to use the store there."""
+"""A place for a store under test, and shortcuts to use the store there."""
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,13 +11,13 @@ from dcp_storage.store.open import open_store
 R = TypeVar("R")
 
 NAMES = ["0a1b2c3d4e5f6071-0-0.distcp.zst", "0a1b2c3d4e5f6071-1023-65535.distcp.zst", ".metadata", "__3.metadata"]
-"""Names that objects of a checkpoint have."""
+"""Names of a checkpoint's objects."""
 NAME = NAMES[0]
 
 
 @dataclass(frozen=True)
 class Place:
-    """An empty prefix: what `open_store` needs."""
+    """An empty prefix, as arguments of `open_store`."""
 
     url: str
     storage_options: dict[str, Any] = field(default_factory=dict)
@@ -33,7 +33,7 @@ class Place:
 
 
 async def batches_of(*batches: Batch) -> AsyncIterator[Batch]:
-    """Yield batches, each in another turn of the event loop."""
+    """Yield batches, each in a separate iteration of the event loop."""
     for batch in batches:
         await asyncio.sleep(0)
         yield batch
@@ -55,5 +55,5 @@ async def put(store: Store, name: str, data: bytes) -> int:
 
 
 async def sizes(store: Store) -> dict[str, int]:
-    """Return name and size in bytes of what a store lists."""
+    """Return the names of the objects that a store lists, and their sizes in bytes."""
     return {name: listed.size for name, listed in (await store.list()).items()}

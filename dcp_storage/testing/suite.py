@@ -1,6 +1,6 @@
-"""What every store must do, whatever is behind it.
+"""The requirements for every store, whatever is behind it.
 
-A subclass says where, in a test file of yours:
+In your own test file, a subclass provides the place:
 
     class TestMyStore(StoreSuite):
         @pytest.fixture
@@ -32,7 +32,7 @@ class StoreSuite(CommitSuite):
     server_in_process = False
 
     remembers_directories = False
-    """Whether the server goes on to list prefixes below which nothing is left."""
+    """Whether the server still lists prefixes below which nothing is left."""
 
     def test_round_trip_in_another_loop(self, place: Place) -> None:
         batches: Sequence[Batch] = [b"one", memoryview(b"-two-")[1:4], b"", b"three"]
@@ -182,7 +182,7 @@ class StoreSuite(CommitSuite):
             await store.commit(".metadata", b"old")
             first = await store.modified()
             assert set(first) == {NAME, ".metadata"}
-            # S3 tells whole seconds.
+            # S3 reports whole seconds.
             assert all(before - 2 <= written <= time.time() + 1 for written in first.values())
             await store.commit(".metadata", b"new")
             assert (await store.modified())[".metadata"] >= first[".metadata"]
@@ -320,7 +320,7 @@ class StoreSuite(CommitSuite):
 
     @pytest.mark.parametrize("fails", [False, True], ids=["done", "failed"])
     def test_nothing_stays_open(self, place: Place, fails: bool) -> None:
-        """Descriptors and threads over 100 calls, without the garbage collector's help; and no task is left."""
+        """Count descriptors and threads over 100 calls, without garbage collection; no task may be left."""
         numbers = itertools.count()
 
         async def use(store: Store) -> None:
@@ -353,7 +353,7 @@ class StoreSuite(CommitSuite):
                 last = call()
         finally:
             gc.enable()
-        # A server in this process closes its ends a little later; what leaks does so in each call.
+        # A server in this process closes its ends a little later; a leak grows with each call.
         slack = 10 if self.server_in_process else 1
         assert last[0] <= first[0] + slack
         assert last[1] <= first[1] + slack
