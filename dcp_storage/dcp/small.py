@@ -1,4 +1,4 @@
-"""Small tensors on an accelerator are copied in batches: a copy of a few bytes takes as long as one of a megabyte."""
+"""Copies small tensors on an accelerator in batches: a copy of a few bytes takes as long as one of a megabyte."""
 
 from collections.abc import Sequence
 
@@ -12,10 +12,10 @@ from dcp_storage.dcp.undocumented import flatten
 
 SMALL_BYTES = 64 * KIB
 BATCH_BYTES = MIB
-"""The largest batch: the accelerator must have that much free memory."""
+"""The maximum size of a batch: the accelerator must have this much free memory."""
 
 Batchable = tuple[torch.device, torch.dtype]
-"""The device and the dtype of the tensors of a batch."""
+"""The device and dtype of the tensors in a batch."""
 
 
 def batchable(tensor: Tensor) -> Batchable | None:
@@ -27,11 +27,11 @@ def batchable(tensor: Tensor) -> Batchable | None:
 
 @torch.no_grad()
 def gather(tensors: Sequence[Tensor], out: Tensor, *, non_blocking: bool) -> None:
-    """Copy small tensors to adjacent places on the host.
+    """Copy small tensors to host memory, back to back.
 
     Args:
         tensors: Contiguous tensors of one device and dtype.
-        out: A host tensor of as many elements.
+        out: A host tensor with as many elements.
         non_blocking: As in `Tensor.copy_`.
     """
     try:

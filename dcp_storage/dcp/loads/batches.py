@@ -1,4 +1,4 @@
-"""Small chunks for an accelerator: decoded to one piece of host memory, and copied together."""
+"""Small chunks for an accelerator: decoded into one piece of host memory and copied together."""
 
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
@@ -40,7 +40,7 @@ class Batches:
         self._filling: dict[Batchable, _Batch] = {}
 
     def join(self, member: Member, which: Batchable) -> Room:
-        """Return room for a chunk, in the current batch if it fits there."""
+        """Return room for a chunk, in the current batch if it fits."""
         batch = self._filling.get(which)
         if batch is None or not batch.has_room(member):
             if batch:

@@ -1,4 +1,4 @@
-"""Finds what several ranks on one machine read: its disk should read that once, its page cache serve the rest."""
+"""Finds chunks that several ranks on a machine read: the disk should read them once, the page cache serve the rest."""
 
 import socket
 from collections import defaultdict
@@ -13,7 +13,7 @@ from xxhash import xxh3_64_intdigest
 
 
 class Wanted(NamedTuple):
-    """What a rank tells the coordinator about its plan.
+    """A rank's report to the coordinator on its plan.
 
     Attributes:
         identity: The save whose manifest it read.
@@ -27,7 +27,7 @@ class Wanted(NamedTuple):
 
 
 def wanted_of(plan: LoadPlan, identity: Any) -> Wanted:
-    """Return what a rank tells about its plan."""
+    """Return a rank's report on its plan."""
     return Wanted(identity, socket.gethostname(), np.fromiter(map(_number, plan.items), np.uint64, len(plan.items)))
 
 

@@ -14,7 +14,7 @@ from dcp_storage.transfer.save import Source
 
 
 class Batches:
-    """Puts small tensors into batches, in the order of the plan, in which most are read."""
+    """Puts small tensors into batches, in the order of the plan, which is mostly that of the reads."""
 
     def __init__(self) -> None:
         self._filling: dict[Batchable, _Batch] = {}
@@ -42,7 +42,7 @@ class _BatchedSource:
 
 
 class _Batch:
-    """Tensors of one device: copied when the first is read; the copy is dropped after the last."""
+    """Tensors of one device, copied when the first is read; the copy is dropped when the last was read."""
 
     def __init__(self, fqn: str) -> None:
         self.nbytes = 0
@@ -63,7 +63,7 @@ class _Batch:
         """Return bytes of the batch in host memory.
 
         Raises:
-            UnsupportedTensor: torch cannot copy them.
+            UnsupportedTensor: Torch cannot copy them.
         """
         with self._lock:
             if self._copy is None:
