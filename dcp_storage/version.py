@@ -1,3 +1,3 @@
-"""The version of this package, also where it was not installed but copied."""
+"""The version of this package, also available in copies that are not installed."""
 
 __version__ = "0.1.0"
