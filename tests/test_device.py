@@ -25,10 +25,10 @@ from dcp_storage import (
 from dcp_storage.config import MIB
 from dcp_storage.dcp import device as device_module
 from dcp_storage.dcp import small
-from dcp_storage.dcp.loads import batches as batches_of_loads
-from dcp_storage.dcp.saves.batches import Batches
+from dcp_storage.dcp.loads import scatter
+from dcp_storage.dcp.saves.gather import Gather
 from dcp_storage.dcp.saves.sources import TensorSource
-from dcp_storage.dcp.small import gather
+from dcp_storage.dcp.small import gather_to_host
 from dcp_storage.dcp.staging import pool
 from dcp_storage.dcp.staging.stage import stage
 from tests.states import assert_same
@@ -165,9 +165,9 @@ def test_small_tensors_are_saved_in_batches(tmp_path, monkeypatch, fake):
 
 
 def test_a_batch_is_read_in_parts_and_dropped_when_all_was_read(fake):
-    batches = Batches()
+    gather = Gather()
     tensors = [torch.arange(100), torch.arange(50, dtype=torch.int16)]
-    first, second = (batches.source(TensorSource(tensor, "t", Codec())) for tensor in tensors)
+    first, second = (gather.source(TensorSource(tensor, "t", Codec())) for tensor in tensors)
     for _ in range(2):  # a put that is begun anew reads again
         assert first.read(0, 80) == tensors[0].numpy().tobytes()[:80]
         assert second.read(0, 100) == tensors[1].numpy().tobytes()
@@ -185,8 +185,8 @@ def test_small_tensors_are_staged_in_batches(tmp_path, monkeypatch, fake):
 
 @pytest.mark.parametrize("batch_bytes", [1 << 20, 5000])
 def test_small_tensors_are_loaded_in_batches(tmp_path, monkeypatch, fake, batch_bytes):
-    monkeypatch.setattr("dcp_storage.dcp.loads.batches.BATCH_BYTES", max(batch_bytes, 1 << 16))
-    batches = count_calls(monkeypatch, batches_of_loads, "copy_all")
+    monkeypatch.setattr("dcp_storage.dcp.loads.scatter.BATCH_BYTES", max(batch_bytes, 1 << 16))
+    batches = count_calls(monkeypatch, scatter, "copy_all")
     state = small_tensors()
     dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner(), no_dist=True)
     assert_loads(tmp_path, state)
@@ -196,15 +196,31 @@ def test_small_tensors_are_loaded_in_batches(tmp_path, monkeypatch, fake, batch_
 def test_where_an_accelerator_is_full_small_tensors_are_copied_one_by_one(monkeypatch):
     tensors = [torch.arange(number, dtype=torch.int16).view(-1, 1) for number in range(1, 90)]
     found, expected = (torch.zeros(sum(range(90)), dtype=torch.int16) for _ in range(2))
-    gather(tensors, expected, non_blocking=False)
+    gather_to_host(tensors, expected, non_blocking=False)
 
     def full(_):
         raise torch.OutOfMemoryError("no memory")
 
     monkeypatch.setattr("dcp_storage.dcp.small.flatten", full)
-    gather(tensors, found, non_blocking=False)
+    gather_to_host(tensors, found, non_blocking=False)
     assert torch.equal(found, expected)
     assert torch.equal(found, torch.cat([torch.arange(number, dtype=torch.int16) for number in range(1, 90)]))
+
+
+def test_where_an_accelerator_is_full_small_tensors_are_loaded_one_by_one(tmp_path, monkeypatch, fake):
+    state, real = small_tensors(), torch.Tensor.to
+    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner(), no_dist=True)
+    refused = []
+
+    def full(self, *args, **kwargs):
+        if args == (torch.device("cpu"),):
+            refused.append(self)
+            raise torch.OutOfMemoryError("no memory")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.Tensor, "to", full)
+    assert_loads(tmp_path, state)
+    assert refused
 
 
 def test_a_load_of_small_tensors_that_fails_hands_over_no_batch_that_is_not_whole(tmp_path, monkeypatch, fake):

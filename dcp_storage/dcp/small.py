@@ -26,7 +26,7 @@ def batchable(tensor: Tensor) -> Batchable | None:
 
 
 @torch.no_grad()
-def gather(tensors: Sequence[Tensor], out: Tensor, *, non_blocking: bool) -> None:
+def gather_to_host(tensors: Sequence[Tensor], out: Tensor, *, non_blocking: bool) -> None:
     """Copy small tensors to host memory, back to back.
 
     Args:

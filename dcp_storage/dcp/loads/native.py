@@ -7,7 +7,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from dcp_storage.collector import gc_paused
 from dcp_storage.dcp.dtypes import dtype_from_name
 from dcp_storage.dcp.kinds.boxes import read_box
-from dcp_storage.dcp.loads.batches import Batches
+from dcp_storage.dcp.loads.scatter import Scatter
 from dcp_storage.dcp.loads.sharing import shared_items
 from dcp_storage.dcp.loads.targets import BytesTarget, ChunkTarget
 from dcp_storage.dcp.metadata import find_chunk
@@ -31,10 +31,10 @@ async def load_native(context: Context, manifest: Manifest, plan: LoadPlan, plan
         ObjectNotFound: An object is missing.
         StoreError: A range could not be read.
     """
-    batches = Batches()
-    items = _load_items(manifest, plan, planner, batches)
+    scatter = Scatter()
+    items = _load_items(manifest, plan, planner, scatter)
     await load_items(context, items, manifest.object_names, manifest.codec)
-    batches.finish()
+    scatter.finish()
 
 
 class _Chunk(NamedTuple):
@@ -48,7 +48,7 @@ class _Chunk(NamedTuple):
 
 
 @gc_paused
-def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner, batches: Batches) -> list[LoadItem]:
+def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner, scatter: Scatter) -> list[LoadItem]:
     """Group the reads by stored chunk: resharding may read one many times."""
     items = []
     chunks: dict[tuple[str, int], _Chunk] = {}
@@ -62,7 +62,7 @@ def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner, batche
             raise _not_stored(fqn)
         number = find_chunk(read.storage_index, tensor.boxes)
         chunks.setdefault((fqn, number), _Chunk(fqn, number, tensor, [], shared)).reads.append(read)
-    items.extend(_chunk_item(chunk, manifest.codec, planner, batches) for chunk in chunks.values())
+    items.extend(_chunk_item(chunk, manifest.codec, planner, scatter) for chunk in chunks.values())
     return items
 
 
@@ -75,7 +75,7 @@ def _bytes_item(manifest: Manifest, read: ReadItem, planner: LoadPlanner, *, sha
     return LoadItem(fqn, entry.size, 1, entry.segments, blocks, BytesTarget(read, entry.size, planner), shared)
 
 
-def _chunk_item(chunk: _Chunk, codec: StoredCodec, planner: LoadPlanner, batches: Batches) -> LoadItem:
+def _chunk_item(chunk: _Chunk, codec: StoredCodec, planner: LoadPlanner, scatter: Scatter) -> LoadItem:
     fqn, number, tensor, reads, shared = chunk
     shape = tensor.boxes[number].sizes
     boxes = [read_box(read) for read in reads]
@@ -83,7 +83,7 @@ def _chunk_item(chunk: _Chunk, codec: StoredCodec, planner: LoadPlanner, batches
         if not contains(shape, box):
             raise CoverageError(f"{fqn}: the plan reads {box} of a chunk of shape {list(shape)}", fqn=fqn)
     wanted = needed_blocks(shape, boxes, ITEM_BYTES[tensor.dtype], codec.block_bytes)
-    target = ChunkTarget(shape, dtype_from_name(tensor.dtype), reads, planner, batches)
+    target = ChunkTarget(shape, dtype_from_name(tensor.dtype), reads, planner, scatter)
     return LoadItem(fqn, target.nbytes, tensor.planes, tensor.segments(number), wanted, target, shared)
 
 

@@ -11,8 +11,8 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 from dcp_storage.dcp.device import host_memory, on_accelerator, on_host
 from dcp_storage.dcp.kinds.base import dispatches
 from dcp_storage.dcp.kinds.boxes import read_box
-from dcp_storage.dcp.loads.batches import Batches, Room
 from dcp_storage.dcp.loads.hand_over import hand_over
+from dcp_storage.dcp.loads.scatter import Scatter, Slot
 from dcp_storage.dcp.memory import as_it_lies, borrowed_view, byte_view
 from dcp_storage.dcp.small import SMALL_BYTES
 from dcp_storage.errors import CoverageError, UnsupportedFormat
@@ -75,7 +75,7 @@ class ChunkTarget:
     """
 
     def __init__(
-        self, shape: Shape, dtype: torch.dtype, reads: Sequence[ReadItem], planner: LoadPlanner, batches: Batches
+        self, shape: Shape, dtype: torch.dtype, reads: Sequence[ReadItem], planner: LoadPlanner, scatter: Scatter
     ) -> None:
         self.nbytes = prod(shape) * dtype.itemsize
         self._shape = shape
@@ -83,16 +83,16 @@ class ChunkTarget:
         self._item = dtype.itemsize
         self._reads = reads
         self._planner = planner
-        self._batches = batches
+        self._scatter = scatter
         self._parts: list[_Part] = []
-        self._room: Room | None = None
+        self._slot: Slot | None = None
 
     def open(self) -> None:
         """Resolve the destinations."""
         self._parts = [self._resolve(read) for read in self._reads]
         devices = {part.target.device for part in self._parts}
         if self.nbytes <= SMALL_BYTES and all(map(on_accelerator, devices)) and len(devices) == 1:
-            self._room = self._batches.join(self, (devices.pop(), self._dtype))
+            self._slot = self._scatter.join(self, (devices.pop(), self._dtype))
 
     def _resolve(self, read: ReadItem) -> _Part:
         box = read_box(read)
@@ -124,16 +124,16 @@ class ChunkTarget:
         if memory is not None:
             decode(memory)
             return
-        if self._room is not None:
-            decode(self._room.memory[start:stop])
+        if self._slot is not None:
+            decode(self._slot.memory[start:stop])
             return
         # Near the first destination, since most slices have only one.
         window = host_memory(stop - start, torch.uint8, self._parts[0].target.device)
         decode(byte_view(window))
-        self._scatter(start, window.view(self._dtype))
+        self._copy(start, window.view(self._dtype))
 
     @torch.inference_mode()  # tensors created in inference mode can only be written in it
-    def _scatter(self, start: int, elements: Tensor) -> None:
+    def _copy(self, start: int, elements: Tensor) -> None:
         for destination, source in self.copies(start, elements):
             destination.copy_(source)
 
@@ -158,8 +158,8 @@ class ChunkTarget:
 
     def close(self) -> None:
         """Hand the tensors back to the planner, at once or with the rest of their batch."""
-        if self._room is not None:
-            self._room.batch.filled()
+        if self._slot is not None:
+            self._slot.batch.filled()
         else:
             self.commit()
 

@@ -10,8 +10,8 @@ from dcp_storage.collector import gc_paused
 from dcp_storage.config import Codec
 from dcp_storage.dcp.device import wait_for_device
 from dcp_storage.dcp.kinds.plain import Checkpointable
-from dcp_storage.dcp.saves.batches import Batches
 from dcp_storage.dcp.saves.entries import encode_entry, warn_of_types
+from dcp_storage.dcp.saves.gather import Gather
 from dcp_storage.dcp.saves.sources import BytesSource, TensorSource
 from dcp_storage.errors import CoverageError, DtypeMismatch, UnsupportedTensor
 from dcp_storage.geometry import whole
@@ -30,13 +30,13 @@ def plan_sources(plan: SavePlan, planner: SavePlanner, codec: Codec) -> list[Sou
     """
     asked: dict[str, list[str]] = {}
     sources: list[Source] = []
-    batches = Batches()
+    gather = Gather()
     devices: set[torch.device] = set()
     for item in plan.items:
         if item.tensor_data:
             tensor = _resolve(item, planner)
             devices.add(tensor.device)
-            sources.append(batches.source(TensorSource(tensor, item.index.fqn, codec)))
+            sources.append(gather.source(TensorSource(tensor, item.index.fqn, codec)))
             continue
         data, asked[item.index.fqn] = encode_entry(item, planner)
         sources.append(BytesSource(data))

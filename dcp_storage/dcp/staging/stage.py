@@ -13,7 +13,7 @@ from dcp_storage.dcp.device import copy_to_host, on_accelerator, wait_for_device
 from dcp_storage.dcp.kinds.base import check_plain
 from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.kinds.plain import Plain
-from dcp_storage.dcp.small import BATCH_BYTES, Batchable, batchable, gather
+from dcp_storage.dcp.small import BATCH_BYTES, Batchable, batchable, gather_to_host
 from dcp_storage.dcp.staging.pool import POOL, Bytes
 from dcp_storage.dcp.staging.staged import Place, StagedState, StagedTensor, lay
 from dcp_storage.dcp.staging.walk import walk
@@ -66,7 +66,7 @@ class _Part(NamedTuple):
     place: Place
 
 
-class _Batch:
+class _Run:
     """Tensors that are copied together, to adjacent places."""
 
     def __init__(self, start: int, nbytes: int) -> None:
@@ -92,8 +92,8 @@ class _Layout:
         self.devices: set[torch.device] = set()
         self._planned: list[tuple[list[WriteItem] | None, torch.dtype, list[Place]]] = []
         self._places: dict[object, Place] = {}
-        self._batches: list[_Batch] = []
-        self._filling: dict[Batchable, _Batch] = {}
+        self._runs: list[_Run] = []
+        self._filling: dict[Batchable, _Run] = {}
 
     def add(self, fqn: str, tensor: Tensor) -> None:
         """Plan a tensor of a state dict.
@@ -116,30 +116,30 @@ class _Layout:
         memory = _memory_of(tensor)
         if memory not in self._places:
             nbytes = tensor.numel() * tensor.element_size()
-            self._places[memory] = self._batch(tensor, nbytes).add(fqn, tensor, nbytes)
+            self._places[memory] = self._run_for(tensor, nbytes).add(fqn, tensor, nbytes)
             if on_accelerator(tensor.device):
                 self.devices.add(tensor.device)
         return self._places[memory]
 
-    def _batch(self, tensor: Tensor, nbytes: int) -> _Batch:
+    def _run_for(self, tensor: Tensor, nbytes: int) -> _Run:
         which = batchable(tensor)
         if which is None:
             return self._begin(nbytes)
-        batch = self._filling.get(which)
-        if batch is None or not batch.has_room(nbytes):
-            batch = self._filling[which] = self._begin(BATCH_BYTES)
-        return batch
+        run = self._filling.get(which)
+        if run is None or not run.has_room(nbytes):
+            run = self._filling[which] = self._begin(BATCH_BYTES)
+        return run
 
-    def _begin(self, nbytes: int) -> _Batch:
-        batch = _Batch(self.nbytes, nbytes)
-        self._batches.append(batch)
+    def _begin(self, nbytes: int) -> _Run:
+        run = _Run(self.nbytes, nbytes)
+        self._runs.append(run)
         self.nbytes += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
-        return batch
+        return run
 
     def copy(self, memory: Bytes) -> None:
         """Copy all planned tensors."""
-        for batch in self._batches:
-            _copy(batch.parts, memory)
+        for run in self._runs:
+            _copy(run.parts, memory)
 
     def copies(self, memory: Bytes) -> Iterator[Tensor]:
         """Yield the copies of the planned tensors, in order."""
@@ -165,7 +165,7 @@ def _copy(parts: Sequence[_Part], memory: Bytes) -> None:
         else:
             elements = sum(part.tensor.numel() for part in parts)
             batch = lay(memory, Place(place.offset, (elements,), place.dtype))
-            gather([part.tensor for part in parts], batch, non_blocking=True)
+            gather_to_host([part.tensor for part in parts], batch, non_blocking=True)
     except (RuntimeError, NotImplementedError, TypeError) as error:
         more = f" and {len(parts) - 1} more" if len(parts) > 1 else ""
         raise UnsupportedTensor(f"{fqn}{more} could not be copied to the host: {error}", fqn=fqn) from error

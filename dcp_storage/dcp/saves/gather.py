@@ -7,13 +7,13 @@ from torch import Tensor
 from dcp_storage.dcp.device import copying_from, host_memory
 from dcp_storage.dcp.memory import byte_view
 from dcp_storage.dcp.saves.sources import TensorSource
-from dcp_storage.dcp.small import BATCH_BYTES, Batchable, batchable, gather
+from dcp_storage.dcp.small import BATCH_BYTES, Batchable, batchable, gather_to_host
 from dcp_storage.errors import UnsupportedTensor
 from dcp_storage.raw import Raw
 from dcp_storage.transfer.save import Source
 
 
-class Batches:
+class Gather:
     """Puts small tensors into batches, in the order of the plan, which is mostly that of the reads."""
 
     def __init__(self) -> None:
@@ -27,10 +27,10 @@ class Batches:
         batch = self._filling.get(which)
         if batch is None or batch.nbytes + source.nbytes > BATCH_BYTES:
             batch = self._filling[which] = _Batch(source.fqn)
-        return _BatchedSource(batch, batch.add(source.tensor), source.nbytes, source.planes)
+        return _GatheredSource(batch, batch.add(source.tensor), source.nbytes, source.planes)
 
 
-class _BatchedSource:
+class _GatheredSource:
     def __init__(self, batch: "_Batch", offset: int, nbytes: int, planes: int) -> None:
         self._batch = batch
         self._offset = offset
@@ -79,9 +79,8 @@ class _Batch:
         out = host_memory(self.nbytes // first.element_size(), first.dtype, first.device)
         try:
             with copying_from(first.device) as non_blocking:
-                gather(self._tensors, out, non_blocking=non_blocking)
+                gather_to_host(self._tensors, out, non_blocking=non_blocking)
         except RuntimeError as error:
-            raise UnsupportedTensor(
-                f"{self._fqn} and {len(self._tensors) - 1} more could not be copied to the host: {error}", fqn=self._fqn
-            ) from error
+            says = f"{self._fqn}, or one of the {len(self._tensors)} tensors copied with it, could not be copied"
+            raise UnsupportedTensor(f"{says} to the host: {error}", fqn=self._fqn) from error
         return byte_view(out)

@@ -26,20 +26,20 @@ class Member(Protocol):
         """Return the filled destinations to the planner."""
 
 
-class Room(NamedTuple):
+class Slot(NamedTuple):
     """The place of a chunk in a batch."""
 
     batch: "_Batch"
     memory: memoryview
 
 
-class Batches:
+class Scatter:
     """The batches of one load; used on one thread."""
 
     def __init__(self) -> None:
         self._filling: dict[Batchable, _Batch] = {}
 
-    def join(self, member: Member, which: Batchable) -> Room:
+    def join(self, member: Member, which: Batchable) -> Slot:
         """Return room for a chunk, in the current batch if it fits."""
         batch = self._filling.get(which)
         if batch is None or not batch.has_room(member):
@@ -67,11 +67,11 @@ class _Batch:
     def has_room(self, member: Member) -> bool:
         return self._nbytes + member.nbytes <= len(self._memory)
 
-    def join(self, member: Member) -> Room:
+    def join(self, member: Member) -> Slot:
         start, self._nbytes = self._nbytes, self._nbytes + member.nbytes
         self._members.append(member)
         self._unfilled += 1
-        return Room(self, self._memory[start : self._nbytes])
+        return Slot(self, self._memory[start : self._nbytes])
 
     def filled(self) -> None:
         """Record that one of the members is decoded."""
@@ -93,9 +93,15 @@ class _Batch:
     def _copy(self) -> None:
         item = self._host.element_size()
         sizes = [member.nbytes // item for member in self._members]
-        parts = torch.split(self._host[: self._nbytes // item].to(self._device), sizes)
+        parts = torch.split(self._on_device(self._host[: self._nbytes // item]), sizes)
         both = zip(self._members, parts, strict=True)
         copies = [copy for member, part in both for copy in member.copies(0, part)]
         if copies:
             destinations, sources = zip(*copies, strict=True)
             copy_all(destinations, sources)
+
+    def _on_device(self, elements: Tensor) -> Tensor:
+        try:
+            return elements.to(self._device)
+        except torch.OutOfMemoryError:
+            return elements  # copied one tensor at a time
