@@ -1,9 +1,11 @@
 """Servers that throttle, break off, stay silent or lie: what heals, after how many requests, and what not."""
 
+import asyncio
 import random
 import ssl
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import pytest
@@ -16,7 +18,7 @@ from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Transfer
 from dcp_storage.errors import BlockCorrupt, ManifestCorrupt, ObjectNotFound, StoreError
-from dcp_storage.store import retries, s3, s3_retry
+from dcp_storage.store import remote, retries, s3, s3_retry
 from dcp_storage.testing.place import NAME, Place, put, run, sizes
 from tests.faulty_s3 import FaultyS3, faulty_s3
 from tests.states import assert_same, blank_like
@@ -211,8 +213,11 @@ class Shaky(AsyncFileSystem):
     error: ClassVar[Exception | None] = None
     times = 0
 
+    seconds = 0
+
     async def _fail_at_first(self, kind):
         self.requests[kind] += 1
+        await asyncio.sleep(self.seconds)
         if self.requests[kind] <= self.times:
             raise self.error
 
@@ -279,6 +284,16 @@ def test_what_does_not_heal_is_raised(shaky, monkeypatch, error, requests):
     with pytest.raises(StoreError, match=str(error)):
         run(shaky, lambda store: store.get(NAME))
     assert Shaky.requests == {"get": requests}
+
+
+def test_what_a_client_has_tried_for_long_is_not_tried_again(shaky, monkeypatch):
+    monkeypatch.setattr(Shaky, "error", ConnectionResetError("reset"))
+    monkeypatch.setattr(Shaky, "times", 99)
+    monkeypatch.setattr(Shaky, "seconds", 0.05)
+    monkeypatch.setattr(remote, "_RETRIES", replace(remote._RETRIES, slow_s=0.01))
+    with pytest.raises(StoreError, match="reset"):
+        run(shaky, lambda store: store.get(NAME))
+    assert Shaky.requests == {"get": 1}
 
 
 def test_an_absent_object_of_any_client_is_asked_for_once(shaky):

@@ -23,7 +23,7 @@ from dcp_storage.store.retries import Retries
 
 _DELETES_IN_FLIGHT = 32
 _ANY_NAME = "object"
-_RETRIES = Retries(attempts=4)
+_RETRIES = Retries(attempts=4, slow_s=2)
 _TIME_KEYS = ("LastModified", "mtime", "last_modified", "updated", "modified", "created")
 R = TypeVar("R")
 

@@ -3,6 +3,7 @@
 import asyncio
 import random
 import ssl
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import TypeVar
@@ -36,12 +37,14 @@ class Retries:
     Attributes:
         attempts: The maximum number of requests per operation.
         limit_s: Seconds that an operation may take with all its requests, or `None` for no limit.
+        slow_s: Seconds after which a failure is final, or `None`: the client has already retried it.
         is_transient: Returns whether the same request may succeed later.
         is_timeout: Returns whether the server did not respond at all.
     """
 
     attempts: int
     limit_s: float | None = None
+    slow_s: float | None = None
     is_transient: Callable[[Exception], bool] = is_broken
     is_timeout: Callable[[Exception], bool] = is_silent
 
@@ -64,12 +67,14 @@ class Retries:
     async def _repeat(self, request: Callable[[], Awaitable[R]]) -> R:
         attempt = timeouts = 0
         while True:
+            began = time.monotonic()
             try:
                 return await request()
             except Exception as error:
                 attempt += 1
                 timeouts += self.is_timeout(error)
-                if attempt >= self.attempts or timeouts == MOST_TIMEOUTS or not self.is_transient(error):
+                slow = self.slow_s is not None and time.monotonic() - began > self.slow_s
+                if attempt >= self.attempts or timeouts == MOST_TIMEOUTS or slow or not self.is_transient(error):
                     raise
             await asyncio.sleep(pause(attempt))
 

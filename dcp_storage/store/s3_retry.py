@@ -58,7 +58,7 @@ def retries_of(settings: Mapping[str, int], session: Any, read_timeout: float | 
         read_timeout: Seconds without a byte after which a request fails, or `None` for no limit.
     """
     limit_s = None if read_timeout is None else _READ_TIMEOUTS * read_timeout
-    return Retries(_attempts(settings, session), limit_s, is_transient, is_timeout)
+    return Retries(_attempts(settings, session), limit_s, is_transient=is_transient, is_timeout=is_timeout)
 
 
 def is_timeout(error: Exception) -> bool:
