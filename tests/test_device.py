@@ -45,6 +45,9 @@ class FakeModule:
     def Stream(self, device):  # noqa: N802 (torch's name)
         return FakeStream(self)
 
+    def synchronize(self):
+        self.events.append("waited")
+
     @contextmanager
     def stream(self, stream):
         self.events.append("enter")
@@ -189,8 +192,10 @@ def test_small_tensors_are_loaded_in_batches(tmp_path, monkeypatch, fake, batch_
     batches = count_calls(monkeypatch, scatter, "copy_all")
     state = small_tensors()
     dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner(), no_dist=True)
+    fake.events.clear()
     assert_loads(tmp_path, state)
     assert 0 < len(batches) < 30
+    assert fake.events == ["waited"] * len(batches), "the caller may use them in another stream"
 
 
 def test_where_an_accelerator_is_full_small_tensors_are_copied_one_by_one(monkeypatch):

@@ -6,7 +6,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from dcp_storage.dcp.device import host_memory
+from dcp_storage.dcp.device import host_memory, wait_for_device
 from dcp_storage.dcp.memory import byte_view
 from dcp_storage.dcp.small import BATCH_BYTES, Batchable
 from dcp_storage.dcp.undocumented import copy_all
@@ -99,6 +99,7 @@ class _Batch:
         if copies:
             destinations, sources = zip(*copies, strict=True)
             copy_all(destinations, sources)
+            wait_for_device(self._device)  # the caller may go on in another stream
 
     def _on_device(self, elements: Tensor) -> Tensor:
         try:
