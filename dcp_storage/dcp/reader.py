@@ -133,12 +133,12 @@ class AsyncStorageReader(StorageReader):
 
     @hook
     def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Record in the plan which save this rank is about to read, and which chunks of it."""
-        return replace(plan, storage_data=wanted_of(plan, self._contents().identity))
+        """Record in the plan which save this rank is about to read, and what of it."""
+        return replace(plan, storage_data=wanted_of(plan, self._contents()))
 
     @hook
     def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Check that the ranks are about to read the same save, and note which chunks several of them read.
+        """Check that the ranks are about to read the same save, and mark what several of them read.
 
         Raises:
             CheckpointReplaced: They found different saves.

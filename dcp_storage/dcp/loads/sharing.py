@@ -1,4 +1,4 @@
-"""Finds chunks that several ranks on a machine read: the disk should read them once, the page cache serve the rest."""
+"""Finds what several ranks on a machine read: the disk should read it once, and the page cache serve the rest."""
 
 import socket
 from collections import defaultdict
@@ -7,9 +7,20 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch.distributed as dist
 from numpy.typing import NDArray
 from torch.distributed.checkpoint.planner import LoadPlan, ReadItem
 from xxhash import xxh3_64_intdigest
+
+from dcp_storage.dcp.kinds.boxes import read_box
+from dcp_storage.dcp.metadata import find_chunk
+from dcp_storage.format.contents import Contents
+from dcp_storage.format.dtypes import ITEM_BYTES
+from dcp_storage.format.manifest.items import TensorEntry
+from dcp_storage.format.manifest.manifest import Manifest
+from dcp_storage.geometry import flat_extent
+
+_MASK = (1 << 64) - 1
 
 
 class Wanted(NamedTuple):
@@ -18,44 +29,64 @@ class Wanted(NamedTuple):
     Attributes:
         identity: The save whose manifest it read.
         host: The machine that it runs on.
-        chunks: A hash of the stored chunk of each item; a collision only costs speed.
+        reads: A hash of what each item reads; a collision only costs speed.
     """
 
     identity: Any
     host: str
-    chunks: NDArray[np.uint64]
+    reads: NDArray[np.uint64]
 
 
-def wanted_of(plan: LoadPlan, identity: Any) -> Wanted:
-    """Return a rank's report on its plan."""
-    return Wanted(identity, socket.gethostname(), np.fromiter(map(_number, plan.items), np.uint64, len(plan.items)))
+def wanted_of(plan: LoadPlan, contents: Contents) -> Wanted:
+    """Return a rank's report on its plan.
+
+    Raises:
+        CoverageError: The plan reads something that is not in the checkpoint.
+    """
+    # Stock checkpoints are read through the page cache anyway.
+    compares = isinstance(contents, Manifest) and dist.is_initialized() and dist.get_world_size() > 1
+    hashes = [_hash(contents, read) for read in plan.items] if compares else []  # type: ignore[arg-type]
+    return Wanted(contents.identity, socket.gethostname(), np.array(hashes, np.uint64))
 
 
 def mark_shared(plans: Sequence[LoadPlan]) -> list[LoadPlan]:
-    """Return the plans, with a mark for each item: whether other ranks on the same machine read its chunk too."""
+    """Return the plans, with a mark for each item: whether another rank on the same machine reads the same."""
     by_host: defaultdict[str, list[NDArray[np.uint64]]] = defaultdict(list)
     for plan in plans:
-        by_host[plan.storage_data.host].append(plan.storage_data.chunks)
-    shared = {host: _common(chunks) for host, chunks in by_host.items()}
+        by_host[plan.storage_data.host].append(plan.storage_data.reads)
+    shared = {host: _common(reads) for host, reads in by_host.items()}
     return [
-        replace(plan, storage_data=np.isin(plan.storage_data.chunks, shared[plan.storage_data.host])) for plan in plans
+        replace(plan, storage_data=np.isin(plan.storage_data.reads, shared[plan.storage_data.host])) for plan in plans
     ]
 
 
 def shared_items(plan: LoadPlan) -> Iterable[bool]:
-    """Return for each item of a marked plan whether its chunk is shared; if the planner changed the plan, none is."""
+    """Return whether each item of a marked plan is shared; if the planner changed the plan, none is."""
     marks = plan.storage_data
     if isinstance(marks, np.ndarray) and len(marks) == len(plan.items):
         return list(map(bool, marks))
     return [False] * len(plan.items)
 
 
-def _number(read: ReadItem) -> int:
-    index = read.storage_index
-    return xxh3_64_intdigest(index.fqn.encode(errors="surrogatepass"), seed=index.index or 0)
+def _hash(manifest: Manifest, read: ReadItem) -> int:
+    """Return a hash of the first and the last block that an item reads, which is the same on all ranks.
+
+    Python randomizes the hashes of strings, but not those of integers.
+    """
+    fqn = read.storage_index.fqn
+    blocks = _blocks(manifest, manifest.tensors[fqn], read) if fqn in manifest.tensors else (0, 0, 0)
+    return xxh3_64_intdigest(fqn.encode(errors="surrogatepass"), seed=hash(blocks) & _MASK)
 
 
-def _common(chunks: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
+def _blocks(manifest: Manifest, tensor: TensorEntry, read: ReadItem) -> tuple[int, int, int]:
+    """Return the number of a chunk and of the first and the last block of it that an item reads."""
+    number = find_chunk(read.storage_index, tensor.boxes)
+    start, stop = flat_extent(tensor.boxes[number].sizes, read_box(read))
+    item, block = ITEM_BYTES[tensor.dtype], manifest.codec.block_bytes
+    return number, start * item // block, (stop - 1) * item // block
+
+
+def _common(reads: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
     """Return the hashes that more than one rank has."""
-    numbers, counts = np.unique(np.concatenate([np.unique(each) for each in chunks]), return_counts=True)
+    numbers, counts = np.unique(np.concatenate([np.unique(each) for each in reads]), return_counts=True)
     return numbers[counts > 1]
