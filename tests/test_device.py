@@ -212,6 +212,19 @@ def test_where_an_accelerator_is_full_small_tensors_are_copied_one_by_one(monkey
     assert torch.equal(found, torch.cat([torch.arange(number, dtype=torch.int16) for number in range(1, 90)]))
 
 
+def test_lazily_changed_destinations_are_filled_alone(tmp_path, monkeypatch, fake):
+    """The kernel that fills many tensors at once writes to their memory as it is."""
+    values = torch.randn(30, 20, dtype=torch.complex64)
+    state = {"conjugate": values.conj(), "negative": values.conj().imag, "plain": values.t()}
+    dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner(), no_dist=True)
+    filled = count_calls(monkeypatch, scatter, "copy_all")
+    zeros = torch.zeros(30, 20, dtype=torch.complex64)
+    loaded = {"conjugate": zeros.conj(), "negative": zeros.clone().conj().imag, "plain": zeros.clone().t()}
+    dcp.load(loaded, storage_reader=AsyncStorageReader(tmp_path), planner=ShardedLoadPlanner(), no_dist=True)
+    assert_same(loaded, state)
+    assert [target.shape for targets, _ in filled for target in targets] == [(20, 30)]
+
+
 def test_where_an_accelerator_is_full_small_tensors_are_loaded_one_by_one(tmp_path, monkeypatch, fake):
     state, real = small_tensors(), torch.Tensor.to
     dcp.save(state, storage_writer=AsyncStorageWriter(tmp_path), planner=ShardedSavePlanner(), no_dist=True)

@@ -91,7 +91,11 @@ class ChunkTarget:
         """Resolve the destinations."""
         self._parts = [self._resolve(read) for read in self._reads]
         devices = {part.target.device for part in self._parts}
-        if self.nbytes <= SMALL_BYTES and all(map(on_accelerator, devices)) and len(devices) == 1:
+        if (
+            self.nbytes <= SMALL_BYTES
+            and len(devices) == 1
+            and all(_takes_batches(part.target) for part in self._parts)
+        ):
             self._slot = self._scatter.join(self, (devices.pop(), self._dtype))
 
     def _resolve(self, read: ReadItem) -> _Part:
@@ -169,3 +173,8 @@ class ChunkTarget:
             if part.target is not part.tensor:
                 part.tensor.copy_(part.target)
             self._planner.commit_tensor(part.read, part.tensor)
+
+
+def _takes_batches(target: Tensor) -> bool:
+    """Return whether a tensor may be filled in a batch, which does not apply a lazy conjugation or negation."""
+    return on_accelerator(target.device) and not target.is_conj() and not target.is_neg()
