@@ -90,13 +90,9 @@ class ChunkTarget:
     def open(self) -> None:
         """Resolve the destinations."""
         self._parts = [self._resolve(read) for read in self._reads]
-        devices = {part.target.device for part in self._parts}
-        if (
-            self.nbytes <= SMALL_BYTES
-            and len(devices) == 1
-            and all(_takes_batches(part.target) for part in self._parts)
-        ):
-            self._slot = self._scatter.join(self, (devices.pop(), self._dtype))
+        device = self._parts[0].target.device
+        if self.nbytes <= SMALL_BYTES and all(_takes_batches(part.target, device) for part in self._parts):
+            self._slot = self._scatter.join(self, (device, self._dtype))
 
     def _resolve(self, read: ReadItem) -> _Part:
         box = read_box(read)
@@ -175,6 +171,6 @@ class ChunkTarget:
             self._planner.commit_tensor(part.read, part.tensor)
 
 
-def _takes_batches(target: Tensor) -> bool:
-    """Return whether a tensor may be filled in a batch, which does not apply a lazy conjugation or negation."""
-    return on_accelerator(target.device) and not target.is_conj() and not target.is_neg()
+def _takes_batches(target: Tensor, device: torch.device) -> bool:
+    """Return whether a tensor may be filled in a batch on a device, which applies no lazy conjugation or negation."""
+    return on_accelerator(device) and target.device == device and not target.is_conj() and not target.is_neg()
