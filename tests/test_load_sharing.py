@@ -6,17 +6,20 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributed.checkpoint.metadata import MetadataIndex
 from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, ReadItem
 
 from dcp_storage import AsyncStorageWriter, Codec
 from dcp_storage.checkpoint.manifests import read_manifest
 from dcp_storage.checkpoint.place import Location
-from dcp_storage.dcp.loads.sharing import mark_shared, shared_items, wanted_of
+from dcp_storage.dcp.loads.sharing import Wanted, mark_shared, shared_items, wanted_of
 from dcp_storage.store import reads
 from dcp_storage.store.base import PAGE_BYTES, Room, room_bytes
 from dcp_storage.store.residency import cached_bytes
@@ -70,6 +73,15 @@ def test_rows_that_differ_are_not_shared_and_columns_of_the_same_blocks_are(cont
     assert marks(contents, ("a", rows(0, 128)), ("a", rows(128, 256))) == [[False], [False]]
     assert marks(contents, ("a", columns(0, 512)), ("a", columns(512, 1024))) == [[True], [True]]
     assert marks(contents, ("a", read("y", (0,), (2,))), ("a", read("y", (2,), (2,)))) == [[True], [True]]
+
+
+@given(st.lists(st.lists(st.integers(0, 9), max_size=9), min_size=1, max_size=4))
+def test_shared_is_what_more_than_one_rank_reads(ranks):
+    plans = [
+        LoadPlan([STEP] * len(read), storage_data=Wanted("save", "a", np.array(read, np.uint64))) for read in ranks
+    ]
+    found = [list(shared_items(plan)) for plan in mark_shared(plans)]
+    assert found == [[sum(each in other for other in ranks) > 1 for each in read] for read in ranks]
 
 
 def test_what_one_rank_reads_twice_is_not_shared(contents):

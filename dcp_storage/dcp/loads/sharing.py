@@ -56,7 +56,7 @@ def mark_shared(plans: Sequence[LoadPlan]) -> list[LoadPlan]:
         by_host[plan.storage_data.host].append(plan.storage_data.reads)
     shared = {host: _common(reads) for host, reads in by_host.items()}
     return [
-        replace(plan, storage_data=np.isin(plan.storage_data.reads, shared[plan.storage_data.host])) for plan in plans
+        replace(plan, storage_data=_among(plan.storage_data.reads, shared[plan.storage_data.host])) for plan in plans
     ]
 
 
@@ -88,5 +88,16 @@ def _blocks(manifest: Manifest, tensor: TensorEntry, read: ReadItem) -> tuple[in
 
 def _common(reads: Sequence[NDArray[np.uint64]]) -> NDArray[np.uint64]:
     """Return the hashes that more than one rank has."""
-    numbers, counts = np.unique(np.concatenate([np.unique(each) for each in reads]), return_counts=True)
-    return numbers[counts > 1]
+    ordered = np.sort(np.concatenate([_distinct(each) for each in reads]))
+    return _distinct(ordered[1:][ordered[1:] == ordered[:-1]])
+
+
+def _distinct(hashes: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return the distinct hashes, ascending (`numpy.unique` imports a module when it is first called)."""
+    ordered = np.sort(hashes)
+    return np.concatenate([ordered[:1], ordered[1:][ordered[1:] != ordered[:-1]]])
+
+
+def _among(hashes: NDArray[np.uint64], ordered: NDArray[np.uint64]) -> NDArray[np.bool_]:
+    """Return for each hash whether it is one of some others, which are ascending."""
+    return np.searchsorted(ordered, hashes, "right") > np.searchsorted(ordered, hashes, "left")
