@@ -1,6 +1,6 @@
 """The load pipeline: byte ranges are fetched, `concurrency` at once, and decoded in threads into their targets."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +23,10 @@ from dcp_storage.transfer.workers import UNIT_BYTES, CodecThreads, for_each, use
 
 _LEAST_LOCAL_BYTES = MIB
 """Reads from a disk may be smaller than from a network: more reads at once are decoded in more threads."""
+
+
+_MANY = 200
+"""Targets that the garbage collector is paused for: each makes some objects."""
 
 
 class Target(Protocol):
@@ -132,10 +136,14 @@ class _Loader:
                 await self._decode(unit, data, fetch.start)
                 self._deliver(unit)
 
-    @gc_paused
     def _open(self, blocks: Sequence[Block]) -> None:
-        for number in {block.item for block in blocks} - self._opened:
-            self._opened.add(number)
+        numbers = {block.item for block in blocks} - self._opened
+        self._opened |= numbers
+        open_all = gc_paused(self._open_all) if len(numbers) > _MANY else self._open_all
+        open_all(numbers)
+
+    def _open_all(self, numbers: Iterable[int]) -> None:
+        for number in numbers:
             self._items[number].target.open()
 
     async def _fetch(self, fetch: Fetch, pages: memoryview) -> memoryview:
