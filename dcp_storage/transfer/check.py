@@ -17,6 +17,7 @@ from dcp_storage.store.base import Room, Store, room_bytes
 from dcp_storage.transfer.buffers import Buffers
 from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.ranges import Block, locate
+from dcp_storage.transfer.twice import read_twice
 from dcp_storage.transfer.workers import CodecThreads, for_each
 
 
@@ -149,24 +150,24 @@ class _Checker:
         self._buffers = Buffers()
 
     async def check(self, runs: Sequence[Run]) -> None:
-        again = dict.fromkeys(id(fault.run) for fault in await self._find_faults(runs))
-        for run in runs:
-            if id(run) in again:
-                self.faults += await self._find_faults([run])
+        for faults in await read_twice(runs, self._find):
+            self.faults += faults
         blocks = [block for run in runs for block in run.blocks]
         self._advance(sum(b.stop - b.start for b in blocks), sum(b.length for b in blocks))
 
-    async def _find_faults(self, runs: Sequence[Run]) -> list[BlockFault]:
+    async def _find(self, runs: Sequence[Run]) -> list[tuple[Run, list[BlockFault]]]:
+        """Read runs with one request, and return those that failed their check."""
         start, stop = runs[0].start, runs[-1].stop
         try:
             with self._buffers.hold(room_bytes(stop - start)) as pages:
                 name = self._names[runs[0].object]
                 data = memoryview(await self._store.get_range(name, start, stop, Room(pages)))
-                return await self._threads.run(partial(_find_faults, runs, data))
+                return await self._threads.run(partial(_check, runs, data))
         except ObjectNotFound:
-            return [BlockFault(run, block) for run in runs for block in run.blocks]
+            return [(run, [BlockFault(run, block) for block in run.blocks]) for run in runs]
 
 
-def _find_faults(runs: Sequence[Run], data: memoryview, checks: _Checks) -> list[BlockFault]:
+def _check(runs: Sequence[Run], data: memoryview, checks: _Checks) -> list[tuple[Run, list[BlockFault]]]:
     start = runs[0].start
-    return [fault for run in runs for fault in checks.faults(run, data[run.start - start : run.stop - start])]
+    checked = [(run, checks.faults(run, data[run.start - start : run.stop - start])) for run in runs]
+    return [(run, faults) for run, faults in checked if faults]

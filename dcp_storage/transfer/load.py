@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dcp_storage.collector import gc_paused
 from dcp_storage.config import MIB
@@ -19,6 +19,7 @@ from dcp_storage.transfer.buffers import Buffers
 from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.layout import target_bytes
 from dcp_storage.transfer.ranges import Block, Fetch, coalesce, locate
+from dcp_storage.transfer.twice import read_twice
 from dcp_storage.transfer.workers import UNIT_BYTES, CodecThreads, for_each, useful_threads
 
 _LEAST_LOCAL_BYTES = MIB
@@ -99,6 +100,14 @@ async def load_items(
         await for_each(transfer.concurrency, fetches, loader.load)
 
 
+class _Failure(NamedTuple):
+    """A block that failed its check, and how many of its bytes were read."""
+
+    block: Block
+    read_bytes: int
+    error: BlockCorrupt
+
+
 class _Loader:
     def __init__(
         self,
@@ -130,11 +139,19 @@ class _Loader:
 
     async def load(self, fetch: Fetch) -> None:
         self._open(fetch.blocks)
-        with self._buffers.hold(room_bytes(fetch.stop - fetch.start)) as pages:
-            data = await self._fetch(fetch, pages)
-            for unit in _units(fetch.blocks):
-                await self._decode(unit, data, fetch.start)
-                self._deliver(unit)
+        for failure in await read_twice(fetch.blocks, self._load):
+            raise self._corrupt(failure) from failure.error
+
+    async def _load(self, blocks: Sequence[Block]) -> list[tuple[Block, _Failure]]:
+        """Read blocks with one request, deliver those that are sound, and return the others."""
+        failed: dict[Block, _Failure] = {}
+        start, stop = blocks[0].offset, max(block.offset + block.length for block in blocks)
+        with self._buffers.hold(room_bytes(stop - start)) as pages:
+            data = await self._fetch(blocks, start, stop, pages)
+            for unit in _units(blocks):
+                failed |= await self._threads.run(partial(self._decode, unit, data, start))
+                self._deliver([block for block in unit if block not in failed] if failed else unit)
+        return list(failed.items())
 
     def _open(self, blocks: Sequence[Block]) -> None:
         numbers = {block.item for block in blocks} - self._opened
@@ -146,64 +163,50 @@ class _Loader:
         for number in numbers:
             self._items[number].target.open()
 
-    async def _fetch(self, fetch: Fetch, pages: memoryview) -> memoryview:
-        room = Room(pages, self._destination(fetch), shared=self._is_shared(fetch))
-        return memoryview(await self._store.get_range(self._names[fetch.object], fetch.start, fetch.stop, room))
+    async def _fetch(self, blocks: Sequence[Block], start: int, stop: int, pages: memoryview) -> memoryview:
+        room = Room(pages, self._destination(blocks), shared=2 * self._shared_bytes(blocks) > stop - start)
+        return memoryview(await self._store.get_range(self._names[blocks[0].object], start, stop, room))
 
-    def _is_shared(self, fetch: Fetch) -> bool:
-        """Return whether other processes read most of this range, too."""
-        shared = sum(block.length for block in fetch.blocks if self._items[block.item].shared)
-        return 2 * shared > fetch.stop - fetch.start
+    def _shared_bytes(self, blocks: Sequence[Block]) -> int:
+        """Return how much of these blocks other processes read, too."""
+        return sum(block.length for block in blocks if self._items[block.item].shared)
 
-    def _destination(self, fetch: Fetch) -> memoryview | None:
-        """Return the final memory of the whole range if it holds the bytes as they are stored, else `None`."""
-        first, last = fetch.blocks[0], fetch.blocks[-1]
-        shift = fetch.start - first.start
+    def _destination(self, blocks: Sequence[Block]) -> memoryview | None:
+        """Return the final memory of all blocks if it holds their bytes as they are stored, else `None`."""
+        first, last = blocks[0], blocks[-1]
+        shift = first.offset - first.start
         if not self._raw or any(
-            (b.item, b.offset, b.offset + b.length) != (first.item, b.start + shift, b.stop + shift)
-            for b in fetch.blocks
+            (b.item, b.offset, b.offset + b.length) != (first.item, b.start + shift, b.stop + shift) for b in blocks
         ):
             return None
         return self._items[first.item].target.direct(first.start, last.stop)
 
-    async def _decode(self, blocks: Sequence[Block], data: memoryview, start: int) -> None:
-        """Decode blocks from a range that begins at `start`; read those that fail their check once more."""
-        for block in await self._threads.run(partial(self._decode_sound, blocks, data, start)):
-            await self._decode_again(block)
-
-    def _decode_sound(
+    def _decode(
         self, blocks: Sequence[Block], data: memoryview, start: int, decoder: BlockDecoder
-    ) -> list[Block]:
-        """Decode blocks, and return those that failed their check."""
-        damaged = []
+    ) -> dict[Block, _Failure]:
+        """Decode blocks from a range that begins at `start`, and return those that failed their check."""
+        failed = {}
         for block in blocks:
-            at = block.offset - start
+            item, stored = self._items[block.item], data[block.offset - start :][: block.length]
+            decode = partial(decoder.decode, stored, block.check, item.planes)
             try:
-                self._decode_one(block, data[at : at + block.length], decoder)
-            except BlockCorrupt:
-                damaged.append(block)
-        return damaged
+                item.target.fill(block.start, block.stop, decode)
+            except BlockCorrupt as error:
+                failed[block] = _Failure(block, len(stored), error)
+        return failed
 
-    def _decode_one(self, block: Block, stored: memoryview, decoder: BlockDecoder) -> None:
-        item = self._items[block.item]
-        item.target.fill(block.start, block.stop, lambda out: decoder.decode(stored, block.check, item.planes, out))
-
-    async def _decode_again(self, block: Block) -> None:
-        name = self._names[block.object]
-        data = memoryview(await self._store.get_range(name, block.offset, block.offset + block.length))
-        try:
-            await self._threads.run(partial(self._decode_one, block, data))
-        except BlockCorrupt as error:
-            fqn, short = self._items[block.item].fqn, len(data) < block.length
-            what = f"the object ends {block.length - len(data)} bytes too early" if short else str(error)
-            raise BlockCorrupt(
-                f"{self._store.url}/{name}: the block of {fqn} at {block.offset} ({block.length} bytes) is damaged, "
-                f"in two reads: {what}. Restore this object from a copy, or load another checkpoint",
-                url=self._store.url,
-                object_name=name,
-                offset=block.offset,
-                fqn=fqn,
-            ) from error
+    def _corrupt(self, failure: _Failure) -> BlockCorrupt:
+        block, url, name = failure.block, self._store.url, self._names[failure.block.object]
+        fqn, missing = self._items[block.item].fqn, block.length - failure.read_bytes
+        what = f"the object ends {missing} bytes too early" if missing else str(failure.error)
+        return BlockCorrupt(
+            f"{url}/{name}: the block of {fqn} at {block.offset} ({block.length} bytes) is damaged, "
+            f"in two reads: {what}. Restore this object from a copy, or load another checkpoint",
+            url=url,
+            object_name=name,
+            offset=block.offset,
+            fqn=fqn,
+        )
 
     def _deliver(self, unit: Sequence[Block]) -> None:
         """Hand over the items that are now complete."""
