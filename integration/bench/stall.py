@@ -6,8 +6,12 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from mmap import mmap
+from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -18,6 +22,8 @@ from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 
 from dcp_storage import AsyncStorageWriter, ShardedSavePlanner
+from dcp_storage.config import MIB
+from dcp_storage.store.files import NewFile
 from integration.bench.contestants import OURS, STOCK, Place
 from integration.bench.options import Options
 from integration.bench.processes import in_fresh_process, pin_torch_threads
@@ -31,6 +37,18 @@ _EXECUTORS = {
     "THREAD": AsyncCheckpointerType.THREAD,
     "PROCESS": AsyncCheckpointerType.PROCESS,
 }
+
+Variant = tuple[str, str]
+"""A contestant and its executor."""
+
+_WRITES: Variant = ("writes alone", "")
+"""Another process writes the bytes of our checkpoint: what the disk itself costs training (on virtual machines)."""
+_WRITE_BYTES = 16 * MIB
+
+_VARIANTS = [*((name, executor) for executor in _EXECUTORS for name in (OURS, STOCK)), _WRITES]
+
+_Begin = Callable[[str], Future[Any]]
+"""Begins to write to a new directory."""
 
 
 @dataclass(frozen=True)
@@ -50,15 +68,11 @@ class Window:
 
 def measure(shelf: LocalShelf, options: Options) -> list[Stall]:
     """Return the stalls of every contestant and executor, in turn in every round."""
-    places = [shelf.new_place() for _ in _variants()]
+    places = [shelf.new_place() for _ in _VARIANTS]
     found = in_fresh_process(_measure, places, options)
     for place in places:
         shelf.delete(place)
     return found
-
-
-def _variants() -> list[tuple[str, str]]:
-    return [(name, executor) for executor in _EXECUTORS for name in (OURS, STOCK)]
 
 
 def _measure(places: list[Place], options: Options) -> list[Stall]:
@@ -67,26 +81,37 @@ def _measure(places: list[Place], options: Options) -> list[Stall]:
     _join_alone()
     training = _Training(options.alone_seconds, options.device)
     state = on(mixed(options.sizes), options.device)
-    variants = list(zip(_variants(), places, strict=True))
-    for variant, place in variants:  # the process of PROCESS is started by its first save, and memory taken
-        _begin(*variant, state, f"{place.url}/first").result()
-        shutil.rmtree(f"{place.url}/first")
-    training.alone()
-    found = [
-        _one(variant, number, training, state, place)
-        for number in range(options.rounds)
-        for variant, place in rotate(variants, number)
-    ]
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as writer:
+        savers: dict[Variant, _Begin] = {each: partial(_begin, *each, state) for each in _VARIANTS[:-1]}
+        # The process of PROCESS is started by its first save, and memory taken.
+        stored = [_first(save, place) for save, place in zip(savers.values(), places, strict=False)]
+        savers[_WRITES] = partial(writer.submit, _write, stored[0])
+        _first(savers[_WRITES], places[-1])
+        training.alone()
+        found = [
+            _one(variant, number, training, savers[variant], place)
+            for number in range(options.rounds)
+            for variant, place in rotate(list(zip(_VARIANTS, places, strict=True)), number)
+        ]
     dist.destroy_process_group()
     return found
 
 
-def _one(variant: tuple[str, str], number: int, training: "_Training", state: State, place: Place) -> Stall:
+def _first(begin: _Begin, place: Place) -> int:
+    """Save once, and return the size of the checkpoint."""
+    url = f"{place.url}/first"
+    begin(url).result()
+    stored = sum(path.stat().st_size for path in Path(url).iterdir())
+    shutil.rmtree(url)
+    return stored
+
+
+def _one(variant: Variant, number: int, training: "_Training", begin: _Begin, place: Place) -> Stall:
     os.sync()
     alone = training.alone()
     url = f"{place.url}/{number}"
     start = time.perf_counter()
-    done = _begin(*variant, state, url)
+    done = begin(url)
     called = time.perf_counter() - start
     beside = training.run(lambda _: done.done())
     lost = time.perf_counter() - start - len(beside.steps) * alone.mean
@@ -140,6 +165,15 @@ def _begin(name: str, executor: str, state: State, url: str) -> Future[Any]:
         async_checkpointer_type=_EXECUTORS[executor],
     )
     return cast("Future[Any]", getattr(response, "upload_completion", response))
+
+
+def _write(nbytes: int, url: str) -> None:
+    """Write a file with direct I/O, which takes next to no time of a core."""
+    Path(url).mkdir(parents=True)
+    file, data = NewFile(Path(url) / "data", sync=True), mmap(-1, _WRITE_BYTES)
+    for _ in range(0, nbytes, _WRITE_BYTES):
+        file.append(memoryview(data))
+    file.finish()
 
 
 def _join_alone() -> None:
