@@ -19,8 +19,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.errors import StoreError
-from dcp_storage.store.local import LocalStore
 from integration.demo.ranks import Ranks
+from tests.hooks import On, fail, hooked
 from tests.test_async_save import loaded_value
 
 LIMIT_S = 100
@@ -58,19 +58,15 @@ def test_overlapping_saves_of_two_ranks_do_not_mix(tmp_path):
 
 
 def save_failing(rank, place):
-    async def broken(store, *args):
-        raise StoreError(f"{store.url}: no space left") from OSError(28, "no space left")
-
-    writer = AsyncStorageWriter(place["path"])
+    full = On("put", fail)
+    full.active = rank.rank == place["rank"]
+    writer = AsyncStorageWriter(hooked(place["path"], before=full))
     states = [sharded_state(value) for value in (1, 2)]
-    real = LocalStore.put
-    if rank.rank == place["rank"]:
-        LocalStore.put = broken
     error = dcp.async_save(states[0], storage_writer=writer, planner=ShardedSavePlanner()).exception(LIMIT_S)
     causes = [cause.__cause__ for cause, _ in error.failures.values()]
     assert [type(cause) for cause in causes] == [OSError], "it reaches all ranks"
     rank.report("failed", [type(cause) for cause, _ in error.failures.values()])
-    LocalStore.put = real
+    full.active = False
     dcp.async_save(states[1], storage_writer=writer, planner=ShardedSavePlanner()).result(LIMIT_S)
 
 
@@ -150,17 +146,16 @@ warnings.simplefilter("ignore")
 import torch
 import torch.distributed.checkpoint as dcp
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter
-from dcp_storage.store.local import LocalStore
+from tests.hooks import hooked
 from tests.test_async_save import async_save, loaded_value, state_of
 path = Path(sys.argv[1])
 
 def slow(method, seconds):
-    real = getattr(LocalStore, method)
-    async def call(store, *args):
-        print(method, flush=True)
-        await asyncio.sleep(seconds)
-        return await real(store, *args)
-    setattr(LocalStore, method, call)
+    async def sleep(operation):
+        if operation.method == method:
+            print(method, flush=True)
+            await asyncio.sleep(seconds)
+    return hooked(path, before=sleep)
 """
 
 
@@ -191,8 +186,7 @@ def run_script(script, path, code=0):
 def test_an_interpreter_that_exits_during_a_save_ends_and_leaves_a_whole_checkpoint(tmp_path, method):
     script = f"""
         dcp.save(state_of(1), storage_writer=AsyncStorageWriter(path), no_dist=True)
-        slow("{method}", 0.5)
-        async_save(state_of(2), storage_writer=AsyncStorageWriter(path))
+        async_save(state_of(2), storage_writer=AsyncStorageWriter(slow("{method}", 0.5)))
     """
     errors = run_script(script, tmp_path)
     value = loaded_value(tmp_path)
@@ -204,8 +198,7 @@ def test_ctrl_c_during_a_save_stops_it_and_leaves_the_old_checkpoint(tmp_path, m
     script = f"""
         signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without
         dcp.save(state_of(1), storage_writer=AsyncStorageWriter(path), no_dist=True)
-        slow("{method}", 3600)
-        dcp.save(state_of(2), storage_writer=AsyncStorageWriter(path), no_dist=True)
+        dcp.save(state_of(2), storage_writer=AsyncStorageWriter(slow("{method}", 3600)), no_dist=True)
     """
     with start_script(script, tmp_path) as process:
         assert process.stdout.readline() == f"{method}\n"

@@ -1,6 +1,5 @@
 """`Checkpoints` on several ranks: what one rank finds, all are told; what one lacks, none waits for."""
 
-import asyncio
 import logging
 import os
 import signal
@@ -25,8 +24,8 @@ from dcp_storage.errors import (
     MissingKeys,
     StoreError,
 )
-from dcp_storage.store.local import LocalStore
 from integration.demo.ranks import Ranks
+from tests.hooks import Gate, On, fail, hooked
 
 LIMIT_S = 100
 ROWS = 1003
@@ -178,22 +177,19 @@ def test_a_mistake_on_one_rank_is_raised_on_both_and_the_next_call_works(tmp_pat
     assert run_ranks(2, make_mistakes, {"root": str(tmp_path), "odd": odd}) == {0: expected, 1: expected}
 
 
-async def broken(store, *args):
-    raise StoreError(f"{store.url}: no space left") from OSError(28, "no space left")
-
-
 def fail_in_the_background(rank, config):
     states = [state_of(value) for value in range(5)]
-    real = LocalStore.put
+    full = On("put", fail)
+    root = hooked(config["root"], before=full)
 
     def begin(step):
-        LocalStore.put = broken if rank.rank == config["odd"] else real
+        full.active = rank.rank == config["odd"]
         future = checkpoints.async_save(step, states[step])
         wait_until(future.done)
-        LocalStore.put = real
+        full.active = False
         return future
 
-    with Checkpoints(config["root"]) as checkpoints:
+    with Checkpoints(root) as checkpoints:
         begin(1)
         rank.report("next", raised(checkpoints.save, 2, states[2])[0])
         checkpoints.save(2, states[2])
@@ -208,11 +204,11 @@ def fail_in_the_background(rank, config):
         begin(4)
         rank.report("close", raised(checkpoints.close)[0])
         checkpoints.close()
-    with Checkpoints(config["root"], on_error="log") as checkpoints:
+    with Checkpoints(root, on_error="log") as checkpoints:
         rank.report("logged", begin(3).result())
-        LocalStore.put = broken if rank.rank == config["odd"] else real
+        full.active = rank.rank == config["odd"]
         rank.report("logged", checkpoints.save(3, states[3]))
-        LocalStore.put = real
+        full.active = False
         rank.report("saved", checkpoints.save(4, states[4]))
         rank.report("failed", checkpoints.failed_saves)
 
@@ -254,17 +250,22 @@ def test_damage_that_one_rank_reads_sends_all_to_the_step_before(tmp_path, odd):
 
 
 def load_from_a_failing_store(rank, config):
-    with Checkpoints(config["root"]) as checkpoints:
+    failing = set()
+
+    async def fail_some(operation):
+        if operation.method in failing:
+            fail(operation)
+
+    with Checkpoints(hooked(config["root"], before=fail_some)) as checkpoints:
         checkpoints.save(1, state_of(1))
-        real = LocalStore.directories, LocalStore.get_range
         if rank.rank == 0:
-            LocalStore.directories = broken
+            failing.add("directories")
         rank.report("listing", raised(checkpoints.load, state_of(-1))[0])
-        LocalStore.directories = real[0]
+        failing.clear()
         if rank.rank == config["odd"]:
-            LocalStore.get_range = broken
+            failing.add("get_range")
         rank.report("reading", raised(checkpoints.load, state_of(-1))[0])
-        LocalStore.get_range = real[1]
+        failing.clear()
         rank.report("loaded", checkpoints.load(state_of(-1)))
 
 
@@ -326,18 +327,18 @@ def test_a_signal_to_one_rank_is_told_to_all_at_the_same_step(tmp_path):
 
 def find_damage(rank, config):
     """Damage what a rank wrote of step 2 as soon as it is committed, before it is checked."""
-    root, odd = config["root"], config["odd"]
-    real = LocalStore.size
+    odd = config["odd"]
 
-    async def size(store, name):
-        if store.url.endswith("step-2") and rank.rank == odd:
-            damage(Path(store.url), odd)
-            LocalStore.size = real
-        return await real(store, name)
+    def damage_once(operation):
+        if operation.url.endswith("step-2"):
+            checks.active = False
+            damage(Path(operation.url), odd)
 
+    checks = On("size", damage_once)
+    checks.active = rank.rank == odd
+    root = hooked(config["root"], before=checks)
     with Checkpoints(root, keep=KeepLatest(1), verify="full") as checkpoints:
         for step in (1, 2):
-            LocalStore.size = size
             checkpoints.save(step, state_of(step))
             checkpoints.wait()
         checkpoints.save(3, state_of(3))
@@ -379,18 +380,12 @@ def wait_until(true):
 
 
 def skip_while_busy(rank, config):
-    real = LocalStore.put
-
-    async def slow(store, *args):
-        await asyncio.to_thread(wait_until, Path(config["root"], "go").exists)
-        return await real(store, *args)
-
-    if rank.rank == 1:
-        LocalStore.put = slow
-    with Checkpoints(config["root"]) as checkpoints:
+    gate = Gate("put")
+    gate.active = rank.rank == 1
+    with Checkpoints(hooked(config["root"], before=gate)) as checkpoints:
         future = checkpoints.async_save(1, state_of(1))
         rank.report("skipped", checkpoints.async_save(2, state_of(2), skip_if_busy=True).result())
-        Path(config["root"], "go").touch()
+        gate.opened.set()
         rank.report("saved", future.result())
         rank.report("saved", checkpoints.async_save(3, state_of(3), skip_if_busy=True).result())
 

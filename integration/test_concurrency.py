@@ -11,8 +11,8 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner, load
 from dcp_storage.errors import CheckpointReplaced
-from dcp_storage.store.local import LocalStore
 from integration.demo.ranks import Ranks
+from tests.hooks import On, hooked
 
 LIMIT_S = 100
 SAVES = 12
@@ -85,19 +85,18 @@ def read_last(rank, place):
 
 def load_overtaken(rank, place):
     """Load while rank 1, before it reads, lets so many saves happen, one before each range."""
-    real, saves = LocalStore.get_range, []
 
-    async def get_range(store, *args):
-        if rank.rank == 1 and len(saves) < place["saves"]:
-            saves.append(torch.full((1003, 256), 1.0 + len(saves)))
-            writer = AsyncStorageWriter(place["path"], sync_files=False)
-            dcp.save({"sharded": saves[-1], "step": len(saves)}, storage_writer=writer, no_dist=True)
-        return await real(store, *args)
+    def save_another(_):
+        step = overtaking.seen
+        if step <= place["saves"]:
+            another = {"sharded": torch.full((1003, 256), float(step)), "step": step}
+            dcp.save(another, storage_writer=AsyncStorageWriter(place["path"], sync_files=False), no_dist=True)
 
-    LocalStore.get_range = get_range
+    overtaking = On("get_range", save_another)
+    overtaking.active = rank.rank == 1
     state = state_of(-1)
     try:
-        load(state, AsyncStorageReader(place["path"]))
+        load(state, AsyncStorageReader(hooked(place["path"], before=overtaking)))
     except CheckpointException as error:
         rank.report("raised", {type(cause) for cause, _ in error.failures.values()})
     else:

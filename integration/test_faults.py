@@ -7,7 +7,6 @@ from collections import Counter
 import pytest
 import torch.distributed.checkpoint as dcp
 
-from dcp_storage.store.local import LocalStore
 from integration.demo.ranks import RankError, Ranks
 from integration.faults import full, strace
 from integration.faults.faults import Injector
@@ -19,6 +18,7 @@ from integration.faults.points import Case, laboratory
 from integration.faults.ranks import ranks_are_threads, save_on_ranks
 from integration.faults.soak import try_kills
 from integration.faults.tally import Tally
+from tests.hooks import On, hooked
 
 
 @pytest.fixture
@@ -100,16 +100,9 @@ def test_requests_broken_on_their_way(tally, seaweedfs_server):
 
 def save_and_die(rank, place):
     """Overwrite a checkpoint with real ranks, of which one kills itself at an operation of its store."""
-    real = getattr(LocalStore, place["method"])
-
-    async def dying(store, *args):
-        if place["when"] == "after":
-            await real(store, *args)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    if rank.rank == place["victim"]:
-        setattr(LocalStore, place["method"], dying)
-    writer = OURS.writer(place["url"])
+    dying = On(place["method"], lambda _: os.kill(os.getpid(), signal.SIGKILL), place["at"])
+    dying.active = rank.rank == place["victim"]
+    writer = OURS.writer(hooked(place["url"], **{place["when"]: dying}))
     try:
         dcp.save(states(2, 2)[rank.rank], storage_writer=writer, planner=OURS.save_planner())
     except BaseException as error:  # noqa: BLE001 - DCP's is no Exception
@@ -126,7 +119,9 @@ def test_the_death_of_a_real_rank_fails_the_other_and_harms_nothing(tmp_path, vi
         old = states(1, 2)
         outcomes = save_on_ranks(old, lambda: OURS.writer(url), OURS.save_planner, Injector(), asynchronous=False)
     assert outcomes == [None, None]
-    place = {"url": url, "victim": victim, "method": method, "when": when}
+    replaced = len(list(tmp_path.glob("*.distcp.zst")))
+    at = replaced if (method, when) == ("delete", "after") else 1  # all are deleted, or none
+    place = {"url": url, "victim": victim, "method": method, "when": when, "at": at}
     with Ranks(2, save_and_die, place, limit_s=60) as ranks:
         reports, ends = _hear(ranks)
     assert reports == {1 - victim: "failed"}

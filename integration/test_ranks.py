@@ -18,9 +18,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner
 from dcp_storage.errors import DcpStorageError, ManifestCorrupt, StoreError
-from dcp_storage.store.local import LocalStore
 from dcp_storage.store.residency import cached_bytes
 from integration.demo.ranks import Ranks
+from tests.hooks import On, hooked
 from tests.states import assert_same, blank_like
 
 LIMIT_S = 100
@@ -112,17 +112,18 @@ def wait_for(path):
 def save_parts(rank, place):
     """Save values 1, 2, ... to one path; ranks that the step does not name die before their commit."""
     options = {"planner": ShardedSavePlanner(), "use_collectives": False}
-    real = LocalStore.commit
 
-    async def die(store, name, *args):
-        others = Path(place["url"]) / name.replace(f"__{rank.rank}", f"__{1 - rank.rank}")
+    def die(commit):
+        others = Path(place["url"]) / commit.name.replace(f"__{rank.rank}", f"__{1 - rank.rank}")
         wait_for(others)  # a rank that dies takes the other with it
         os._exit(9)
 
+    dying = On("commit", die)
     for value, committing in enumerate(place["steps"], 1):
-        LocalStore.commit = real if rank.rank in committing else die
+        dying.active = rank.rank not in committing
         rank.report("begun", value)
-        dcp.save(sharded_state(value), storage_writer=AsyncStorageWriter(place["url"]), **options)
+        writer = AsyncStorageWriter(hooked(place["url"], before=dying))
+        dcp.save(sharded_state(value), storage_writer=writer, **options)
     rank.report("saved", True)
 
 
@@ -165,13 +166,14 @@ def test_without_collectives_some_ranks_or_one_save_by_themselves(tmp_path):
 
 
 def fail_on(rank, place):
-    async def broken(store, *args):
-        raise StoreError(f"{store.url}: rank {rank.rank} has no space left")
+    def fail(operation):
+        raise StoreError(f"{operation.url}: rank {rank.rank} has no space left")
 
-    if rank.rank == place["rank"]:
-        setattr(LocalStore, place["method"], broken)
+    full = On(place["method"], fail)
+    full.active = rank.rank == place["rank"]
+    writer = AsyncStorageWriter(hooked(place["url"], before=full))
     try:
-        dcp.save(sharded_state(2), storage_writer=AsyncStorageWriter(place["url"]), planner=ShardedSavePlanner())
+        dcp.save(sharded_state(2), storage_writer=writer, planner=ShardedSavePlanner())
     except CheckpointException as error:
         rank.report("failed", [str(cause) for cause, _ in error.failures.values()])
 

@@ -1,5 +1,6 @@
 """Hooks of `Faulty`: what happens before or after the operations of one method of a store."""
 
+import errno
 import threading
 
 from dcp_storage.checkpoint.place import Location
@@ -16,7 +17,8 @@ def hooked(path, storage_options=None, **hooks):
 
 def fail(operation):
     """Raise what a full disk makes a store raise."""
-    raise StoreError(f"{operation.url}: no space left", url=operation.url)
+    cause = OSError(errno.ENOSPC, "no space left")
+    raise StoreError(f"{operation.url}: no space left", url=operation.url) from cause
 
 
 class On:

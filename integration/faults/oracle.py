@@ -11,6 +11,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, ShardedSavePlanner, Transfer
+from dcp_storage.checkpoint.place import Location
 from dcp_storage.errors import CheckpointNotFound
 from dcp_storage.transfer import layout, save
 from tests.states import assert_same, blank_like
@@ -38,7 +39,7 @@ class Contestant:
     """A storage writer and reader under test.
 
     Attributes:
-        writer: Makes a writer for a path or URL.
+        writer: Makes a writer for a path or URL; this package's also for a `Location`.
         reader: Makes a reader.
         save_planner: Makes a planner.
         load_planner: Makes a planner.
@@ -47,7 +48,7 @@ class Contestant:
     """
 
     name: str
-    writer: Callable[[str], Any]
+    writer: Callable[[Any], Any]
     reader: Callable[[str], Any]
     save_planner: Callable[[], Any]
     load_planner: Callable[[], Any]
@@ -58,7 +59,7 @@ class Contestant:
 def ours(name: str, storage_options: dict[str, Any] | None = None, *, sync_files: bool = True) -> Contestant:
     """Return this package's writer and reader."""
 
-    def writer(url: str) -> AsyncStorageWriter:
+    def writer(url: str | Location) -> AsyncStorageWriter:
         codec = Codec(block_bytes=4096)
         return AsyncStorageWriter(
             url, storage_options=storage_options, codec=codec, transfer=_TRANSFER, sync_files=sync_files
