@@ -7,11 +7,12 @@ from dcp_storage.errors import ManifestCorrupt, UnsupportedFormat
 from dcp_storage.format.contents import Contents
 from dcp_storage.format.manifest.frames import HEAD_BYTES, MAX_HEAD_BYTES, Head, is_manifest, unpack_head
 from dcp_storage.format.manifest.manifest import decode
+from dcp_storage.format.names import ObjectName
 from dcp_storage.format.stock.manifest import decode_stock_metadata
 from dcp_storage.store.base import Store
 
 
-async def fetch_manifest(store: Store, name: str) -> Contents:
+async def fetch_manifest(store: Store, name: ObjectName) -> Contents:
     """Read a manifest; if it is damaged, read it once more, like a block.
 
     Raises:
@@ -27,7 +28,7 @@ async def fetch_manifest(store: Store, name: str) -> Contents:
         return _decode(await store.get(name), where)
 
 
-async def fetch_head(store: Store, name: str) -> Head:
+async def fetch_head(store: Store, name: ObjectName) -> Head:
     """Read only the head of a manifest of this package, with one small request unless it is very large.
 
     Raises:

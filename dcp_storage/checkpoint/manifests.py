@@ -14,7 +14,7 @@ from dcp_storage.errors import (
 )
 from dcp_storage.format.contents import Contents
 from dcp_storage.format.manifest.draft import Draft, encode
-from dcp_storage.format.names import MANIFEST, Part, parse_part_manifest, part_manifest
+from dcp_storage.format.names import MANIFEST, ObjectName, Part, parse_part_manifest, part_manifest
 from dcp_storage.store.base import Store
 
 logger = logging.getLogger(__name__)
@@ -86,7 +86,7 @@ async def is_committed(store: Store, *, parts: bool) -> bool:
     raise AssertionError("the last listing returns or raises")
 
 
-async def _names(store: Store) -> list[str]:
+async def _names(store: Store) -> list[ObjectName]:
     """List the names; none if listing is denied, since parts could not be read either."""
     try:
         return list(await store.list())
@@ -94,7 +94,7 @@ async def _names(store: Store) -> list[str]:
         return []
 
 
-async def replaced_objects(store: Store) -> list[str]:
+async def replaced_objects(store: Store) -> list[ObjectName]:
     """Return the objects and parts of the checkpoint that a new manifest replaces.
 
     If the manifest cannot be read, its objects are unknown, so they stay. Names that no save uses are left out: a
@@ -115,13 +115,13 @@ async def replaced_objects(store: Store) -> list[str]:
     return [*parts, *named]
 
 
-async def superseded_objects(store: Store, part: Draft) -> list[str]:
+async def superseded_objects(store: Store, part: Draft) -> list[ObjectName]:
     """Return the objects of older complete attempts, if this part completes its own."""
     attempts = group_parts(await _names(store))
     complete = [first.attempt for first in await complete_attempts(store, attempts)]
     if part.attempt not in complete:
         return []
-    superfluous: list[str] = []
+    superfluous: list[ObjectName] = []
     for older in complete[complete.index(part.attempt) + 1 :]:
         superfluous += attempts[older].values()
         for each in await read_attempt(store, older, attempts[older]):

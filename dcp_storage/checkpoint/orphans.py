@@ -3,10 +3,12 @@
 from collections.abc import Iterable
 
 from dcp_storage.format.contents import Contents
-from dcp_storage.format.names import MANIFEST, parse_part_manifest, save_of
+from dcp_storage.format.names import MANIFEST, ObjectName, parse_part_manifest, save_of
 
 
-def orphans_and_foreign(listed: Iterable[str], contents: Contents | None) -> tuple[list[str], list[str]]:
+def orphans_and_foreign(
+    listed: Iterable[ObjectName], contents: Contents | None
+) -> tuple[list[ObjectName], list[ObjectName]]:
     """Return the listed objects that are not part of the checkpoint: orphans of this package, and foreign ones.
 
     Without a `.metadata`, the part manifests of the loaded attempt belong to the checkpoint; all others are orphans.

@@ -11,7 +11,7 @@ from dcp_storage.errors import CheckpointNotFound, ManifestCorrupt, ObjectNotFou
 from dcp_storage.format.contents import Contents
 from dcp_storage.format.manifest.manifest import Manifest
 from dcp_storage.format.manifest.merge import is_complete, merge
-from dcp_storage.format.names import MANIFEST, parse_part_manifest
+from dcp_storage.format.names import MANIFEST, ObjectName, parse_part_manifest
 from dcp_storage.format.stock.manifest import StockManifest
 from dcp_storage.format.stock.merge import merge_stock
 from dcp_storage.store.base import Store
@@ -20,7 +20,7 @@ _MOST_NAMED = 5
 
 logger = logging.getLogger(__name__)
 
-Attempts = dict[str | None, dict[int, str]]
+Attempts = dict[str | None, dict[int, ObjectName]]
 """The names of manifests, by attempt and by rank; the attempt of DCP's own writers is `None`."""
 
 
@@ -66,9 +66,9 @@ def _by_number(name: str) -> list[str | int]:
     return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
 
 
-def group_parts(names: Iterable[str]) -> Attempts:
+def group_parts(names: Iterable[ObjectName]) -> Attempts:
     """Return the part manifests among the names, by attempt and rank."""
-    attempts: defaultdict[str | None, dict[int, str]] = defaultdict(dict)
+    attempts: defaultdict[str | None, dict[int, ObjectName]] = defaultdict(dict)
     for name in names:
         if part := parse_part_manifest(name):
             attempts[part.attempt][part.rank] = name
@@ -80,7 +80,7 @@ async def complete_attempts(store: Store, attempts: Attempts) -> list[Manifest]:
     return [part for part in await _first_parts(store, attempts) if is_complete(part, attempts[part.attempt])]
 
 
-async def read_attempt(store: Store, attempt: str | None, names: Mapping[int, str]) -> list[Manifest]:
+async def read_attempt(store: Store, attempt: str | None, names: Mapping[int, ObjectName]) -> list[Manifest]:
     """Read all parts of an attempt of this package's writers."""
     parts = await _read_all(store, attempt, names)
     return [part for part in parts.values() if isinstance(part, Manifest)]
@@ -109,7 +109,7 @@ async def _first_parts(store: Store, attempts: Attempts) -> list[Manifest]:
     return sorted((part for parts in firsts for part in parts), key=lambda part: part.created, reverse=True)
 
 
-async def _read_all(store: Store, attempt: str | None, names: Mapping[int, str]) -> dict[int, Contents]:
+async def _read_all(store: Store, attempt: str | None, names: Mapping[int, ObjectName]) -> dict[int, Contents]:
     parts = dict(
         zip(names, await asyncio.gather(*(fetch_manifest(store, name) for name in names.values())), strict=True)
     )

@@ -9,7 +9,7 @@ from datetime import timedelta
 from dcp_storage.checkpoint.manifests import read_manifest
 from dcp_storage.checkpoint.orphans import orphans_and_foreign
 from dcp_storage.errors import CheckpointNotFound
-from dcp_storage.format.names import save_of
+from dcp_storage.format.names import ObjectName, save_of
 from dcp_storage.store.base import Store, times_of
 
 A_DAY = timedelta(days=1)
@@ -27,8 +27,8 @@ class Pruning:
     """
 
     url: str
-    removed: dict[str, int]
-    kept: dict[str, int]
+    removed: dict[ObjectName, int]
+    kept: dict[ObjectName, int]
 
 
 async def prune_store(store: Store, older_than: timedelta, *, dry_run: bool = False) -> Pruning:
@@ -46,7 +46,7 @@ async def prune_store(store: Store, older_than: timedelta, *, dry_run: bool = Fa
     return Pruning(store.url, removed, {name: size for name, size in sizes.items() if name not in old})
 
 
-async def _orphans(store: Store, names: Iterable[str]) -> list[str]:
+async def _orphans(store: Store, names: Iterable[ObjectName]) -> list[ObjectName]:
     try:
         return orphans_and_foreign(names, await read_manifest(store))[0]
     except CheckpointNotFound:
@@ -56,9 +56,9 @@ async def _orphans(store: Store, names: Iterable[str]) -> list[str]:
         return left_by_the_first_save
 
 
-def _old_enough(orphans: Iterable[str], times: Mapping[str, float], before: float) -> set[str]:
+def _old_enough(orphans: Iterable[ObjectName], times: Mapping[ObjectName, float], before: float) -> set[ObjectName]:
     """Return the orphans whose save wrote nothing after `before`."""
-    by_save: defaultdict[str | None, list[str]] = defaultdict(list)
+    by_save: defaultdict[str | None, list[ObjectName]] = defaultdict(list)
     for name in orphans:
         by_save[save_of(name)].append(name)
     dead = (names for names in by_save.values() if max(times[name] for name in names) <= before)

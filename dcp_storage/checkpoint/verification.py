@@ -7,7 +7,7 @@ from dcp_storage.checkpoint.manifests import read_manifest
 from dcp_storage.checkpoint.orphans import orphans_and_foreign
 from dcp_storage.errors import CheckpointNotFound, ConfigError, StoreError
 from dcp_storage.format.contents import CheckedItem, Contents, HeldObject
-from dcp_storage.format.names import MANIFEST
+from dcp_storage.format.names import MANIFEST, ObjectName
 from dcp_storage.store.base import Store
 from dcp_storage.transfer.check import BlockFault, check_runs, runs_of
 from dcp_storage.transfer.context import Context
@@ -25,7 +25,7 @@ class Damage:
         what: A description.
     """
 
-    object_name: str
+    object_name: ObjectName
     offset: int | None
     fqns: tuple[str, ...]
     what: str
@@ -62,8 +62,8 @@ class Verification:
     raw_bytes: int
     stored_bytes: int
     damage: tuple[Damage, ...]
-    orphans: dict[str, int]
-    foreign: tuple[str, ...]
+    orphans: dict[ObjectName, int]
+    foreign: tuple[ObjectName, ...]
     sha256: str | None = None
 
     @property
@@ -124,7 +124,7 @@ def _object_fault(expected: HeldObject, size: int | None) -> Damage | None:
 
 
 async def _block_damage(
-    context: Context, contents: Contents, sizes: Mapping[str, int]
+    context: Context, contents: Contents, sizes: Mapping[ObjectName, int]
 ) -> tuple[list[Block], list[Damage]]:
     """Check the blocks of existing objects; return them, and the damage."""
     codec = contents.codec
@@ -137,7 +137,7 @@ async def _block_damage(
     return blocks, [_damage(fault, items, names) for fault in faults]
 
 
-def _damage(fault: BlockFault, items: Sequence[CheckedItem], names: Sequence[str]) -> Damage:
+def _damage(fault: BlockFault, items: Sequence[CheckedItem], names: Sequence[ObjectName]) -> Damage:
     run = fault.run
     block = fault.block or run.blocks[0]
     what = f"a damaged block of {block.length} bytes"

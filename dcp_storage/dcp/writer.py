@@ -38,6 +38,7 @@ from dcp_storage.errors import ConfigError
 from dcp_storage.format.contents import METADATA_VERSION
 from dcp_storage.format.manifest.columns import NOTHING, Columns
 from dcp_storage.format.manifest.frames import check_info
+from dcp_storage.format.names import ObjectName
 from dcp_storage.observe import Observer
 from dcp_storage.progress import choose_observer
 from dcp_storage.store.urls import Address
@@ -202,7 +203,7 @@ class AsyncStorageWriter(StorageWriter):
 
     def _put(
         self, save: Save, role: Role, sources: Sequence[Source], groups: Sequence[str]
-    ) -> tuple[list[str], Columns]:
+    ) -> tuple[list[ObjectName], Columns]:
         return save.location.run(
             lambda store: put(
                 Context(store, self._transfer, self._observer), save, role, sources, groups=groups, codec=self._codec

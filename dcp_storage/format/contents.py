@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Protocol
 from dcp_storage.format.manifest.boxes import Boxes
 from dcp_storage.format.manifest.frames import StoredCodec
 from dcp_storage.format.manifest.schema import Segment
+from dcp_storage.format.names import ObjectName
 
 METADATA_VERSION = "1.0.0"
 """The version that DCP's own writers give `Metadata` with these naming conventions of entries."""
@@ -31,7 +32,7 @@ class HeldObject(NamedTuple):
         fqns: The entries stored in it.
     """
 
-    name: str
+    name: ObjectName
     size: int
     exact: bool
     fqns: tuple[str, ...]
@@ -106,7 +107,7 @@ class Contents(Protocol):
         """The digest that covers the whole checkpoint, if there is one."""
 
     @property
-    def object_names(self) -> Sequence[str]:
+    def object_names(self) -> Sequence[ObjectName]:
         """The names of its data objects, by number."""
 
     def check_whole(self) -> None:
@@ -129,5 +130,5 @@ class Contents(Protocol):
     def checked_items(self) -> Iterator[CheckedItem]:
         """Yield the items whose blocks have check values."""
 
-    def deletable(self) -> list[str]:
+    def deletable(self) -> list[ObjectName]:
         """Return its objects that its writer may have named: a manifest must not get a foreign file deleted."""

@@ -2,9 +2,12 @@
 
 import re
 import secrets
-from typing import NamedTuple
+from typing import NamedTuple, NewType
 
-MANIFEST = ".metadata"
+ObjectName = NewType("ObjectName", str)
+"""The name of an object directly below a checkpoint's prefix; `is_safe` holds for it, unless a store listed it."""
+
+MANIFEST = ObjectName(".metadata")
 
 _SAFE = re.compile(r"(?!\.\.?$)[^/\\\x00-\x1f\x7f:]{1,255}")
 _TOKEN = "[0-9a-f]{16}"  # noqa: S105 - not a password
@@ -25,9 +28,9 @@ def new_token() -> str:
     return secrets.token_hex(8)
 
 
-def data_object(token: str, rank: int, number: int, suffix: str) -> str:
+def data_object(token: str, rank: int, number: int, suffix: str) -> ObjectName:
     """Return the name of a rank's `number`-th data object of one save; the suffix is that of its codec."""
-    return f"{token}-{rank}-{number}{suffix}"
+    return ObjectName(f"{token}-{rank}-{number}{suffix}")
 
 
 def temporary_name(name: str) -> str:
@@ -56,9 +59,9 @@ class Part(NamedTuple):
     rank: int
 
 
-def part_manifest(part: Part) -> str:
+def part_manifest(part: Part) -> ObjectName:
     """Return the name of the manifest that one rank commits in a save without collectives."""
-    return f"__{part.rank}-{part.attempt}{MANIFEST}"
+    return ObjectName(f"__{part.rank}-{part.attempt}{MANIFEST}")
 
 
 def parse_part_manifest(name: str) -> Part | None:

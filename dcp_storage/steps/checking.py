@@ -9,6 +9,7 @@ from typing import Literal
 from dcp_storage.checkpoint.manifests import read_manifest
 from dcp_storage.errors import CheckpointNotFound, ManifestCorrupt, ObjectNotFound, StoreError, UnsupportedFormat
 from dcp_storage.format.manifest.manifest import Manifest
+from dcp_storage.format.names import ObjectName
 from dcp_storage.transfer.check import check_runs, runs_of
 from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.workers import for_each
@@ -118,6 +119,6 @@ async def _block_faults(context: Context, manifest: Manifest, own: set[int]) -> 
     return [f"{names[fault.run.object]} has a damaged block at {fault.run.start}" for fault in faults]
 
 
-def _writer_of(name: str) -> int:
+def _writer_of(name: ObjectName) -> int:
     """Return the rank in the name of a data object."""
     return int(name.split("-")[1])

@@ -9,6 +9,7 @@ from typing import Any
 
 from dcp_storage.checkpoint.place import Location
 from dcp_storage.errors import StoreError
+from dcp_storage.format.names import ObjectName
 from dcp_storage.steps.names import directory_of
 from dcp_storage.steps.pins import ALIVE_S, new_pin, put_pin, refresh_pin, remove_pin
 from dcp_storage.store.base import Store
@@ -40,7 +41,7 @@ def hold_pin(root: Location, step: int, name: str) -> Iterator[None]:
         _try(root, directory, partial(remove_pin, pin=pin), "a pin was not removed, and will expire by itself: %s")
 
 
-def _refresh(root: Location, directory: str, pin: str, ended: threading.Event) -> None:
+def _refresh(root: Location, directory: str, pin: ObjectName, ended: threading.Event) -> None:
     while not ended.wait(_REFRESH_S):
         _try(root, directory, partial(refresh_pin, pin=pin), "a pin could not be refreshed: %s")
 

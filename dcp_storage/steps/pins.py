@@ -11,7 +11,14 @@ from collections.abc import Mapping
 
 from dcp_storage.checkpoint.manifests import is_committed, replaced_objects
 from dcp_storage.errors import CheckpointNotFound, ConfigError, ObjectNotFound
-from dcp_storage.format.names import MANIFEST, is_data_object, is_stock_object, new_token, parse_part_manifest
+from dcp_storage.format.names import (
+    MANIFEST,
+    ObjectName,
+    is_data_object,
+    is_stock_object,
+    new_token,
+    parse_part_manifest,
+)
 from dcp_storage.store.base import Store
 
 ALIVE_S = 3600
@@ -22,7 +29,7 @@ _TOMBSTONE = re.compile(r"\.removing-[0-9a-f]{16}", re.ASCII)
 _PIN = re.compile(r"\.pin-[A-Za-z0-9_.-]{1,64}-[0-9a-f]{16}", re.ASCII)
 
 
-def new_pin(name: str) -> str:
+def new_pin(name: str) -> ObjectName:
     """Return the name of an object that no other pin has.
 
     Raises:
@@ -30,7 +37,7 @@ def new_pin(name: str) -> str:
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise ConfigError(f"the pin's name is {name!r}; use up to 64 letters, digits, dots, dashes and underscores")
-    return f".pin-{name}-{new_token()}"
+    return ObjectName(f".pin-{name}-{new_token()}")
 
 
 def is_pin(name: str) -> bool:
@@ -43,7 +50,7 @@ def is_tombstone(name: str) -> bool:
     return _TOMBSTONE.fullmatch(name) is not None
 
 
-async def put_pin(step: Store, pin: str) -> None:
+async def put_pin(step: Store, pin: ObjectName) -> None:
     """Pin a committed step.
 
     Raises:
@@ -61,17 +68,17 @@ async def put_pin(step: Store, pin: str) -> None:
         raise _gone(step)
 
 
-async def refresh_pin(step: Store, pin: str) -> None:
+async def refresh_pin(step: Store, pin: ObjectName) -> None:
     """Renew a pin."""
     await step.commit(pin, b"{}")
 
 
-async def remove_pin(step: Store, pin: str) -> None:
+async def remove_pin(step: Store, pin: ObjectName) -> None:
     """Remove a pin."""
     await step.delete([pin])
 
 
-def held_pins(times: Mapping[str, float], now: float) -> list[str]:
+def held_pins(times: Mapping[ObjectName, float], now: float) -> list[ObjectName]:
     """Return the pins of a step that have not expired, by the times when they were written."""
     return [name for name, at in times.items() if is_pin(name) and now - at < ALIVE_S]
 
@@ -83,7 +90,7 @@ async def bury(step: Store) -> bool:
     """
     parts = filter(parse_part_manifest, await step.list())  # including unreadable ones
     named = list(dict.fromkeys([*await replaced_objects(step), *parts]))
-    tombstone = f".removing-{new_token()}"
+    tombstone = ObjectName(f".removing-{new_token()}")
     await step.commit(tombstone, json.dumps(named).encode())
     times = await step.modified()
     if tombstone not in times:  # another prune has removed the step, and the tombstone with it
@@ -111,14 +118,16 @@ async def unearth(step: Store) -> None:
     await step.delete(done)  # last: they show that there is more to do
 
 
-async def _named(step: Store, tombstone: str) -> list[str]:
+async def _named(step: Store, tombstone: ObjectName) -> list[ObjectName]:
     """Return the names in a tombstone that have the form of a save's objects."""
     try:
         named = json.loads(await step.get(tombstone))
     except (ObjectNotFound, ValueError):  # another prune finished it; or it is incomplete, and deletes nothing
         return []
     texts = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    return [name for name in texts if is_data_object(name) or is_stock_object(name) or parse_part_manifest(name)]
+    return [
+        ObjectName(name) for name in texts if is_data_object(name) or is_stock_object(name) or parse_part_manifest(name)
+    ]
 
 
 def _gone(step: Store) -> CheckpointNotFound:

@@ -7,6 +7,7 @@ from typing import NamedTuple, Self
 
 from dcp_storage.config import KIB
 from dcp_storage.errors import ObjectNotFound, StoreError
+from dcp_storage.format.names import ObjectName
 
 Batch = bytes | memoryview
 """Bytes of an object, in order. Their memory is reused once the next batch is requested."""
@@ -45,13 +46,13 @@ class ObjectInfo(NamedTuple):
     modified: float | None
 
 
-def times_of(url: str, listed: Mapping[str, ObjectInfo]) -> dict[str, float]:
+def times_of(url: str, listed: Mapping[ObjectName, ObjectInfo]) -> dict[ObjectName, float]:
     """Return when each object of a listing was last written.
 
     Raises:
         StoreError: The storage system does not report it.
     """
-    times: dict[str, float] = {}
+    times: dict[ObjectName, float] = {}
     for name, each in listed.items():
         if each.modified is None:
             raise StoreError(
@@ -71,8 +72,9 @@ def room_bytes(nbytes: int) -> int:
 class Store(ABC):
     """The objects below one prefix (a directory, an S3 key prefix).
 
-    Object names are flat: no `/`. A store is opened for one call and one event loop, as an async context manager that
-    closes its connections; it is never pickled and never shared between loops. Operations may run concurrently.
+    Object names (`ObjectName`) are flat: no `/`. A store is opened for one call and one event loop, as an async context
+    manager that closes its connections; it is never pickled and never shared between loops. Operations may run
+    concurrently.
 
     A method that fails raises `StoreError`, or its subclasses `ObjectNotFound` if an object does not exist and
     `AccessDenied` if permissions are missing; the error names the URL. It leaves no partly written object under the
@@ -104,7 +106,7 @@ class Store(ABC):
         """Remove this prefix's directory if it is empty; do nothing if prefixes are only names."""
 
     @abstractmethod
-    async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
+    async def put(self, name: ObjectName, batches: AsyncIterable[Batch]) -> int:
         """Write a new object from its batches, in order, and return its size in bytes.
 
         The object is durable when this returns (on local disk except for its directory entry, which `commit` syncs).
@@ -112,7 +114,7 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
+    async def commit(self, name: ObjectName, data: bytes, over: str | None = None) -> None:
         """Atomically create or replace an object, and make it durable with everything put before it.
 
         A concurrent reader sees the whole old object or the whole new one. `over` is the only version that may be
@@ -122,7 +124,7 @@ class Store(ABC):
             ObjectExists: Another version exists, with different bytes.
         """
 
-    async def probe(self, name: str) -> bool:
+    async def probe(self, name: ObjectName) -> bool:
         """Return whether an object exists, before data moves; raise an error if a commit could not replace it.
 
         It finds what it can without writing anything. If the storage system does not reveal whether an object exists
@@ -134,16 +136,16 @@ class Store(ABC):
             return False
         return True
 
-    async def version(self, name: str) -> str | None:  # noqa: ARG002 - not every store has versions
+    async def version(self, name: ObjectName) -> str | None:  # noqa: ARG002 - not every store has versions
         """Return the version of an object, for `commit`; `None` if the system has no versions."""
         return None
 
     @abstractmethod
-    async def get(self, name: str) -> bytes:
+    async def get(self, name: ObjectName) -> bytes:
         """Return a whole object."""
 
     @abstractmethod
-    async def get_range(self, name: str, start: int, stop: int, room: Room | None = None) -> bytes | memoryview:
+    async def get_range(self, name: ObjectName, start: int, stop: int, room: Room | None = None) -> bytes | memoryview:
         """Return bytes `start` to `stop` (exclusive) of an object, or fewer if the object ends before `stop`.
 
         `0 <= start < stop`. The result is empty if the object ends before `start`. A store that has to copy reads into
@@ -151,21 +153,21 @@ class Store(ABC):
         """
 
     @abstractmethod
-    async def size(self, name: str) -> int:
+    async def size(self, name: ObjectName) -> int:
         """Return the size of an object in bytes."""
 
     @abstractmethod
-    async def list(self) -> dict[str, ObjectInfo]:
+    async def list(self) -> dict[ObjectName, ObjectInfo]:
         """Return every object directly below the prefix, by name; an empty dict if there is none."""
 
     async def directories(self) -> builtins.list[str]:
         """Return the names of the prefixes directly below this one, if the storage system has such prefixes."""
         return []
 
-    async def modified(self) -> dict[str, float]:
+    async def modified(self) -> dict[ObjectName, float]:
         """Return when each object that `list` returns was last written; see `times_of`."""
         return times_of(self.url, await self.list())
 
     @abstractmethod
-    async def delete(self, names: Sequence[str]) -> None:
+    async def delete(self, names: Sequence[ObjectName]) -> None:
         """Delete objects; it is not an error if one does not exist."""

@@ -12,6 +12,7 @@ from aiofiles.os import wrap
 
 from dcp_storage.config import MIB
 from dcp_storage.errors import ObjectExists, ObjectNotFound
+from dcp_storage.format.names import ObjectName
 from dcp_storage.store import files, reads
 from dcp_storage.store.base import ABSENT, Batch, ObjectInfo, Room, Store
 from dcp_storage.store.failures import Failures
@@ -50,7 +51,7 @@ class LocalStore(Store):
         """Return the store of a subdirectory."""
         return LocalStore(self._path(name), sync_files=self._sync_files)
 
-    async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
+    async def put(self, name: ObjectName, batches: AsyncIterable[Batch]) -> int:
         """Stream the batches into a new file; remove it if anything fails."""
         path = self._path(name)
         size = 0
@@ -62,7 +63,7 @@ class LocalStore(Store):
                 await _in_thread(file.finish)
         return size
 
-    async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
+    async def commit(self, name: ObjectName, data: bytes, over: str | None = None) -> None:
         """Write a temporary file next to the object, and rename it over that or, for `ABSENT`, hard-link it there."""
         path = self._path(name)
         write = files.create_file if over == ABSENT else files.replace_file
@@ -72,36 +73,36 @@ class LocalStore(Store):
             except FileExistsError as error:
                 raise self._failures.error("commit", name, "it already exists", ObjectExists) from error
 
-    async def get(self, name: str) -> bytes:
+    async def get(self, name: ObjectName) -> bytes:
         """Read the whole file."""
         path = self._path(name)
         with self._failures.mapped("read", name, absent=ObjectNotFound):
             return await wrap(reads.read_file)(path)
 
-    async def get_range(self, name: str, start: int, stop: int, room: Room | None = None) -> bytes | memoryview:
+    async def get_range(self, name: ObjectName, start: int, stop: int, room: Room | None = None) -> bytes | memoryview:
         """Read a range of the file; into `room`, with direct I/O for what is not in the page cache."""
         path = self._path(name)
         with self._failures.mapped("read", name, absent=ObjectNotFound):
             # The thread writes to memory that its owner reuses once this call has ended.
             return await _in_thread(reads.read_range, path, start, stop, room)
 
-    async def probe(self, name: str) -> bool:
+    async def probe(self, name: ObjectName) -> bool:
         """Return whether the file exists; raise an error if it may not be read or replaced."""
         path = self._path(name)
         with self._failures.mapped("commit", name):
             return await wrap(reads.reopening(files.check_replaceable))(path)
 
-    async def size(self, name: str) -> int:
+    async def size(self, name: ObjectName) -> int:
         """Return the file's size in bytes."""
         path = self._path(name)
         with self._failures.mapped("look up", name, absent=ObjectNotFound):
             return await wrap(reads.reopening(files.file_size))(path)
 
-    async def list(self) -> dict[str, ObjectInfo]:
+    async def list(self) -> dict[ObjectName, ObjectInfo]:
         """Return the regular files in the directory."""
         with self._failures.mapped("list"):
             statuses = await wrap(reads.reopening(files.stat_files))(self._directory)
-        return {name: ObjectInfo(status.st_size, status.st_mtime) for name, status in statuses.items()}
+        return {ObjectName(name): ObjectInfo(status.st_size, status.st_mtime) for name, status in statuses.items()}
 
     async def directories(self) -> builtins.list[str]:
         """Return the names of the subdirectories."""
@@ -113,7 +114,7 @@ class LocalStore(Store):
         with self._failures.mapped("remove"):
             await wrap(files.remove_directory)(self._directory)
 
-    async def delete(self, names: Sequence[str]) -> None:
+    async def delete(self, names: Sequence[ObjectName]) -> None:
         """Remove files, after syncing the directory: an earlier rename may have replaced them."""
         paths = [(name, self._path(name)) for name in names]
         if paths and self._sync_files:

@@ -1,10 +1,10 @@
 """Checks object names: a store never leaves its prefix, whatever a manifest says."""
 
 from dcp_storage.errors import ConfigError
-from dcp_storage.format.names import is_safe
+from dcp_storage.format.names import ObjectName, is_safe
 
 
-def check_name(name: str) -> str:
+def check_name(name: str) -> ObjectName:
     """Return an object name, which must stay below its prefix.
 
     Raises:
@@ -12,4 +12,4 @@ def check_name(name: str) -> str:
     """
     if not is_safe(name):
         raise ConfigError(f"{name!r} is not a valid object name; names are flat, without separators")
-    return name
+    return ObjectName(name)

@@ -13,6 +13,7 @@ from fsspec.config import apply_config
 
 from dcp_storage.config import MIB
 from dcp_storage.errors import ConfigError, ObjectExists, ObjectNotFound, StoreError
+from dcp_storage.format.names import ObjectName
 from dcp_storage.store.base import ABSENT, Batch, ObjectInfo, Room, Store
 from dcp_storage.store.bodies import Bodies
 from dcp_storage.store.closing import close_opened
@@ -99,7 +100,7 @@ class RemoteStore(Store):
         below._bodies = Bodies()
         return below
 
-    async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
+    async def put(self, name: ObjectName, batches: AsyncIterable[Batch]) -> int:
         """Gather the batches into one body and write it with one request."""
         path = self._path(name)
         async with self._bodies.gather(batches) as body:
@@ -107,7 +108,7 @@ class RemoteStore(Store):
                 await self._write(path, body)
             return body.getbuffer().nbytes
 
-    async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
+    async def commit(self, name: ObjectName, data: bytes, over: str | None = None) -> None:
         """Write the object with one request, which replaces an older one as a whole.
 
         For `ABSENT` it checks first: fsspec has no request that does both at once.
@@ -118,14 +119,14 @@ class RemoteStore(Store):
         with self._failures.mapped("commit", name):
             await self._write(path, io.BytesIO(data))
 
-    async def _is_there(self, name: str) -> bool:
+    async def _is_there(self, name: ObjectName) -> bool:
         try:
             await self.size(name)
         except ObjectNotFound:
             return False
         return True
 
-    async def get(self, name: str) -> bytes:
+    async def get(self, name: ObjectName) -> bytes:
         """Read a whole object with one request."""
         path = self._path(name)
         with self._failures.mapped("read", name, absent=ObjectNotFound):
@@ -133,7 +134,7 @@ class RemoteStore(Store):
 
     async def get_range(
         self,
-        name: str,
+        name: ObjectName,
         start: int,
         stop: int,
         room: Room | None = None,  # noqa: ARG002 - HTTP clients allocate what they return
@@ -161,7 +162,7 @@ class RemoteStore(Store):
             return False
         return info.get("size") is not None and int(info["size"]) <= start
 
-    async def size(self, name: str) -> int:
+    async def size(self, name: ObjectName) -> int:
         """Return the object's size in bytes."""
         path = self._path(name)
         with self._failures.mapped("look up", name, absent=ObjectNotFound):
@@ -170,14 +171,16 @@ class RemoteStore(Store):
             raise self._failures.error("look up", name, f"it is a {info['type']}", ObjectNotFound)
         return self._size(name, info)
 
-    async def list(self) -> dict[str, ObjectInfo]:
+    async def list(self) -> dict[ObjectName, ObjectInfo]:
         """Return the objects directly below the prefix."""
         with self._failures.mapped("list"):
             entries = await self._list_entries()
         files = (entry for entry in entries if entry["type"] == "file" and entry["name"] != self._prefix)
         found = {entry["name"].rpartition("/")[2]: entry for entry in files}
         found.pop("", None)  # a marker that some tools put into an empty directory
-        return {name: ObjectInfo(self._size(name, entry), _modified(entry)) for name, entry in found.items()}
+        return {
+            ObjectName(name): ObjectInfo(self._size(name, entry), _modified(entry)) for name, entry in found.items()
+        }
 
     async def directories(self) -> builtins.list[str]:
         """Return the prefixes directly below this one."""
@@ -185,12 +188,12 @@ class RemoteStore(Store):
             entries = await self._list_entries()
         return [entry["name"].rstrip("/").rpartition("/")[2] for entry in entries if entry["type"] == "directory"]
 
-    def _size(self, name: str, entry: Mapping[str, Any]) -> int:
+    def _size(self, name: ObjectName, entry: Mapping[str, Any]) -> int:
         if entry["size"] is None:
             raise self._failures.error("find the size of", name, "the server does not report it (no Content-Length)")
         return int(entry["size"])
 
-    async def delete(self, names: Sequence[str]) -> None:
+    async def delete(self, names: Sequence[ObjectName]) -> None:
         """Delete every object that can be deleted, then raise the first failure.
 
         It sends one request per object: some servers refuse S3's bulk delete, whose errors s3fs ignores.

@@ -13,6 +13,7 @@ from botocore.config import Config
 from botocore.exceptions import ProfileNotFound
 
 from dcp_storage.errors import AccessDenied, ConfigError, ObjectExists, ObjectNotFound
+from dcp_storage.format.names import ObjectName
 from dcp_storage.store.base import ABSENT
 from dcp_storage.store.failures import answer_of, describe, error_code, http_status, is_denied
 from dcp_storage.store.names import check_name
@@ -96,7 +97,7 @@ class S3Store(RemoteStore):
         """Return the key of an object."""
         return f"{self._keys}{check_name(name)}"
 
-    async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
+    async def commit(self, name: ObjectName, data: bytes, over: str | None = None) -> None:
         """Write the object with a request that the server refuses if the object's version is not `over`.
 
         If the server does not support `If-Match` and `If-None-Match`, or botocore is too old for them, there is only
@@ -115,17 +116,17 @@ class S3Store(RemoteStore):
                     why = "another one was written in the meantime"
                     raise self._failures.error("commit", name, why, ObjectExists) from error
 
-    async def probe(self, name: str) -> bool:
+    async def probe(self, name: ObjectName) -> bool:
         """Return whether an object exists; without permission to list, S3 denies access to absent ones."""
         try:
             return await super().probe(name)
         except AccessDenied:
             return False
 
-    async def _is_there(self, name: str) -> bool:
+    async def _is_there(self, name: ObjectName) -> bool:
         return await self.probe(name)
 
-    async def version(self, name: str) -> str | None:
+    async def version(self, name: ObjectName) -> str | None:
         """Return the object's ETag."""
         try:
             with self._failures.mapped("look up", name, absent=ObjectNotFound):

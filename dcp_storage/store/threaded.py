@@ -10,7 +10,7 @@ from fsspec import AbstractFileSystem
 from fsspec.implementations.asyn_wrapper import AsyncFileSystemWrapper
 
 from dcp_storage.errors import ObjectNotFound
-from dcp_storage.format.names import temporary_name
+from dcp_storage.format.names import ObjectName, temporary_name
 from dcp_storage.store.remote import RemoteStore
 
 R = TypeVar("R")
@@ -65,7 +65,7 @@ class ThreadedStore(RemoteStore):
         await self._ask(lambda: self._wrapped._cp_file(temporary, path))
         await self._ask(lambda: self._fs._rm_file(temporary))
 
-    async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
+    async def commit(self, name: ObjectName, data: bytes, over: str | None = None) -> None:
         """Write the object under another name, rename it, and check the result: some servers refuse silently.
 
         Raises:
@@ -76,7 +76,7 @@ class ThreadedStore(RemoteStore):
         if before != data and await self._held(name) == before:
             raise self._failures.error("commit", name, "a rename that reported no error changed nothing")
 
-    async def _held(self, name: str) -> bytes | None:
+    async def _held(self, name: ObjectName) -> bytes | None:
         try:
             return await self.get(name)
         except ObjectNotFound:

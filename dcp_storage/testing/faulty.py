@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Self, TypeVar
 
 from dcp_storage.checkpoint.place import Opener
+from dcp_storage.format.names import ObjectName
 from dcp_storage.store.base import Batch, ObjectInfo, Room, Store
 from dcp_storage.store.open import open_store
 from dcp_storage.store.urls import Address
@@ -89,35 +90,35 @@ class FaultyStore(Store):
         """Call the hooks and the store."""
         await self._told("remove_directory", "", self._store.remove_directory)
 
-    async def put(self, name: str, batches: AsyncIterable[Batch]) -> int:
+    async def put(self, name: ObjectName, batches: AsyncIterable[Batch]) -> int:
         """Call the hooks and the store."""
         return await self._told("put", name, lambda: self._store.put(name, batches))
 
-    async def commit(self, name: str, data: bytes, over: str | None = None) -> None:
+    async def commit(self, name: ObjectName, data: bytes, over: str | None = None) -> None:
         """Call the hooks and the store."""
         await self._told("commit", name, lambda: self._store.commit(name, data, over))
 
-    async def probe(self, name: str) -> bool:
+    async def probe(self, name: ObjectName) -> bool:
         """Call the hooks and the store."""
         return await self._told("probe", name, lambda: self._store.probe(name))
 
-    async def version(self, name: str) -> str | None:
+    async def version(self, name: ObjectName) -> str | None:
         """Call the hooks and the store."""
         return await self._told("version", name, lambda: self._store.version(name))
 
-    async def get(self, name: str) -> bytes:
+    async def get(self, name: ObjectName) -> bytes:
         """Call the hooks and the store."""
         return await self._told("get", name, lambda: self._store.get(name))
 
-    async def get_range(self, name: str, start: int, stop: int, room: Room | None = None) -> bytes | memoryview:
+    async def get_range(self, name: ObjectName, start: int, stop: int, room: Room | None = None) -> bytes | memoryview:
         """Call the hooks and the store."""
         return await self._told("get_range", name, lambda: self._store.get_range(name, start, stop, room))
 
-    async def size(self, name: str) -> int:
+    async def size(self, name: ObjectName) -> int:
         """Call the hooks and the store."""
         return await self._told("size", name, lambda: self._store.size(name))
 
-    async def list(self) -> dict[str, ObjectInfo]:
+    async def list(self) -> dict[ObjectName, ObjectInfo]:
         """Call the hooks and the store."""
         return await self._told("list", "", self._store.list)
 
@@ -125,7 +126,7 @@ class FaultyStore(Store):
         """Call the hooks and the store."""
         return await self._told("directories", "", self._store.directories)
 
-    async def delete(self, names: Sequence[str]) -> None:
+    async def delete(self, names: Sequence[ObjectName]) -> None:
         """Call the hooks and the store for each object."""
         for name in names:
             await self._told("delete", name, lambda name=name: self._store.delete([name]))  # type: ignore[misc]

@@ -5,14 +5,21 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from dcp_storage.format.names import MANIFEST, ObjectName, data_object
 from dcp_storage.store.base import Batch, Store
 from dcp_storage.store.open import open_store
 
 R = TypeVar("R")
 
-NAMES = ["0a1b2c3d4e5f6071-0-0.distcp.zst", "0a1b2c3d4e5f6071-1023-65535.distcp.zst", ".metadata", "__3.metadata"]
+NAMES = [
+    data_object("0a1b2c3d4e5f6071", 0, 0, ".distcp.zst"),
+    data_object("0a1b2c3d4e5f6071", 1023, 65535, ".distcp.zst"),
+    MANIFEST,
+    ObjectName("__3.metadata"),
+]
 """Names of a checkpoint's objects."""
 NAME = NAMES[0]
+OTHER = ObjectName("other.distcp.zst")
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,11 @@ def run(place: Place, use: Callable[[Store], Awaitable[R]]) -> R:
     return asyncio.run(main(), debug=False)
 
 
-async def put(store: Store, name: str, data: bytes) -> int:
+async def put(store: Store, name: ObjectName, data: bytes) -> int:
     """Put an object of one batch."""
     return await store.put(name, batches_of(data))
 
 
-async def sizes(store: Store) -> dict[str, int]:
+async def sizes(store: Store) -> dict[ObjectName, int]:
     """Return the names of the objects that a store lists, and their sizes in bytes."""
     return {name: listed.size for name, listed in (await store.list()).items()}

@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 
 from dcp_storage.errors import ConfigError, ObjectNotFound, StoreError
+from dcp_storage.format.names import MANIFEST, ObjectName, data_object
 from dcp_storage.store.base import ABSENT, Batch, Store
 from dcp_storage.testing.commits import CommitSuite
-from dcp_storage.testing.place import NAME, NAMES, Place, batches_of, put, run, sizes
+from dcp_storage.testing.place import NAME, NAMES, OTHER, Place, batches_of, put, run, sizes
 
 
 class StoreSuite(CommitSuite):
@@ -88,7 +89,7 @@ class StoreSuite(CommitSuite):
     def test_absent_object(self, place: Place, sibling: bool) -> None:
         async def use(store: Store) -> None:
             if sibling:
-                await put(store, "other.distcp.zst", b"x")
+                await put(store, OTHER, b"x")
             for read in (store.get, lambda name: store.get_range(name, 0, 5), store.size):
                 with pytest.raises(ObjectNotFound, match=NAME) as caught:
                     await read(NAME)
@@ -115,18 +116,18 @@ class StoreSuite(CommitSuite):
 
         async def use(store: Store) -> None:
             for data in (b"first", b"second"):
-                await store.commit(".metadata", data)
-                assert await store.get(".metadata") == data
+                await store.commit(MANIFEST, data)
+                assert await store.get(MANIFEST) == data
             await put(store, NAME, b"data")
             assert await store.get_range(NAME, 1, 3) == b"at"
-            assert await sizes(store) == {NAME: 4, ".metadata": 6}
+            assert await sizes(store) == {NAME: 4, MANIFEST: 6}
 
-        run(beside, lambda store: store.commit(".metadata", b"of another"))
+        run(beside, lambda store: store.commit(MANIFEST, b"of another"))
         run(inner, use)
-        assert run(beside, sizes) == {".metadata": 10}
-        run(inner, lambda store: store.delete([NAME, ".metadata"]))
+        assert run(beside, sizes) == {MANIFEST: 10}
+        run(inner, lambda store: store.delete([NAME, MANIFEST]))
         assert run(inner, sizes) == {}
-        assert run(beside, lambda store: store.get(".metadata")) == b"of another"
+        assert run(beside, lambda store: store.get(MANIFEST)) == b"of another"
 
     def test_overlapping_puts(self, place: Place) -> None:
         async def slow(n: int) -> AsyncIterator[Batch]:
@@ -135,7 +136,7 @@ class StoreSuite(CommitSuite):
                 yield bytes([n, step]) * 1000
 
         async def use(store: Store) -> None:
-            names = [f"aa-{n}-0.distcp.zst" for n in range(12)]
+            names = [data_object("aa", n, 0, ".distcp.zst") for n in range(12)]
             sizes = await asyncio.gather(*(store.put(name, slow(n)) for n, name in enumerate(names)))
             assert sizes == [10_000] * 12
             for n, name in enumerate(names):
@@ -144,7 +145,7 @@ class StoreSuite(CommitSuite):
         run(place, use)
 
     def test_list(self, place: Place) -> None:
-        async def use(store: Store) -> dict[str, int]:
+        async def use(store: Store) -> dict[ObjectName, int]:
             assert await sizes(store) == {}
             for size, name in enumerate(NAMES):
                 await put(store, name, b"x" * size)
@@ -155,12 +156,12 @@ class StoreSuite(CommitSuite):
 
     def test_list_is_flat_and_keeps_to_its_prefix(self, place: Place) -> None:
         for below in ("deeper", "deeper/still"):
-            run(place.beside(f"{place.url}/{below}"), lambda store: put(store, "below", b"1"))
-        run(place.beside(f"{place.url}-2"), lambda store: put(store, "beside", b"1"))
+            run(place.beside(f"{place.url}/{below}"), lambda store: put(store, OTHER, b"1"))
+        run(place.beside(f"{place.url}-2"), lambda store: put(store, OTHER, b"1"))
         assert run(place, sizes) == {}
         run(place, lambda store: put(store, NAME, b"here"))
         assert run(place, sizes) == {NAME: 4}
-        assert run(place.beside(f"{place.url}/deeper"), sizes) == {"below": 1}
+        assert run(place.beside(f"{place.url}/deeper"), sizes) == {OTHER: 1}
 
     def test_list_sees_what_other_stores_do(self, place: Place) -> None:
         async def use(store: Store) -> None:
@@ -179,13 +180,13 @@ class StoreSuite(CommitSuite):
             assert await store.modified() == {}
             before = time.time()
             await put(store, NAME, b"1")
-            await store.commit(".metadata", b"old")
+            await store.commit(MANIFEST, b"old")
             first = await store.modified()
-            assert set(first) == {NAME, ".metadata"}
+            assert set(first) == {NAME, MANIFEST}
             # S3 reports whole seconds.
             assert all(before - 2 <= written <= time.time() + 1 for written in first.values())
-            await store.commit(".metadata", b"new")
-            assert (await store.modified())[".metadata"] >= first[".metadata"]
+            await store.commit(MANIFEST, b"new")
+            assert (await store.modified())[MANIFEST] >= first[MANIFEST]
 
         run(place, use)
 
@@ -194,7 +195,7 @@ class StoreSuite(CommitSuite):
             for name in NAMES:
                 await put(store, name, b"x")
             await store.delete([])
-            await store.delete([*NAMES[:2], "never-was"])
+            await store.delete([*NAMES[:2], OTHER])
             assert set(await store.list()) == set(NAMES[2:])
             await store.delete(NAMES)
             await store.delete(NAMES)
@@ -212,10 +213,10 @@ class StoreSuite(CommitSuite):
 
         async def use(store: Store) -> None:
             await put(store, NAME, b"data")
-            await store.commit(".metadata", b"{}")
+            await store.commit(MANIFEST, b"{}")
             assert await store.get_range(NAME, 1, 3) == b"at"
-            assert await sizes(store) == {NAME: 4, ".metadata": 2}
-            await store.delete([NAME, ".metadata"])
+            assert await sizes(store) == {NAME: 4, MANIFEST: 2}
+            await store.delete([NAME, MANIFEST])
             assert await sizes(store) == {}
 
         run(odd, use)
@@ -257,7 +258,7 @@ class StoreSuite(CommitSuite):
         run(place, use)
 
     @pytest.mark.parametrize("name", ["", ".", "..", "../x", "a/b", "/etc/passwd", "a\\b", "a\0b"])
-    def test_names_that_leave_the_prefix(self, place: Place, name: str) -> None:
+    def test_names_that_leave_the_prefix(self, place: Place, name: ObjectName) -> None:
         async def use(store: Store) -> None:
             calls: list[Callable[[], Any]] = [
                 lambda: store.get(name),
@@ -274,7 +275,7 @@ class StoreSuite(CommitSuite):
         run(place, use)
 
     def test_read_of_a_prefix(self, place: Place) -> None:
-        run(place.beside(f"{place.url}/deeper"), lambda store: put(store, "below", b"1"))
+        run(place.beside(f"{place.url}/deeper"), lambda store: put(store, OTHER, b"1"))
         for read in (lambda s: s.get("deeper"), lambda s: s.size("deeper")):
             with pytest.raises(StoreError, match="deeper"):
                 run(place, read)
@@ -298,17 +299,17 @@ class StoreSuite(CommitSuite):
             assert await store.directories() == []
             assert await sizes(below) == {}
             await put(below, NAME, b"seven")
-            await below.commit(".metadata", b"{}", ABSENT)
+            await below.commit(MANIFEST, b"{}", ABSENT)
             await put(store, NAME, b"root")
             assert (await below.get(NAME), await store.get(NAME)) == (b"seven", b"root")
-            assert await sizes(store.child("step-7")) == {NAME: 5, ".metadata": 2}
+            assert await sizes(store.child("step-7")) == {NAME: 5, MANIFEST: 2}
             assert await sizes(store) == {NAME: 4}
             assert await store.directories() == ["step-7"]
-            with pytest.raises(ObjectNotFound, match="step-7/absent"):
-                await below.get("absent")
+            with pytest.raises(ObjectNotFound, match=f"step-7/{OTHER}"):
+                await below.get(OTHER)
             await below.remove_directory()
             assert await below.get(NAME) == b"seven"
-            await below.delete([NAME, ".metadata"])
+            await below.delete([NAME, MANIFEST])
             for _ in range(2):
                 await below.remove_directory()
             assert await store.directories() == [] or self.remembers_directories
@@ -324,12 +325,12 @@ class StoreSuite(CommitSuite):
         numbers = itertools.count()
 
         async def use(store: Store) -> None:
-            name = f"aa-0-{next(numbers)}.distcp.zst"
+            name = data_object("aa", 0, next(numbers), ".distcp.zst")
             await put(store, name, b"data")
-            await store.commit(".metadata", b"{}")
+            await store.commit(MANIFEST, b"{}")
             assert await store.get(name) == b"data"
             if fails:
-                await store.get("absent")
+                await store.get(OTHER)
 
         async def main() -> None:
             try:

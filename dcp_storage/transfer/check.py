@@ -12,6 +12,7 @@ from dcp_storage.format.codecs.digests import MAX_DIGESTED_BYTES, make_digest
 from dcp_storage.format.contents import CheckedItem
 from dcp_storage.format.manifest.frames import StoredCodec
 from dcp_storage.format.manifest.schema import Segment
+from dcp_storage.format.names import ObjectName
 from dcp_storage.observe import Advance
 from dcp_storage.store.base import Room, Store, room_bytes
 from dcp_storage.transfer.buffers import Buffers
@@ -81,7 +82,7 @@ def _checked_size(item: CheckedItem, blocks: Sequence[Block]) -> Sequence[Block]
 
 
 async def check_runs(
-    context: Context, runs: Sequence[Run], object_names: Sequence[str], codec: StoredCodec, algorithm: str | None
+    context: Context, runs: Sequence[Run], object_names: Sequence[ObjectName], codec: StoredCodec, algorithm: str | None
 ) -> list[BlockFault]:
     """Read and decode all runs, and return what failed its check in two reads.
 
@@ -140,7 +141,7 @@ class _Checks:
 
 class _Checker:
     def __init__(
-        self, store: Store, object_names: Sequence[str], threads: CodecThreads[_Checks], advance: Advance
+        self, store: Store, object_names: Sequence[ObjectName], threads: CodecThreads[_Checks], advance: Advance
     ) -> None:
         self.faults: list[BlockFault] = []
         self._store = store

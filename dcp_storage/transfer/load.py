@@ -13,6 +13,7 @@ from dcp_storage.format.codecs.base import BlockDecoder
 from dcp_storage.format.codecs.blocks import CODECS
 from dcp_storage.format.manifest.frames import StoredCodec
 from dcp_storage.format.manifest.schema import Segment
+from dcp_storage.format.names import ObjectName
 from dcp_storage.observe import Advance
 from dcp_storage.store.base import Room, Store, room_bytes
 from dcp_storage.transfer.buffers import Buffers
@@ -70,7 +71,7 @@ class LoadItem:
 
 
 async def load_items(
-    context: Context, items: Sequence[LoadItem], object_names: Sequence[str], codec: StoredCodec
+    context: Context, items: Sequence[LoadItem], object_names: Sequence[ObjectName], codec: StoredCodec
 ) -> None:
     """Fetch, check and decode the wanted blocks of all items, each once.
 
@@ -113,7 +114,7 @@ class _Loader:
         self,
         store: Store,
         items: Sequence[LoadItem],
-        object_names: Sequence[str],
+        object_names: Sequence[ObjectName],
         threads: CodecThreads[BlockDecoder],
         advance: Advance,
         *,

@@ -13,6 +13,7 @@ from dcp_storage.config import Codec
 from dcp_storage.format.codecs.blocks import CODECS, Encoded
 from dcp_storage.format.codecs.digests import DIGEST_CHARS
 from dcp_storage.format.manifest.columns import NOTHING, Columns, numbers, texts
+from dcp_storage.format.names import ObjectName
 from dcp_storage.observe import Advance
 from dcp_storage.raw import Raw
 from dcp_storage.store.base import PAGE_BYTES, Batch
@@ -47,7 +48,7 @@ class Source(Protocol):
 async def save_items(
     context: Context,
     sources: Sequence[Source],
-    name: Callable[[int], str],
+    name: Callable[[int], ObjectName],
     codec: Codec,
     *,
     groups: Sequence[str] = (),

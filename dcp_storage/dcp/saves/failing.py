@@ -16,6 +16,7 @@ from dcp_storage.dcp.saves.ending import ending
 from dcp_storage.dcp.saves.pace import Pace
 from dcp_storage.dcp.saves.save import Save
 from dcp_storage.errors import CheckpointExists, CheckpointNotFound, DcpStorageError
+from dcp_storage.format.names import ObjectName
 from dcp_storage.store.base import Store
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def _discard(save: Save, *, named_perhaps: bool) -> None:
         save.location.run(discard)
 
 
-async def _named(store: Store) -> set[str]:
+async def _named(store: Store) -> set[ObjectName]:
     try:
         return set((await read_manifest(store)).object_names)
     except CheckpointNotFound:

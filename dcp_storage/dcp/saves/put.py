@@ -7,23 +7,23 @@ from dcp_storage.config import Codec
 from dcp_storage.dcp.saves.save import Role, Save
 from dcp_storage.format.codecs.blocks import CODECS
 from dcp_storage.format.manifest.columns import Columns
-from dcp_storage.format.names import data_object
+from dcp_storage.format.names import ObjectName, data_object
 from dcp_storage.transfer.context import Context
 from dcp_storage.transfer.save import Source, save_items
 
 
 async def put(
     context: Context, save: Save, role: Role, sources: Sequence[Source], *, groups: Sequence[str], codec: Codec
-) -> tuple[list[str], Columns]:
+) -> tuple[list[ObjectName], Columns]:
     """Put the sources of a rank; return the names of its objects, by number, and where each source is stored.
 
     Each name is recorded in the save when its object is begun.
     """
 
-    def name(number: int) -> str:
+    def name(number: int) -> ObjectName:
         return data_object(save.token, role.rank, number, CODECS[codec.compression].suffix)
 
-    def begin(number: int) -> str:
+    def begin(number: int) -> ObjectName:
         save.objects.append(name(number))
         return save.objects[-1]
 

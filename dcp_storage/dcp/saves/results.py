@@ -11,6 +11,7 @@ from torch.distributed.checkpoint.metadata import MetadataIndex
 from dcp_storage.config import Codec
 from dcp_storage.dcp.replicas.compare import Fingerprints
 from dcp_storage.format.manifest.columns import Columns, numbers
+from dcp_storage.format.names import ObjectName
 
 
 class Items(NamedTuple):
@@ -54,7 +55,7 @@ class Results:
 
     names: Sequence[str]
     items: Items
-    objects: Sequence[str]
+    objects: Sequence[ObjectName]
     stored: Columns
     codec: Codec
     seconds: float = 0.0

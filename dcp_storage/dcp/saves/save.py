@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from dcp_storage.checkpoint.place import Location
 from dcp_storage.dcp.saves.pace import Pace
-from dcp_storage.format.names import new_token
+from dcp_storage.format.names import ObjectName, new_token
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Save:
     pace: Pace = field(default_factory=Pace.here)
     thread: threading.Thread = field(default_factory=threading.current_thread)
     role: Role | None = None
-    objects: list[str] = field(default_factory=list)
+    objects: list[ObjectName] = field(default_factory=list)
     number: int = 0
     begun: float = field(default_factory=time.monotonic)
     blocked_s: float | None = None

@@ -22,6 +22,7 @@ from dcp_storage.dcp.stock.items import (
     undo_transforms,
 )
 from dcp_storage.errors import CoverageError
+from dcp_storage.format.names import ObjectName
 from dcp_storage.format.stock.manifest import StockItem, StockManifest, StorageKey
 from dcp_storage.geometry import contains
 from dcp_storage.observe import Advance
@@ -123,10 +124,10 @@ class _StockLoader:
         self._transfer = transfer
         self._threads = threads
         self._advance = advance
-        self._sizes: dict[str, int] = {}
+        self._sizes: dict[ObjectName, int] = {}
         self._budget = Budget(transfer.concurrency * transfer.object_bytes)
 
-    async def measure(self, name: str) -> None:
+    async def measure(self, name: ObjectName) -> None:
         self._sizes[name] = await self._store.size(name)
 
     async def load(self, run: Sequence[_Job]) -> None:

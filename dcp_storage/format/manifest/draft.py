@@ -92,7 +92,7 @@ def encode(draft: Draft) -> bytes:
         ConfigError: It is larger than `decode` accepts.
     """
     frames, items = _Frames(draft.digest), _Items(draft.stored)
-    names = [stored.name for stored in draft.objects]
+    names: list[str] = [stored.name for stored in draft.objects]
     frames.add("objects", "", ObjectFrame(names, [stored.size for stored in draft.objects]))
     weights = [_weight(name, tensor) for name, tensor in draft.tensors.items()]
     for group in _groups(list(draft.tensors), weights, max(_FRAME_WEIGHT, sum(weights) // (MAX_FRAMES // 4))):

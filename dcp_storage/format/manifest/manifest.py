@@ -27,7 +27,7 @@ from dcp_storage.format.manifest.items import BytesEntry, Digests, TensorEntry, 
 from dcp_storage.format.manifest.schema import DigestFrame, EntryFrame, NameColumn, ObjectFrame, PathFrame, TensorFrame
 from dcp_storage.format.manifest.tables import LazyPaths, StatePath, Table
 from dcp_storage.format.manifest.validate import check_head, check_names, check_objects, check_paths
-from dcp_storage.format.names import is_data_object
+from dcp_storage.format.names import ObjectName, is_data_object
 
 T = TypeVar("T")
 F = TypeVar("F", bound=Struct)
@@ -36,7 +36,7 @@ F = TypeVar("F", bound=Struct)
 class StoredObject(NamedTuple):
     """A data object: its name below the checkpoint's prefix and its size in bytes."""
 
-    name: str
+    name: ObjectName
     size: int
 
 
@@ -147,7 +147,7 @@ class Manifest:
         return self.sha256 if self.head.digest == "sha256" else None
 
     @property
-    def object_names(self) -> Sequence[str]:
+    def object_names(self) -> Sequence[ObjectName]:
         """The names of the data objects, by number."""
         return [stored.name for stored in self.objects]
 
@@ -161,9 +161,9 @@ class Manifest:
             names += frame.names
             sizes += frame.sizes
         with self._checked():
-            check_objects(names, sizes)
+            checked = check_objects(names, sizes)
             require(len(names) == self.head.objects, f"{len(names)} objects instead of {self.head.objects}")
-        return tuple(map(StoredObject, names, sizes))
+        return tuple(map(StoredObject, checked, sizes))
 
     @property
     def planner_data(self) -> Mapping[str, StatePath] | None:
@@ -202,7 +202,7 @@ class Manifest:
         for fqn, entry in self.bytes.items():
             yield CheckedItem(fqn, entry.size, 1, entry.segments, entry.digests)
 
-    def deletable(self) -> list[str]:
+    def deletable(self) -> list[ObjectName]:
         """Return the objects whose names have this package's form."""
         return list(filter(is_data_object, self.object_names))
 

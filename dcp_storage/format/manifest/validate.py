@@ -9,7 +9,7 @@ from dcp_storage.format.codecs.blocks import CODECS
 from dcp_storage.format.dtypes import ITEM_BYTES, number_bytes
 from dcp_storage.format.faults import MAX_INT, require
 from dcp_storage.format.manifest.frames import Head
-from dcp_storage.format.names import is_safe
+from dcp_storage.format.names import ObjectName, is_safe
 from dcp_storage.format.paths import list_slots
 from dcp_storage.geometry import Shape
 
@@ -33,13 +33,14 @@ def check_head(head: Head) -> None:
         firsts[frame.kind] = frame.first
 
 
-def check_objects(names: Sequence[str], sizes: Sequence[int]) -> None:
-    """Check a table of objects."""
+def check_objects(names: Sequence[str], sizes: Sequence[int]) -> list[ObjectName]:
+    """Check a table of objects, and return their names."""
     require(len(names) == len(sizes), "its columns of objects have different lengths")
     require(len(set(names)) == len(names), "two objects have the same name")
     for name, size in zip(names, sizes, strict=True):
         require(is_safe(name), f"object name {name!r} leaves the checkpoint")
         require(0 <= size <= MAX_INT, f"object {name} has {size} bytes")
+    return list(map(ObjectName, names))
 
 
 def check_names(names: Sequence[str], first: str, after: str | None) -> None:

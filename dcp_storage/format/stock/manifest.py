@@ -11,7 +11,7 @@ from dcp_storage.format.contents import CheckedItem, HeldObject
 from dcp_storage.format.dtypes import ITEM_BYTES
 from dcp_storage.format.faults import MAX_INT, Blamed, Fault, require
 from dcp_storage.format.manifest.boxes import Boxes, Listed
-from dcp_storage.format.names import is_safe, is_stock_object
+from dcp_storage.format.names import ObjectName, is_safe, is_stock_object
 from dcp_storage.format.paths import list_slots
 from dcp_storage.format.stock.globals import KNOWN
 from dcp_storage.format.stock.unpickle import Record, read_pickle
@@ -42,7 +42,7 @@ class StockTensor(Struct, frozen=True):
 class StockItem(Struct, frozen=True):
     """Where one item is stored, and the descriptors of the stream transforms to undo, outermost first."""
 
-    object_name: str
+    object_name: ObjectName
     offset: int
     length: int
     transforms: tuple[str, ...] = ()
@@ -78,7 +78,7 @@ class StockManifest(Struct, frozen=True):
     proof: ClassVar[None] = None
 
     @property
-    def object_names(self) -> list[str]:
+    def object_names(self) -> list[ObjectName]:
         """The names of the data objects."""
         return list(dict.fromkeys(item.object_name for item in self.storage.values()))
 
@@ -91,7 +91,7 @@ class StockManifest(Struct, frozen=True):
     def objects_held(self) -> list[HeldObject]:
         """Return the data objects and the entries stored in each; an object must be long enough for its last item."""
         stops = dict.fromkeys(self.object_names, 0)
-        fqns: dict[str, dict[str, None]] = {name: {} for name in stops}
+        fqns: dict[ObjectName, dict[str, None]] = {name: {} for name in stops}
         for (fqn, _), item in self.storage.items():
             stops[item.object_name] = max(stops[item.object_name], item.offset + item.length)
             fqns[item.object_name][fqn] = None
@@ -101,7 +101,7 @@ class StockManifest(Struct, frozen=True):
         """Yield nothing: items have no check values."""
         yield from ()
 
-    def deletable(self) -> list[str]:
+    def deletable(self) -> list[ObjectName]:
         """Return the objects that are named as DCP's own writers name them."""
         return sorted(filter(is_stock_object, self.object_names))
 
@@ -241,7 +241,7 @@ def _item(fqn: str, state: dict[str, Any]) -> StockItem:
     require(is_safe(name), f"object name {name!r:.80} leaves the checkpoint")
     require(isinstance(transforms, (tuple, list)) and len(transforms) <= _MAX_TRANSFORMS, f"{fqn} has no transforms")
     require(all(isinstance(one, str) for one in transforms), f"{fqn} has a transform without a name")
-    return StockItem(name, offset or 0, length or 0, tuple(transforms))
+    return StockItem(ObjectName(name), offset or 0, length or 0, tuple(transforms))
 
 
 def _paths(value: object, pickle_bytes: int) -> dict[str, tuple[str | int, ...]] | None:
