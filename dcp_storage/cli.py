@@ -3,11 +3,11 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 
 from dcp_storage.commands import prune, verify
 from dcp_storage.commands.common import print_json
 from dcp_storage.errors import CheckpointNotFound, ConfigError, DcpStorageError, StoreError
+from dcp_storage.version import __version__
 
 _NOTHING_TO_JUDGE = (CheckpointNotFound, ConfigError, StoreError)
 
@@ -25,16 +25,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except DcpStorageError as error:
         if getattr(args, "json", False):
             print_json({"error": type(error).__name__, "message": str(error)})
-        print(f"dcp-storage: {' '.join(str(error).split())}", file=sys.stderr)  # noqa: T201
+        print(f"dcp-storage: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, _NOTHING_TO_JUDGE) else 1
     except KeyboardInterrupt:
-        print("dcp-storage: interrupted", file=sys.stderr)  # noqa: T201
+        print("dcp-storage: interrupted", file=sys.stderr)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="dcp-storage", description="Checkpoints of torch.distributed.checkpoint.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {version('dcp-storage')}")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, module, says in (
         ("verify", verify, "read and check every block of a checkpoint"),

@@ -48,7 +48,7 @@ def _show(then: Observer, operation: Operation, url: str, raw_bytes: int) -> Ite
         with _bar(operation, url, raw_bytes, tell) if sys.stderr.isatty() else nullcontext(tell) as advance:
             yield moved.counted(advance)
         text = transfer_text(moved.raw_bytes, moved.stored_bytes, time.monotonic() - begun)
-        print(f"{operation} {url}: {text}", file=sys.stderr)  # noqa: T201
+        print(f"{operation} {url}: {text}", file=sys.stderr)
 
 
 @contextmanager

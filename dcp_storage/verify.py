@@ -19,7 +19,7 @@ def verify(
     path: Address | Location,
     *,
     storage_options: Mapping[str, Any] | None = None,
-    transfer: Transfer = Transfer(),  # noqa: B008 (frozen)
+    transfer: Transfer = Transfer(),
     observer: Observer | None = None,
     expect: str | None = None,
 ) -> Verification:

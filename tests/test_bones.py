@@ -87,6 +87,10 @@ def test_each_library_is_known_in_one_layer_only(module):
         assert homes is None or module == "__init__.py" or module.startswith(homes), f"{module} imports {name}"
 
 
+def test_a_copy_that_is_not_installed_works():
+    assert not [module for module in MODULES if "importlib.metadata" in imports(module)]
+
+
 @pytest.mark.parametrize(
     "module", [m for m in MODULES if m.startswith("format/") or m in {"transfer/layout.py", "transfer/ranges.py"}]
 )

@@ -29,7 +29,7 @@ def open_checkpoint(
     path: Address | Location,
     *,
     storage_options: Mapping[str, Any] | None = None,
-    transfer: Transfer = Transfer(),  # noqa: B008 (frozen)
+    transfer: Transfer = Transfer(),
     allowed_types: Sequence[Callable[..., Any] | tuple[Callable[..., Any], str]] = (),
     trust: TrustPolicy = "listed",
     observer: Observer | None = None,

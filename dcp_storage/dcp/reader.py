@@ -71,7 +71,7 @@ class AsyncStorageReader(StorageReader):
         path: Address | Location,
         *,
         storage_options: Mapping[str, Any] | None = None,
-        transfer: Transfer = Transfer(),  # noqa: B008 (frozen)
+        transfer: Transfer = Transfer(),
         progress: bool = False,
         observer: Observer | None = None,
     ) -> None:

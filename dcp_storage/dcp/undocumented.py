@@ -104,7 +104,7 @@ def rank_alone() -> int | None:
 
 def _group_of_save() -> _DistWrapper | None:
     """Find DCP's group wrapper in the frames of its functions that call this."""
-    frame = sys._getframe(1)  # noqa: SLF001
+    frame = sys._getframe(1)
     while frame.f_back:
         frame = frame.f_back
         group = frame.f_locals.get("distW")
@@ -115,7 +115,7 @@ def _group_of_save() -> _DistWrapper | None:
 
 def first_to_say(key: str, value: str) -> str | None:
     """Return the value that the first rank gave for a key, or `None` if the default process group has no store."""
-    if not dist.is_initialized() or (store := dist.distributed_c10d._get_default_store()) is None:  # noqa: SLF001
+    if not dist.is_initialized() or (store := dist.distributed_c10d._get_default_store()) is None:
         return None
     said: bytes = store.compare_set(key, "", value)
     return said.decode()
@@ -147,12 +147,12 @@ def stock_zstandard() -> Any:
 
 def rebuild_from_type(function: Any, cls: type, arguments: tuple[Any, ...], state: Any) -> Any:
     """Turn the result of a function into a tensor of a class; `torch.save` pickles subclasses this way."""
-    return torch._tensor._rebuild_from_type_v2(function, cls, arguments, state)  # type: ignore[no-untyped-call]  # noqa: SLF001
+    return torch._tensor._rebuild_from_type_v2(function, cls, arguments, state)  # type: ignore[no-untyped-call]
 
 
 def check_sparse_tensors() -> None:
     """Check the invariants of rebuilt sparse tensors: the functions that rebuild them trust their arguments."""
-    torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]  # noqa: SLF001
+    torch._utils._validate_loaded_sparse_tensors()  # type: ignore[no-untyped-call]
 
 
 def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.TypedStorage:
@@ -162,7 +162,7 @@ def typed_storage(storage: torch.UntypedStorage, dtype: torch.dtype) -> torch.Ty
 
 def torch_globals() -> dict[str, Any]:
     """Return the globals of torch that `torch.load(weights_only=True)` allows in a pickle, by dotted name."""
-    allowed: dict[str, Any] = import_module("torch._weights_only_unpickler")._get_allowed_globals()  # noqa: SLF001
+    allowed: dict[str, Any] = import_module("torch._weights_only_unpickler")._get_allowed_globals()
     names = {name: value for name, value in allowed.items() if name.startswith("torch.")}
     return names | {"torch._tensor._rebuild_from_type_v2": rebuild_from_type}
 
@@ -190,7 +190,7 @@ def in_async_process() -> bool:
 
 def local_tensor(value: DTensor) -> Tensor:
     """Return this rank's part itself; `to_local` would return a view, which autograd may not allow to be written."""
-    return settled(value._local_tensor)  # noqa: SLF001
+    return settled(value._local_tensor)
 
 
 def settled(value: Tensor) -> Tensor:
@@ -203,17 +203,17 @@ def with_local_tensor(value: DTensor, local: Tensor) -> DTensor:
 
     `from_local` would view the local tensor, which wrappers of several shards refuse in three dimensions.
     """
-    return DTensor(local, value._spec, requires_grad=False)  # type: ignore[no-untyped-call]  # noqa: SLF001
+    return DTensor(local, value._spec, requires_grad=False)  # type: ignore[no-untyped-call]
 
 
 def is_zero_tensor(value: Tensor) -> bool:
     """Return whether a tensor is all zeros without memory, as autograd creates them."""
-    return value._is_zerotensor()  # noqa: SLF001
+    return value._is_zerotensor()
 
 
 def flatten(tensors: Sequence[Tensor]) -> Tensor:
     """Return the elements of tensors of one device and dtype, one tensor behind the other."""
-    flat: Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))  # noqa: SLF001
+    flat: Tensor = torch._C._nn.flatten_dense_tensors(list(tensors))
     return flat
 
 
@@ -224,13 +224,13 @@ def copy_all(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
 
 def without_memory(cls: type[T], size: torch.Size, dtype: torch.dtype) -> T:
     """Return an instance of a subclass that looks like a CPU tensor and has no memory of its own."""
-    made: T = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=torch.device("cpu"))  # noqa: SLF001
+    made: T = Tensor._make_wrapper_subclass(cls, size, dtype=dtype, device=torch.device("cpu"))
     return made
 
 
 def split_as(placement: Shard | StridedShard, tensor: Tensor, count: int) -> list[Tensor]:
     """Return the parts, unpadded, that a placement cuts a tensor into over `count` ranks."""
-    parts, _ = placement._split_tensor(tensor, count, with_padding=False, contiguous=False)  # noqa: SLF001
+    parts, _ = placement._split_tensor(tensor, count, with_padding=False, contiguous=False)
     return parts
 
 
@@ -238,5 +238,5 @@ def group_device() -> torch.device:
     """Return the current device of the default process group's device type: the CPU if it has several types."""
     if not dist.is_initialized():
         return torch.device("cpu")
-    kind = dist.distributed_c10d._get_object_coll_device()  # noqa: SLF001
+    kind = dist.distributed_c10d._get_object_coll_device()
     return torch.device(kind) if kind == "cpu" else torch.device(kind, torch.get_device_module(kind).current_device())

@@ -90,8 +90,8 @@ class AsyncStorageWriter(StorageWriter):
         path: Address | Location,
         *,
         storage_options: Mapping[str, Any] | None = None,
-        codec: Codec = Codec(),  # noqa: B008 (frozen)
-        transfer: Transfer = Transfer(),  # noqa: B008 (frozen)
+        codec: Codec = Codec(),
+        transfer: Transfer = Transfer(),
         overwrite: bool = True,
         sync_files: bool = True,
         info: Mapping[str, Any] | None = None,

@@ -88,8 +88,8 @@ class Checkpoints:
         *,
         storage_options: Mapping[str, Any] | None = None,
         keep: Policy | None = None,
-        codec: Codec = Codec(),  # noqa: B008 (frozen)
-        transfer: Transfer = Transfer(),  # noqa: B008 (frozen)
+        codec: Codec = Codec(),
+        transfer: Transfer = Transfer(),
         save_planner: SavePlanner | None = None,
         load_planner: LoadPlanner | None = None,
         process_group: dist.ProcessGroup | None = None,
