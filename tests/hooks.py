@@ -2,9 +2,11 @@
 
 import errno
 import threading
+from collections import Counter
 
 from dcp_storage.checkpoint.place import Location
 from dcp_storage.errors import StoreError
+from dcp_storage.store.local import LocalStore
 from dcp_storage.testing.faulty import Faulty
 
 LIMIT_S = 60
@@ -45,3 +47,24 @@ class Gate(On):
     def _wait(self, _):
         self.reached.set()
         self.opened.wait(LIMIT_S)
+
+
+class _Flaky(LocalStore):
+    def __init__(self, path, reads):
+        super().__init__(path)
+        self._reads, self._seen = reads, Counter()
+
+    async def get_range(self, name, start, stop, room=None):
+        data = await super().get_range(name, start, stop, room)
+        if ".distcp" not in name:
+            return data
+        bad = memoryview(bytearray(data) if isinstance(data, bytes) else data)
+        for at in range(-start % 97, len(bad), 97):
+            self._seen[name, start + at] += 1
+            bad[at] ^= self._seen[name, start + at] <= self._reads
+        return bad
+
+
+def flaky(path, reads=1):
+    """Return the location of a directory where every 97th byte of an object is damaged in its first reads."""
+    return Location(path, opener=lambda path, *_, **__: _Flaky(path, reads))

@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 
 from tests.damages import CODECS, DAMAGES, check, damaged, load, make_pair, save, some_names
+from tests.hooks import flaky
 
 SEEDS = range(2)
 
@@ -27,3 +28,8 @@ def test_damage_is_named_or_does_no_harm(pair, tmp_path, name):
         assert outcome.is_right, (seed, outcome)
         checked = check(case.path, outcome)
         assert checked.is_right, (seed, checked)
+
+
+@pytest.mark.parametrize(("reads", "verdict"), [(1, "exact"), (2, "named")])
+def test_what_only_the_first_read_damages_is_sound(pair, reads, verdict):
+    assert load(flaky(pair.path, reads), pair.state, sorted(pair.state)).verdict == verdict

@@ -13,14 +13,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedSavePlanner, Transfer, cli
-from dcp_storage.checkpoint.place import Location
 from dcp_storage.errors import CheckpointNotFound, ConfigError, ManifestCorrupt, StoreError, UnsupportedFormat
 from dcp_storage.format.manifest.manifest import decode
 from dcp_storage.prune import prune
-from dcp_storage.store.local import LocalStore
 from dcp_storage.testing.place import Place, put, run
 from dcp_storage.verify import verify
-from tests.hooks import On, hooked
+from tests.hooks import On, flaky, hooked
 from tests.states import assert_same, blank_like
 
 STATE = {"weight": torch.arange(3 << 18, dtype=torch.float32), "half": torch.ones(99, dtype=torch.bfloat16), "step": 7}
@@ -126,17 +124,8 @@ def test_missing_short_and_long_objects(saved):
 
 
 def test_a_block_that_only_one_reading_damaged_is_sound(saved):
-    class Flaky(LocalStore):
-        async def get_range(self, name, *args):
-            data = await super().get_range(name, *args)
-            if name in damaged:
-                return data
-            damaged.add(name)
-            return bytes([data[0] ^ 1]) + data[1:]
-
-    damaged = set()
-    assert verify(Location(saved, opener=lambda path, *_, **__: Flaky(path))).sound
-    assert damaged
+    assert verify(flaky(saved)).sound
+    assert not verify(flaky(saved, reads=2)).sound
 
 
 def test_a_checkpoint_that_is_replaced_meanwhile_is_not_called_damaged(saved):
