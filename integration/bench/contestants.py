@@ -26,6 +26,7 @@ STOCK_ZSTD = "stock zstd t2"
 FSSPEC = "fsspec"
 S3_CONNECTOR = "s3torchconnector t2"
 TORCH_CHECKPOINTING = "torch_checkpointing"
+WRITES = "writes alone"
 _REGION = "us-east-1"
 
 

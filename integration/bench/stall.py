@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_asyn
 from dcp_storage import AsyncStorageWriter, ShardedSavePlanner
 from dcp_storage.config import MIB
 from dcp_storage.store.files import NewFile
-from integration.bench.contestants import OURS, STOCK, Place
+from integration.bench.contestants import OURS, STOCK, WRITES, Place
 from integration.bench.options import Options
 from integration.bench.processes import in_fresh_process, pin_torch_threads
 from integration.bench.results import Stall
@@ -41,7 +41,7 @@ _EXECUTORS = {
 Variant = tuple[str, str]
 """A contestant and its executor."""
 
-_WRITES: Variant = ("writes alone", "")
+_WRITES: Variant = (WRITES, "")
 """Another process writes the bytes of our checkpoint: what the disk itself costs training (on virtual machines)."""
 _WRITE_BYTES = 16 * MIB
 
