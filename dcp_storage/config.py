@@ -44,6 +44,7 @@ class Codec:
             raise ConfigError(f'Codec.compression is {self.compression!r}; choose "zstd" or "none"')
         if self.digest not in {"xxh3_128", "sha256", None}:
             raise ConfigError(f'Codec.digest is {self.digest!r}; choose "xxh3_128", "sha256" or None')
+        require_type("Codec.byte_planes", self.byte_planes, bool)
         _check_range("Codec.level", self.level, 1, 22)
         _check_range("Codec.block_bytes", self.block_bytes, 4 * KIB, 64 * MIB)
         if self.block_bytes % 16:
@@ -84,6 +85,7 @@ class Transfer:
     keep_staging: bool = True
 
     def __post_init__(self) -> None:
+        require_type("Transfer.keep_staging", self.keep_staging, bool)
         _check_range("Transfer.object_bytes", self.object_bytes, MIB, GIB)
         _check_range("Transfer.concurrency", self.concurrency, 1, 256)
         _check_range("Transfer.max_gap_bytes", self.max_gap_bytes, 0, GIB)
@@ -97,6 +99,16 @@ class Transfer:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return max(1, cores // max(1, ranks_here))
+
+
+def require_type(name: str, value: object, kind: type) -> None:
+    """Refuse an argument of another type now, not when it is first used.
+
+    Raises:
+        ConfigError: It has another type.
+    """
+    if not isinstance(value, kind):
+        raise ConfigError(f"{name} is {value!r:.80}; pass a {kind.__name__}")
 
 
 def _check_range(name: str, value: object, low: int, high: int) -> None:

@@ -36,15 +36,16 @@ class DcpStorageError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Pickle the cause too; plain exceptions leave it out."""
-        return type(self), self.args, {**self.__dict__, "__cause__": _picklable(self.__cause__)}
+        return type(self), self.args, {**self.__dict__, "__cause__": picklable(self.__cause__)}
 
 
-def _picklable(cause: BaseException | None) -> BaseException | None:
+def picklable(error: BaseException | None) -> BaseException | None:
+    """Return an error, or if it cannot be pickled, a `RuntimeError` with its text."""
     try:
-        pickle.loads(pickle.dumps(cause))  # noqa: S301 - pickled just now
+        pickle.loads(pickle.dumps(error))  # noqa: S301 - pickled just now
     except Exception:  # noqa: BLE001 - its own code may raise anything
-        return RuntimeError(f"{type(cause).__name__}: {cause}")
-    return cause
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 class CheckpointNotFound(DcpStorageError, FileNotFoundError):

@@ -56,41 +56,41 @@ def silent(operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
 @contextmanager
 def observed(observer: Observer, operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
     """Report a transfer to an observer. An exception that it raises is logged once, and the transfer goes on."""
-    told = _Told(observer, operation, url, raw_bytes)
+    guarded = _Guarded(observer, operation, url, raw_bytes)
     failure: BaseException | None = None
     try:
-        yield told.advance
+        yield guarded.advance
     except BaseException as error:
         failure = error
         raise
     finally:
-        told.end(failure)
+        guarded.end(failure)
         del failure  # else a reference cycle with its traceback keeps this frame alive
 
 
-class _Told:
+class _Guarded:
     """An observer of one transfer, until it raises."""
 
     def __init__(self, observer: Observer, *transfer: Any) -> None:
         self._manager: AbstractContextManager[Advance] | None = None
         self._advance: Advance | None = None
-        with self._leaving_out():
+        with self._guarded():
             manager = observer(*transfer)
             self._advance = manager.__enter__()
             self._manager = manager
 
     def advance(self, raw_bytes: int, stored_bytes: int) -> None:
         if self._advance is not None:
-            with self._leaving_out():
+            with self._guarded():
                 self._advance(raw_bytes, stored_bytes)
 
     def end(self, failure: BaseException | None) -> None:
         if self._manager is not None:
-            with self._leaving_out():
+            with self._guarded():
                 self._manager.__exit__(type(failure) if failure else None, failure, None)
 
     @contextmanager
-    def _leaving_out(self) -> Iterator[None]:
+    def _guarded(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:

@@ -7,6 +7,7 @@ from typing import Any
 
 from dcp_storage.checkpoint.place import Location
 from dcp_storage.checkpoint.pruning import A_DAY, Pruning, prune_store
+from dcp_storage.config import require_type
 from dcp_storage.errors import ConfigError
 from dcp_storage.store.urls import Address
 
@@ -37,8 +38,8 @@ def prune(
         StoreError: The store failed, or does not report when objects were written.
         ConfigError: An argument is invalid.
     """
+    require_type("older_than", older_than, timedelta)
     if older_than < timedelta(0):
         raise ConfigError(f"older_than is {older_than}; it must not be negative")
-
     how = partial(prune_store, older_than=older_than, dry_run=dry_run)
     return Location.of(path, storage_options).run(how)

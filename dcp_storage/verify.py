@@ -6,9 +6,10 @@ from typing import Any
 
 from dcp_storage.checkpoint.place import Location
 from dcp_storage.checkpoint.verification import Damage, Verification, verify_store
-from dcp_storage.config import Transfer
+from dcp_storage.config import Transfer, require_type
 from dcp_storage.errors import ConfigError
-from dcp_storage.observe import Observer, silent
+from dcp_storage.observe import Observer
+from dcp_storage.progress import choose_observer
 from dcp_storage.store.urls import Address
 from dcp_storage.transfer.context import Context
 
@@ -44,6 +45,8 @@ def verify(
     """
     if expect is not None and not re.fullmatch("[0-9a-fA-F]{64}", expect):
         raise ConfigError(f"expect is {expect!r:.80}, which is not a SHA-256: 64 hexadecimal digits")
+    require_type("transfer", transfer, Transfer)
+    observer = choose_observer(observer, progress=False)
     return Location.of(path, storage_options).run(
-        lambda store: verify_store(Context(store, transfer, observer or silent), expect)
+        lambda store: verify_store(Context(store, transfer, observer), expect)
     )

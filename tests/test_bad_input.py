@@ -2,6 +2,7 @@
 
 import errno
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,17 @@ import torch.distributed.checkpoint as dcp
 import zstandard
 from torch.distributed.checkpoint import CheckpointException
 
-from dcp_storage import AsyncStorageReader, AsyncStorageWriter, Codec, ShardedLoadPlanner, Transfer, errors
+from dcp_storage import (
+    AsyncStorageReader,
+    AsyncStorageWriter,
+    Checkpoints,
+    Codec,
+    ShardedLoadPlanner,
+    Transfer,
+    errors,
+    load,
+    open_checkpoint,
+)
 from dcp_storage.errors import (
     BlockCorrupt,
     CheckpointNotFound,
@@ -22,6 +33,7 @@ from dcp_storage.errors import (
     ObjectNotFound,
     UnsupportedFormat,
 )
+from dcp_storage.prune import prune
 from dcp_storage.verify import verify
 from tests import documents
 from tests.states import blank_like
@@ -338,6 +350,26 @@ def test_objects_of_unknown_types_need_to_be_allowed(tmp_path):
         lambda: AsyncStorageWriter("nosuch://bucket/key"),
         lambda: AsyncStorageReader("nosuch://bucket/key"),
         lambda: AsyncStorageReader("/tmp/x", storage_options={"key": "k"}),
+        lambda: AsyncStorageReader("s3://bucket/run", storage_options="key"),
+        lambda: AsyncStorageWriter("s3://"),
+        lambda: AsyncStorageWriter("s3:///run"),
+        lambda: Codec(byte_planes="yes"),
+        lambda: Transfer(keep_staging=None),
+        *(
+            partial(call, "/tmp/x", **{name: value})
+            for call, arguments in {
+                AsyncStorageWriter: {"codec": "zstd", "transfer": 4, "observer": 3},
+                AsyncStorageReader: {"transfer": Transfer, "observer": 3},
+                Checkpoints: {"codec": Codec, "transfer": 4, "keep": 3, "signals": "SIGTERM", "observer": 3},
+                open_checkpoint: {"transfer": 4, "observer": 3},
+                verify: {"transfer": 4, "observer": 3},
+                prune: {"older_than": 5},
+            }.items()
+            for name, value in arguments.items()
+        ),
+        lambda: Checkpoints("/tmp/x", signals=[12345]),
+        lambda: Checkpoints("/tmp/x", signals=15),
+        lambda: load({}, "/tmp/x"),
     ],
 )
 def test_impossible_arguments_are_refused_when_they_are_given(make):
@@ -349,10 +381,12 @@ def test_impossible_arguments_are_refused_when_they_are_given(make):
 def test_a_bucket_that_is_not_there(moto_s3):
     place = moto_s3.beside("s3://no-such-bucket/run")
     error = save_error(place.url, storage_options=place.storage_options)
-    assert isinstance(error, DcpStorageError)
-    assert "s3://no-such-bucket/run" in str(error)
+    assert isinstance(error, errors.StoreError)
+    assert "s3://no-such-bucket/run/.metadata" in str(error), "before anything is encoded"
+    assert "bucket does not exist" in str(error)
     error = load_error(place.url, storage_options=place.storage_options)
-    assert isinstance(error, DcpStorageError)
+    assert isinstance(error, errors.StoreError)
+    assert "bucket does not exist" in str(error)
 
 
 def test_an_endpoint_that_nobody_listens_on_fails_in_bounded_time(moto_s3):

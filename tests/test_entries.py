@@ -27,9 +27,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributed.checkpoint.api import CheckpointException
 
-from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner
-from dcp_storage.dcp.loads.entries import load_entry
-from dcp_storage.errors import BlockCorrupt, DcpStorageError, UnsupportedEntry
+from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedLoadPlanner, ShardedSavePlanner, open_checkpoint
+from dcp_storage.dcp.loads.entries import Trusted, load_entry
+from dcp_storage.errors import BlockCorrupt, ConfigError, UnsupportedEntry
 from dcp_storage.format.values import decode_value, encode_value
 from tests import hostile
 
@@ -217,7 +217,7 @@ def pickled(value):
 
 
 def unpickled(data, allowed=()):
-    return load_entry("x", io.BytesIO(hostile.rezip({"archive/data.pkl": data})), allowed)
+    return load_entry("x", io.BytesIO(hostile.rezip({"archive/data.pkl": data})), Trusted(tuple(allowed)))
 
 
 def test_arrays_of_the_other_byte_order():
@@ -507,7 +507,9 @@ def test_listed_types_of_every_protocol(name, protocol):
     torch.save(LISTED[name](), buffer, pickle_protocol=protocol)
     with pytest.raises(UnsupportedEntry) as raised:
         load_entry("x", buffer)
-    assert equal(load_entry("x", buffer, [found(dotted) for dotted in raised.value.names]), LISTED[name]())
+    assert equal(
+        load_entry("x", buffer, Trusted(tuple(found(dotted) for dotted in raised.value.names))), LISTED[name]()
+    )
 
 
 @pytest.mark.filterwarnings("ignore:x holds")
@@ -677,6 +679,18 @@ def test_planners_of_other_kinds_get_what_they_know(tmp_path):
     assert torch.load(io.BytesIO(got["y.a"])) == [1, (2, 3)]
 
 
-def test_impossible_trust():
-    with pytest.raises(DcpStorageError, match="trust"):
-        ShardedLoadPlanner(trust="some")
+@pytest.mark.parametrize("make", [ShardedLoadPlanner, functools.partial(open_checkpoint, "memory://nowhere")])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"trust": "some"},
+        {"allowed_types": ["collections.Counter"]},
+        {"allowed_types": 3},
+        {"allowed_types": [(collections.Counter, 3)]},
+        {"allowed_types": [("collections.Counter", collections.Counter)]},
+    ],
+    ids=str,
+)
+def test_impossible_trust(make, arguments):
+    with pytest.raises(ConfigError, match=next(iter(arguments))):
+        make(**arguments)

@@ -21,7 +21,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dcp_storage.dcp.loads.entries import load_entry
+from dcp_storage.dcp.loads.entries import Trusted, load_entry
 from dcp_storage.errors import BlockCorrupt, UnsupportedEntry
 from tests import hostile
 from tests.test_entries import SAFE
@@ -318,12 +318,21 @@ def test_listed_types_are_not_trusted_with_more():
         Call(operator.sub, 1, 2),
     ):
         with pytest.raises(UnsupportedEntry):
-            load_entry("x", io.BytesIO(hostile.container(value)), [operator.add, collections.UserDict])
+            load_entry("x", io.BytesIO(hostile.container(value)), Trusted((operator.add, collections.UserDict)))
     for name in ("__init__", "__globals__", "__class__", "__reduce__", "__subclasses__", "__dict__", "__mro__", "data"):
         with pytest.raises((UnsupportedEntry, BlockCorrupt)):
-            load_entry(
-                "x", io.BytesIO(hostile.container(Call(getattr, collections.UserDict, name))), [collections.UserDict]
-            )
+            data = hostile.container(Call(getattr, collections.UserDict, name))
+            load_entry("x", io.BytesIO(data), Trusted((collections.UserDict,)))
+
+
+def test_tuples_nested_too_deeply_to_be_hashed_are_no_damage():
+    value = ()
+    for _ in range(150):
+        value = (value, set())
+    data = hostile.container(value)
+    with pytest.raises(UnsupportedEntry, match="tuples more than 100 deep.*trust"):
+        load_entry("x", io.BytesIO(data))
+    assert load_entry("x", io.BytesIO(data), Trusted((), "all")) == value
 
 
 CONTAINERS = [hostile.container(SAFE[name]) for name in SAFE if name != "int of 300 bytes"]

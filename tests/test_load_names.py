@@ -158,3 +158,14 @@ def test_what_stock_or_we_saved_loads_as_it_was(tmp_path_factory, nest, stock):
         return
     load(loaded, path)
     assert str(loaded) == str(state)
+
+
+@pytest.mark.parametrize("stored", [[], [None, None], {}, None])
+@pytest.mark.parametrize("here", [[torch.ones(2), torch.ones(2)], {"a": {"b": torch.ones(2)}}])
+def test_tensors_are_not_replaced_by_what_was_stored_whole(tmp_path, stored, here):
+    save({"ema": stored, "x": torch.zeros(1)}, tmp_path)
+    assert isinstance(load_error({"ema": here, "x": torch.ones(1)}, tmp_path), MissingKeys)
+    state = {"ema": here, "x": torch.ones(1)}
+    with pytest.warns(UserWarning, match="keep their values"):
+        load(state, tmp_path, allow_partial_load=True)
+    assert state == {"ema": here, "x": torch.zeros(1)}

@@ -79,8 +79,10 @@ class TestDirectories:
     def test_what_is_a_file_is_refused(self, tmp_path: Path):
         (tmp_path / "file").write_text("mine")
         for path in (tmp_path / "file", tmp_path / "file" / "below"):
-            with pytest.raises(StoreError, match="Not a directory|no file may be created"):
+            with pytest.raises(StoreError, match="Not a directory"):
                 run(Place(str(path)), lambda store: put(store, NAME, b"data"))
+            with pytest.raises(StoreError, match="this is a file: pass a directory"):
+                run(Place(str(path)), lambda store: store.probe(NAME))
         assert (tmp_path / "file").read_text() == "mine"
 
 

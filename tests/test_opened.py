@@ -136,6 +136,17 @@ def test_indices_that_cannot_be_taken(path, index, says):
         open_checkpoint(path)["model.embed"][index]
 
 
+def test_rows_one_by_one(path):
+    checkpoint = open_checkpoint(path)
+    for name in ("model.embed", "model.half", "model.empty"):
+        rows = list(checkpoint[name])
+        assert len(rows) == len(checkpoint[name]) == len(FLAT[name])
+        assert all(map(torch.equal, rows, FLAT[name]))
+    for use in (len, list):
+        with pytest.raises(TypeError, match="no dimensions"):
+            use(checkpoint["model.scalar"])
+
+
 def test_numpy_s_integers_are_integers(path):
     assert torch.equal(open_checkpoint(path)["model.embed"][np.int64(3)], FLAT["model.embed"][3])
 

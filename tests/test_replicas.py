@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dcp_storage import AsyncStorageReader, AsyncStorageWriter, ShardedSavePlanner
+from dcp_storage.dcp.planners import save_planner
 from dcp_storage.dcp.replicas import fingerprint
 from dcp_storage.dcp.replicas.objects import object_digest
 from dcp_storage.dcp.replicas.tensors import RUN_BYTES, RUNS, WHOLE_BYTES, sample_starts, tensor_digest
@@ -174,7 +175,7 @@ def test_the_message_says_what_is_compared_by_its_pickle(tmp_path):
 
 def test_trust_computes_nothing(tmp_path):
     states = [{"x": SMALL, "y": 1}, {"x": -SMALL, "y": 2}]
-    with mock.patch.object(fingerprint, "fingerprint", side_effect=AssertionError):
+    with mock.patch.object(save_planner, "fingerprint", side_effect=AssertionError):
         save(states, tmp_path, "trust")
 
 

@@ -1,16 +1,19 @@
 """What `async_save` copies before it returns: the elements and nothing else, into memory that is used again."""
 
+import collections
 import dataclasses
 import gc
 import os
 import pickle
 import threading
+import types
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint._nested_dict import flatten_state_dict
 from torch.distributed.checkpoint.staging import AsyncStager, DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
 from torch.testing._internal.two_tensor import TwoTensor
@@ -311,7 +314,6 @@ def test_a_child_of_fork_does_not_take_the_parents_shared_memory(a_pool_of_its_o
 
 
 def test_containers_keep_their_types():
-    import collections
 
     state = {
         "ordered": collections.OrderedDict(b=torch.ones(1), a=2),
@@ -326,6 +328,64 @@ def test_containers_keep_their_types():
     assert found["named"] == torch.Size([3])
     assert found["config"] == state["config"]
     assert found["config"].values is not state["config"].values
+
+
+class Wrapping(collections.abc.MutableMapping):
+    """A mapping whose copies share its contents."""
+
+    def __init__(self, held):
+        self.held = held
+
+    def __getitem__(self, key):
+        return self.held[key]
+
+    def __setitem__(self, key, value):
+        self.held[key] = value
+
+    def __delitem__(self, key):
+        del self.held[key]
+
+    def __iter__(self):
+        return iter(self.held)
+
+    def __len__(self):
+        return len(self.held)
+
+
+class FrozenDict(dict):
+    def __setitem__(self, key, value):
+        raise TypeError("it is frozen")
+
+
+class FrozenList(list):
+    def __setitem__(self, key, value):
+        raise TypeError("it is frozen")
+
+
+@pytest.mark.parametrize("make", [lambda state: state, lambda state: [state, torch.ones(1)], lambda state: (state, 1)])
+@pytest.mark.parametrize("kind", [Wrapping, FrozenDict, collections.UserDict, types.MappingProxyType])
+def test_containers_with_code_of_their_own_are_left_alone(tmp_path, make, kind):
+    weight = torch.randn(3)
+    plain = {"w": weight, "list": FrozenList([torch.ones(2), FrozenList([1])]), "n": {"deep": [1, 2]}}
+    held = kind({**plain, "inner": kind({"w": weight + 1})})
+    state = {"held": make(held), "step": 3}
+    staged = keeping(state)
+    assert staged.error is None
+    assert held["w"] is weight
+    assert type(held["inner"]) is kind
+    assert type(held["list"]) is FrozenList
+    if isinstance(state["held"], tuple):
+        return  # pickled whole, by torch
+    stock, ours = ({}, {})
+    for flat, saved in ((stock, state), (ours, dict(staged))):
+        flat |= flatten_state_dict(saved)[0]
+    assert stock.keys() == ours.keys()
+    assert_same(ours, stock)
+    without = kind({"only": [1, FrozenList([2])]})
+    found = keeping({"list": [without]})["list"][0]
+    assert found == dict(without)
+    assert found["only"] is not without["only"]
+    assert type(found) is (dict if kind in {FrozenDict, types.MappingProxyType} else kind)
 
 
 @dataclasses.dataclass

@@ -15,6 +15,7 @@ from dcp_storage.format.names import MANIFEST, ObjectName, parse_part_manifest
 from dcp_storage.format.stock.manifest import StockManifest
 from dcp_storage.format.stock.merge import merge_stock
 from dcp_storage.store.base import Store
+from dcp_storage.words import counted
 
 _MOST_NAMED = 5
 
@@ -52,7 +53,7 @@ async def read_parts(store: Store) -> Contents:
 
 async def _not_found(store: Store, objects: int) -> CheckpointNotFound:
     below = sorted(await store.directories(), key=_by_number)
-    found = f"the {objects} objects there are not a committed checkpoint" if objects else "nothing is there"
+    found = f"{counted(objects, 'object')} there, but no committed checkpoint" if objects else "nothing is there"
     advice = "Check the path, or list its parent directory"
     if below:
         found = found if objects else "only directories are there"

@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Callable, Coroutine, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any, Protocol, TypeVar
 
+from dcp_storage.config import require_type
 from dcp_storage.errors import ConfigError
 from dcp_storage.store.base import Store
 from dcp_storage.store.open import open_store
@@ -36,6 +37,7 @@ class Location:
         storage_options: Options of the URL's fsspec file system, including those of a path object.
         sync_files: Whether local files are synced to the disk.
         opener: Creates the store.
+        url: The URL as a string, without credentials, for messages.
 
     Raises:
         ConfigError: No store can be created for it: an unknown protocol, options for a local path.
@@ -45,12 +47,16 @@ class Location:
     storage_options: Mapping[str, Any] | None = None
     sync_files: bool = True
     opener: Opener = open_store
+    url: str = field(init=False, compare=False)
 
     def __post_init__(self) -> None:
+        if self.storage_options is not None:
+            require_type("storage_options", self.storage_options, Mapping)
         if carried := options_of(self.path):
             object.__setattr__(self, "storage_options", {**carried, **(self.storage_options or {})})
         object.__setattr__(self, "path", resolve(self.path))  # now: the program may change its directory
-        self.store()  # refuse an unknown protocol now, not when the first checkpoint is due
+        # An unknown protocol is refused now, not when the first checkpoint is due.
+        object.__setattr__(self, "url", self.store().url)
 
     def __repr__(self) -> str:
         return f"Location({self.url!r})"
@@ -78,11 +84,6 @@ class Location:
     def shown(self) -> Address:
         """The path or URL, without credentials."""
         return self.path if isinstance(self.path, os.PathLike) else strip_userinfo(self.path)
-
-    @property
-    def url(self) -> str:
-        """The URL as a string, for messages."""
-        return self.store().url
 
     def child(self, name: str) -> "Location":
         """Return the location of a directory directly below this one."""

@@ -6,7 +6,9 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
+from torch.distributed.checkpoint.storage import StorageReader
 
+from dcp_storage.config import require_type
 from dcp_storage.dcp.planners.load_planner import ShardedLoadPlanner
 from dcp_storage.dcp.reader import AsyncStorageReader
 from dcp_storage.errors import CheckpointReplaced
@@ -31,8 +33,10 @@ def load(
     ```
 
     Raises:
+        ConfigError: `storage_reader` is not a reader.
         CheckpointException: As for `dcp.load`. After the fifth attempt its `failures` are `CheckpointReplaced`.
     """
+    require_type("storage_reader", storage_reader, StorageReader)
     for loads_left in reversed(range(_LOADS)):
         try:
             dcp_load(

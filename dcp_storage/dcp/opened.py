@@ -2,11 +2,12 @@
 
 import io
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from math import prod
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -16,13 +17,15 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from dcp_storage.checkpoint.place import Location
 from dcp_storage.config import Transfer
 from dcp_storage.dcp.indexing import box_of
-from dcp_storage.dcp.loads.entries import TrustPolicy, load_entry
+from dcp_storage.dcp.loads.entries import Trusted, TrustPolicy, load_entry
 from dcp_storage.dcp.planners.coverage import StoredTensor, part_note
+from dcp_storage.dcp.planners.missing import some
 from dcp_storage.dcp.reader import AsyncStorageReader
 from dcp_storage.errors import ConfigError, MissingKeys
 from dcp_storage.geometry import Box, Shape, whole
 from dcp_storage.observe import Observer
 from dcp_storage.store.urls import Address
+from dcp_storage.words import counted
 
 
 def open_checkpoint(
@@ -57,14 +60,17 @@ def open_checkpoint(
         StoreError: It could not be read.
         ConfigError: The path or the options are invalid.
     """
+    trusted = Trusted.of(allowed_types, trust)
     reader = AsyncStorageReader(path, storage_options=storage_options, transfer=transfer, observer=observer)
-    return Checkpoint(reader, allowed_types, trust)
+    return Checkpoint(reader, trusted)
 
 
-class StoredTensorView(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class StoredTensorView:
     """A tensor in a checkpoint: nothing is read until it is indexed.
 
     It supports a tensor's basic indexing: integers, slices with positive steps, and `...`. `view[...]` reads all of it.
+    Iterating over it reads one row at a time.
     """
 
     checkpoint: "Checkpoint"
@@ -80,7 +86,21 @@ class StoredTensorView(NamedTuple):
     def __repr__(self) -> str:
         return f"<{self.name}: {self.dtype} of shape {list(self.shape)}>"
 
-    def __getitem__(self, index: Any) -> Tensor:  # type: ignore[override]
+    def __len__(self) -> int:
+        """Return the number of rows.
+
+        Raises:
+            TypeError: It has no dimensions.
+        """
+        if not self.shape:
+            raise TypeError(f"{self.name} has no dimensions, and so no length")
+        return self.shape[0]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        rows = range(len(self))
+        return (self[row] for row in rows)
+
+    def __getitem__(self, index: Any) -> Tensor:
         """Read a part; see `Checkpoint.load` for other errors.
 
         Raises:
@@ -99,16 +119,11 @@ class Checkpoint:
         info: The `info` given when it was saved (`AsyncStorageWriter(info=...)`).
     """
 
-    def __init__(
-        self,
-        reader: AsyncStorageReader,
-        allowed_types: Sequence[Callable[..., Any] | tuple[Callable[..., Any], str]],
-        trust: TrustPolicy,
-    ) -> None:
+    def __init__(self, reader: AsyncStorageReader, trusted: Trusted) -> None:
         self._reader = reader
         self._metadata: Metadata = reader.read_metadata()
         reader.set_up_storage_reader(self._metadata, False)
-        self._allowed_types, self._trust = tuple(allowed_types), trust
+        self._trusted = trusted
         self.url = str(reader.checkpoint_id)
         self.info: dict[str, Any] = dict(self._metadata.storage_data.info)
 
@@ -182,7 +197,7 @@ class Checkpoint:
 
     def read(self, boxes: Mapping[str, Box | None]) -> dict[str, Any]:
         """Return a box of each tensor, and the value of each other entry (`None`), all read at once."""
-        planner = _Planner(self._metadata, boxes, self._allowed_types, self._trust)
+        planner = _Planner(self._metadata, boxes, self._trusted)
         plan = self._reader.prepare_global_plan([self._reader.prepare_local_plan(planner.plan())])[0]
         self._reader.read_data(plan, planner).wait()
         return planner.values
@@ -201,25 +216,19 @@ class Checkpoint:
 
     def _missing(self, names: Sequence[str]) -> MissingKeys:
         near = {name: get_close_matches(name, self.keys(), 3) for name in names}
-        told = [f"{name} (did you mean {' or '.join(near[name])}?)" if near[name] else name for name in names]
-        return MissingKeys(f"{self.url} has no {', '.join(told)}", url=self.url, fqns=tuple(names))
+        asked = [f"{name} (did you mean {' or '.join(near[name])}?)" if near[name] else name for name in names]
+        held = "" if all(near.values()) else f"; it has {counted(len(self), 'entry', 'entries')}: {some(self.keys())}"
+        return MissingKeys(f"{self.url} has no {', '.join(asked)}{held}", url=self.url, fqns=tuple(names))
 
 
 class _Planner(LoadPlanner):
     """Allocates memory for reads, and keeps the values."""
 
-    def __init__(
-        self,
-        metadata: Metadata,
-        boxes: Mapping[str, Box | None],
-        allowed_types: Sequence[Callable[..., Any] | tuple[Callable[..., Any], str]],
-        trust: TrustPolicy,
-    ) -> None:
+    def __init__(self, metadata: Metadata, boxes: Mapping[str, Box | None], trusted: Trusted) -> None:
         self.values: dict[str, Any] = dict.fromkeys(boxes)
         self._metadata = metadata
         self._boxes = boxes
-        self._allowed_types = allowed_types
-        self._trust = trust
+        self._trusted = trusted
 
     def plan(self) -> LoadPlan:
         reads: list[ReadItem] = []
@@ -243,7 +252,7 @@ class _Planner(LoadPlanner):
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn
-        self.values[name] = load_entry(name, value, self._allowed_types, trust=self._trust)
+        self.values[name] = load_entry(name, value, self._trusted)
 
     def set_up_planner(self, *args: Any, **kwargs: Any) -> None:
         """Not called: there is no state dict."""

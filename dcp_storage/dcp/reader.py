@@ -14,7 +14,7 @@ from torch.futures import Future
 
 from dcp_storage.checkpoint.manifests import read_manifest
 from dcp_storage.checkpoint.place import Location
-from dcp_storage.config import Transfer
+from dcp_storage.config import Transfer, require_type
 from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.loads.plan import load_plan
 from dcp_storage.dcp.loads.sharing import Wanted, mark_shared, wanted_of
@@ -76,6 +76,7 @@ class AsyncStorageReader(StorageReader):
         observer: Observer | None = None,
     ) -> None:
         super().__init__()
+        require_type("transfer", transfer, Transfer)
         self._location = Location.of(path, storage_options)
         self._transfer = transfer
         self._observer = choose_observer(observer, progress=progress)

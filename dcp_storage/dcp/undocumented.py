@@ -1,6 +1,6 @@
 """All undocumented names of torch that this package uses, with what depends on them; no other module uses any.
 
-One undocumented name of Python is among them.
+Those of Python that it needs to find and outlast DCP's threads are among them.
 
 `tests/test_undocumented.py` checks with each torch that they exist and have this meaning. A kind of tensor that this
 torch lacks is replaced by a class without instances.

@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.storage import StorageWriter
 from torch.futures import Future
 
 from dcp_storage.checkpoint.place import Location
-from dcp_storage.config import Codec, Transfer
+from dcp_storage.config import Codec, Transfer, require_type
 from dcp_storage.dcp.dtypes import check_text, dtype_name
 from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.metadata import is_whole
@@ -81,8 +81,9 @@ class AsyncStorageWriter(StorageWriter):
         ConfigError: An argument is invalid: an unknown protocol, options for a local path, `info` that is not JSON.
 
     `dcp.save` raises errors on every rank, inside DCP's `CheckpointException`, whose `failures` are the typed errors:
-    `CheckpointExists`, `UnsupportedTensor`, `CoverageError`, `DtypeMismatch`, `StoreError`. After any of them the
-    previous checkpoint is untouched; after `CheckpointReplaced`, that of another save is in its place.
+    `CheckpointExists`, `UnsupportedTensor`, `UnsupportedEntry`, `StagingError`, `ReplicaMismatch`, `CoverageError`,
+    `DtypeMismatch`, `StoreError`. After any of them the previous checkpoint is untouched; after `CheckpointReplaced`,
+    that of another save is in its place.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class AsyncStorageWriter(StorageWriter):
         observer: Observer | None = None,
     ) -> None:
         super().__init__()
+        require_type("codec", codec, Codec)
+        require_type("transfer", transfer, Transfer)
         self._location = Location.of(path, storage_options, sync_files=sync_files)
         self._codec = codec
         self._transfer = transfer
@@ -127,7 +130,7 @@ class AsyncStorageWriter(StorageWriter):
             DcpStorageError: This rank's state could not be staged: DCP reports it to all ranks now.
         """
         staged = redeem()
-        save = self._begun()
+        save = self._save_of_thread()
         save.blocked_s = staged.seconds
         with ending_on_error(save):
             if staged.error:
@@ -141,7 +144,7 @@ class AsyncStorageWriter(StorageWriter):
         Raises:
             ConfigError: Without collectives, the ranks have no way to agree on an id for the parts of one save.
         """
-        save = self._begun()
+        save = self._save_of_thread()
         with ending_on_error(save):
             alone = rank_alone()
             if alone is not None:
@@ -159,6 +162,7 @@ class AsyncStorageWriter(StorageWriter):
             UnsupportedTensor: A dtype is not supported by the format, or a name is not valid UTF-8.
             CheckpointExists: A checkpoint already exists here and may not be replaced.
             AccessDenied: The existing checkpoint may not be read, or nothing may be written here.
+            StoreError: The store failed, or there is no such bucket.
         """
         save, role = self._current()
         with ending_on_error(save):
@@ -183,6 +187,7 @@ class AsyncStorageWriter(StorageWriter):
             CoverageError: The planner resolved an item to a different shape than planned.
             DtypeMismatch: The planner resolved an item to a different dtype than planned.
             UnsupportedTensor: An item is not plain strided memory.
+            UnsupportedEntry: An entry cannot be pickled.
             StoreError: The store failed.
         """
         save, role = self._current()
@@ -225,7 +230,7 @@ class AsyncStorageWriter(StorageWriter):
         """
         save, role = self._current()
         with ending_on_error(save):
-            report_mismatches([told.fingerprints for told in results], metadata, save.location.url)
+            report_mismatches([each.fingerprints for each in results], metadata, save.location.url)
             is_part = role.attempt is not None or (role.alone and not is_whole(metadata))
             draft = build_draft(
                 metadata,
@@ -251,7 +256,7 @@ class AsyncStorageWriter(StorageWriter):
         begin(save)
         return save
 
-    def _begun(self) -> Save:
+    def _save_of_thread(self) -> Save:
         """Return the save that `reset` began in this thread, or begin one."""
         if self._thread.save is None or self._thread.save.role:
             self._thread.save = self._begin()

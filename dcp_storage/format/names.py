@@ -1,4 +1,4 @@
-"""Names of objects: the only place that creates, parses and checks them."""
+"""Names of a checkpoint's objects: creating, parsing and checking them."""
 
 import re
 import secrets

@@ -53,13 +53,13 @@ async def list_steps(root: Store) -> list[Step]:
     return [found[step] for step in sorted(found)]
 
 
-async def latest_step(root: Store) -> int | None:
-    """Return the newest committed step, or `None` if there is none.
+async def latest_step(root: Store, below: int | None = None) -> int | None:
+    """Return the newest committed step (below `below`, if given), or `None` if there is none.
 
     Raises:
         StoreError: The store failed.
     """
     for step in reversed(await step_directories(root)):
-        if await is_committed(root.child(directory_of(step)), parts=True):
+        if (below is None or step < below) and await is_committed(root.child(directory_of(step)), parts=True):
             return step
     return None

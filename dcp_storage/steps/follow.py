@@ -15,9 +15,13 @@ async def wait_for(root: Store, step: int | None, timeout_s: float | None) -> in
         TimeoutError: There was none in time.
         StoreError: The store failed.
     """
-    pause_s = _FIRST_PAUSE_S
-    async with asyncio.timeout(timeout_s):
-        while (newest := await latest_step(root)) is None or newest < (step or 0):
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    newest, pause_s = None, _FIRST_PAUSE_S
+    try:
+        async with asyncio.timeout(timeout_s):
+            while (newest := await latest_step(root)) is None or newest < (step or 0):
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+    except TimeoutError as error:
+        asked = "step" if step is None else f"step from {step} on"
+        raise TimeoutError(f"{root.url}: no {asked} within {timeout_s} s; the newest is {newest}") from error
     return newest

@@ -1,6 +1,5 @@
 """The ranks that share a `Checkpoints`, and the process groups in which they communicate."""
 
-import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -9,7 +8,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 
-from dcp_storage.errors import DcpStorageError
+from dcp_storage.errors import DcpStorageError, picklable
 
 R = TypeVar("R")
 Here = TypeVar("Here")
@@ -23,7 +22,7 @@ class _Outcome(Generic[R]):
     error: Exception | None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Outcome, (self.value, self.error and _picklable(self.error))
+        return _Outcome, (self.value, picklable(self.error))
 
 
 @dataclass(frozen=True)
@@ -162,11 +161,3 @@ def _take(outcome: _Outcome[R], rank: int) -> R:
         outcome.error.add_note(f"(raised on rank {rank})")
         raise outcome.error
     return outcome.value  # type: ignore[return-value]
-
-
-def _picklable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))  # noqa: S301 - pickled just now
-    except Exception:  # noqa: BLE001 - its own code may raise anything
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.distributed.checkpoint.planner import LoadPlanner, SavePlanner
 
 from dcp_storage.checkpoint.place import Location
-from dcp_storage.config import Codec, Transfer
+from dcp_storage.config import Codec, Transfer, require_type
 from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
 from dcp_storage.errors import ConfigError
 from dcp_storage.observe import Observer
@@ -105,6 +105,8 @@ class Checkpoints:
             raise ConfigError(f'on_error is {on_error!r}; choose "raise" or "log"')
         if keep is not None and not isinstance(keep, Policy):
             raise ConfigError(f"keep is {keep!r}; pass a policy, such as KeepLatest(3), or None")
+        require_type("codec", codec, Codec)
+        require_type("transfer", transfer, Transfer)
         self._root = Location.of(root, storage_options)
         self._ranks = Ranks(process_group)
         self._access = Access(self._root, codec, transfer, choose_observer(observer, progress=progress))

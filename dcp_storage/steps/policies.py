@@ -19,7 +19,7 @@ class Policy(ABC):
         """Return which of the steps, given in ascending order, to keep, with the reasons."""
 
     def __or__(self, other: "Policy") -> "Policy":
-        return _Either((self, other))
+        return _Either((self, other)) if isinstance(other, Policy) else NotImplemented
 
 
 @dataclass(frozen=True)

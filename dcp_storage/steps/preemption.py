@@ -22,7 +22,7 @@ class Preemption:
     def __init__(self, signals: Sequence[int]) -> None:
         self.signalled = False
         """Whether a signal was reported to all ranks."""
-        self._handlers = [_Handler(number) for number in signals]
+        self._handlers = [_Handler(number) for number in _checked(signals)]
         self._requests = self._answered = self._signals_told = 0
 
     def request(self) -> None:
@@ -58,6 +58,13 @@ class Preemption:
         """Restore the previous handlers."""
         for handler in self._handlers:
             handler.take_back()
+
+
+def _checked(signals: Sequence[int]) -> list[signal.Signals]:
+    try:
+        return list(map(signal.Signals, signals))
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"signals is {signals!r}; pass a list such as [signal.SIGTERM] ({error})") from error
 
 
 class _Handler:

@@ -12,13 +12,12 @@ from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 
 from dcp_storage.checkpoint.fetch import fetch_head
-from dcp_storage.checkpoint.manifests import is_committed
 from dcp_storage.dcp.load import load as load_alike
 from dcp_storage.dcp.planners.load_planner import ShardedLoadPlanner
 from dcp_storage.errors import ManifestCorrupt, ObjectNotFound, UnsupportedFormat
 from dcp_storage.format.names import MANIFEST
 from dcp_storage.steps.access import Access
-from dcp_storage.steps.catalog import step_directories
+from dcp_storage.steps.catalog import latest_step
 from dcp_storage.steps.failures import cause_of, is_damage, unwrapped
 from dcp_storage.steps.groups import Ranks
 from dcp_storage.steps.names import directory_of
@@ -46,11 +45,8 @@ async def newest_below(root: Store, below: int | None) -> Candidate | None:
     Raises:
         StoreError: The store failed; a failure is never returned as `None`.
     """
-    for step in sorted(await step_directories(root), reverse=True):
-        store = root.child(directory_of(step))
-        if (below is None or step < below) and await is_committed(store, parts=True):
-            return Candidate(step, await _ranks_of(store))
-    return None
+    step = await latest_step(root, below)
+    return None if step is None else await given(root, step)
 
 
 async def given(root: Store, step: int) -> Candidate:

@@ -2,10 +2,10 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection, Container, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Collection, Container, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import cache
 
 from dcp_storage.checkpoint.manifests import is_committed
@@ -47,29 +47,22 @@ def decide(steps: Sequence[Step], keep: Policy | None, in_use: Container[int], n
     return [Decision(step.step, step.step in reasons, tuple(reasons.get(step.step, ()))) for step in steps]
 
 
-@contextmanager
-def unclaimed(step: int) -> Iterator[bool]:  # noqa: ARG001 - a `Claim`
-    """Claim a step if nothing in this process writes or reads steps."""
-    yield True
-
-
 async def prune_steps(
     root: Store,
     keep: Policy | None,
     *,
-    in_use: Container[int] = (),
-    claim: Claim = unclaimed,
+    in_use: Container[int],
+    claim: Claim,
     dry_run: bool = False,
-    dead_after: timedelta = A_DAY,
 ) -> list[Decision]:
-    """Remove steps that are not kept, and what saves left that wrote nothing for `dead_after`; return the decisions.
+    """Remove steps that are not kept, and what saves left that wrote nothing for a day; return the decisions.
 
     Raises:
         StoreError: The store failed.
     """
     decisions = decide(await list_steps(root), keep, in_use, datetime.now(UTC))
     if not dry_run:
-        await _finish(root, {decision.step for decision in decisions}, claim, dead_after)
+        await _finish(root, {decision.step for decision in decisions}, claim)
     for number, decision in enumerate(decisions):
         if decision.kept:
             continue
@@ -77,24 +70,24 @@ async def prune_steps(
         if dry_run:
             why_not = "pinned" if held_pins(await store.modified(), time.time()) else None
         else:
-            why_not = await _remove(store, decision.step, claim, dead_after)
+            why_not = await _remove(store, decision.step, claim)
         if why_not:
             decisions[number] = Decision(decision.step, kept=True, reasons=(why_not,))
     return decisions
 
 
-async def _remove(store: Store, step: int, claim: Claim, dead_after: timedelta) -> str | None:
+async def _remove(store: Store, step: int, claim: Claim) -> str | None:
     """Remove a committed step; return the reason if it was not removed."""
     with claim(step) as is_free:
         if not is_free:
             return "in use"
         if not await bury(store):
             return "pinned"
-        await _clear(store, dead_after)
+        await _clear(store)
     return None
 
 
-async def _finish(root: Store, committed: Collection[int], claim: Claim, dead_after: timedelta) -> None:
+async def _finish(root: Store, committed: Collection[int], claim: Claim) -> None:
     """Remove what is left of steps whose removal was interrupted, and of interrupted saves."""
     for step in await step_directories(root):
         if step in committed:
@@ -103,14 +96,14 @@ async def _finish(root: Store, committed: Collection[int], claim: Claim, dead_af
         with claim(step) as is_free:
             if not is_free or await is_committed(store, parts=True):
                 continue
-            await _clear(store, dead_after)
+            await _clear(store)
 
 
-async def _clear(store: Store, dead_after: timedelta) -> None:
+async def _clear(store: Store) -> None:
     """Remove what was buried, and what interrupted saves left, from a step without a manifest."""
     await unearth(store)
     try:
-        await prune_store(store, dead_after)
+        await prune_store(store, A_DAY)
     except CheckpointNotFound:  # there is nothing from this package's saves
         pass
     except ManifestCorrupt as error:  # parts of some ranks: the others may be elsewhere

@@ -155,6 +155,8 @@ def check_replaceable(path: Path) -> bool:
     """
     directory = path.parent
     there = next((outer for outer in (directory, *directory.parents) if outer.exists()), directory)
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, "this is a file: pass a directory", str(there))
     if not os.access(there, os.W_OK | os.X_OK, effective_ids=os.access in os.supports_effective_ids):
         why = errno.EROFS if os.statvfs(there).f_flag & os.ST_RDONLY else errno.EACCES
         raise OSError(why, f"{os.strerror(why)}: no file may be created in this directory", str(there))

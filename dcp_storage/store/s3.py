@@ -53,6 +53,8 @@ class S3Store(RemoteStore):
 
     def __init__(self, url: str, fs_class: Any, storage_options: Mapping[str, Any]) -> None:
         super().__init__(url, fs_class, storage_options)
+        if not self._prefix.partition("/")[0]:
+            raise ConfigError(f"{self.url} names no bucket: pass s3://bucket/prefix")
         _check_options(fs_class, self._options)
         # A botocore that is too old for one of these options also lacks the behavior that it controls.
         defaults = {name: value for name, value in _CONFIG_DEFAULTS.items() if name in Config.OPTION_DEFAULTS}

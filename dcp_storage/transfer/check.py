@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
-from itertools import islice, zip_longest
+from itertools import islice
 from typing import NamedTuple
 
 from dcp_storage.errors import BlockCorrupt, ManifestCorrupt, ObjectNotFound
@@ -11,7 +11,6 @@ from dcp_storage.format.codecs.blocks import CODECS
 from dcp_storage.format.codecs.digests import MAX_DIGESTED_BYTES, make_digest
 from dcp_storage.format.contents import CheckedItem
 from dcp_storage.format.manifest.frames import StoredCodec
-from dcp_storage.format.manifest.schema import Segment
 from dcp_storage.format.names import ObjectName
 from dcp_storage.observe import Advance
 from dcp_storage.store.base import Room, Store, room_bytes
@@ -64,8 +63,8 @@ def runs_of(items: Sequence[CheckedItem], codec: StoredCodec, there: Sequence[in
     for number, item in enumerate(items):
         count = -(-item.raw_bytes // codec.block_bytes)
         blocks = locate(number, range(count), item.segments, item.raw_bytes, codec)
-        for segment, digest in zip_longest(item.segments, item.digests, fillvalue=""):
-            assert isinstance(segment, Segment), "there are as many digests as segments, or none"
+        digests = item.digests or [""] * len(item.segments)
+        for segment, digest in zip(item.segments, digests, strict=True):
             whole = list(islice(blocks, len(segment.lengths)))
             held = [block for block in whole if block.offset + block.length <= there[block.object]]
             if digest and held == whole:

@@ -155,7 +155,6 @@ def check_plain(fqn: str, tensor: Tensor) -> None:
     """
     if tensor.layout == torch.strided and not (tensor.is_meta or tensor.is_quantized or dispatches(tensor)):
         return
+    advice = "materialize it before the save" if tensor.is_meta else "save its parts as tensors"
     kind = f"{type(tensor).__name__} of layout {tensor.layout} on device {tensor.device}"
-    raise UnsupportedTensor(
-        f"{fqn} is a {kind}; only plain strided memory can be stored: save its parts as tensors", fqn=fqn
-    )
+    raise UnsupportedTensor(f"{fqn} is a {kind}; only plain strided memory can be stored: {advice}", fqn=fqn)

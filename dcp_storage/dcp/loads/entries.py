@@ -1,7 +1,7 @@
 """Non-tensor entries: built-in values, or `torch.save` containers that are read without running what they name."""
 
 import io
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -9,8 +9,8 @@ from dcp_storage.dcp.pickles.asked import asks_for
 from dcp_storage.dcp.pickles.listed import Failed
 from dcp_storage.dcp.pickles.machine import rebuild
 from dcp_storage.dcp.pickles.storages import Storages
-from dcp_storage.dcp.pickles.trust import Allowed, Trust
-from dcp_storage.errors import BlockCorrupt, UnsupportedEntry
+from dcp_storage.dcp.pickles.trust import Allowed, Trust, check_allowed
+from dcp_storage.errors import BlockCorrupt, ConfigError, UnsupportedEntry
 from dcp_storage.format.container import Container, read_container
 from dcp_storage.format.pickles import Damaged, Refused
 from dcp_storage.format.values import decode_value, is_value
@@ -18,7 +18,28 @@ from dcp_storage.format.values import decode_value, is_value
 TrustPolicy = Literal["listed", "all"]
 
 
-def load_entry(fqn: str, value: io.BytesIO, allowed: Allowed = (), *, trust: TrustPolicy = "listed") -> Any:
+class Trusted(NamedTuple):
+    """The types that a load may rebuild."""
+
+    allowed: tuple[Any, ...] = ()
+    trust: TrustPolicy = "listed"
+
+    @classmethod
+    def of(cls, allowed: Allowed, trust: TrustPolicy) -> "Trusted":
+        """Return the choice of a caller.
+
+        Raises:
+            ConfigError: It is invalid.
+        """
+        if trust not in {"listed", "all"}:
+            raise ConfigError(f'trust is {trust!r}; choose "listed" or "all"')
+        return cls(check_allowed(allowed), trust)
+
+
+_BUILT_IN = Trusted()
+
+
+def load_entry(fqn: str, value: io.BytesIO, trusted: Trusted = _BUILT_IN) -> Any:
     """Return the object in an entry, if its types run no code or are allowed.
 
     Raises:
@@ -32,9 +53,9 @@ def load_entry(fqn: str, value: io.BytesIO, allowed: Allowed = (), *, trust: Tru
         container = read_container(data)
     except ValueError as error:
         raise _damaged(fqn, str(error)) from error
-    if trust == "all":
+    if trusted.trust == "all":
         return _load_anything(fqn, value)
-    return _rebuild(fqn, container, allowed)
+    return _rebuild(fqn, container, trusted.allowed)
 
 
 def _rebuild(fqn: str, container: Container, allowed: Allowed) -> Any:

@@ -1,4 +1,4 @@
-"""Loads each kind of checkpoint into a plan: the only place that distinguishes the kinds."""
+"""Loads each kind of checkpoint into a plan, each in its own way."""
 
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 

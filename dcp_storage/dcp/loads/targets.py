@@ -9,13 +9,13 @@ from torch import Tensor
 from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from dcp_storage.dcp.device import host_memory, on_accelerator, on_host
-from dcp_storage.dcp.kinds.base import dispatches
 from dcp_storage.dcp.kinds.boxes import read_box
+from dcp_storage.dcp.loads.destination import Destination
 from dcp_storage.dcp.loads.hand_over import hand_over
 from dcp_storage.dcp.loads.scatter import Scatter, Slot
 from dcp_storage.dcp.memory import as_it_lies, borrowed_view, byte_view
 from dcp_storage.dcp.small import SMALL_BYTES
-from dcp_storage.errors import CoverageError, UnsupportedFormat
+from dcp_storage.errors import UnsupportedFormat
 from dcp_storage.geometry import Box, Shape, boxes_of_run, flat_extent, intersect
 
 
@@ -56,10 +56,9 @@ class BytesTarget:
 class _Part(NamedTuple):
     """One read of a chunk, and the destination of its box."""
 
-    read: ReadItem
     box: Box
-    tensor: Tensor  # from the planner
-    target: Tensor  # the tensor that blocks are decoded into: the same, if it is plain memory
+    destination: Destination
+    target: Tensor  # the tensor to fill
     start: int  # the bytes of the chunk between the box's first and last element
     stop: int
     memory: memoryview | None  # of the destination, if it is laid out like the chunk
@@ -68,9 +67,7 @@ class _Part(NamedTuple):
 class ChunkTarget:
     """The destinations of all reads of one stored chunk, so that each of its blocks is decoded once for all of them.
 
-    A destination that overrides operations is filled by its `copy_`, once its whole box has been read.
-
-    Raises (in `open`):
+    Raises (in `open` and `close`):
         CoverageError: The planner resolved a read to a tensor of a different shape.
     """
 
@@ -95,18 +92,12 @@ class ChunkTarget:
             self._slot = self._scatter.join(self, (device, self._dtype))
 
     def _resolve(self, read: ReadItem) -> _Part:
-        box = read_box(read)
-        tensor = self._planner.resolve_tensor(read).detach()
-        if tuple(tensor.shape) != box.sizes:
-            raise CoverageError(
-                f"{read.dest_index.fqn}: the planner gave a tensor of shape {list(tensor.shape)} to read {box} into",
-                fqn=read.dest_index.fqn,
-            )
-        target = torch.empty(box.sizes, dtype=self._dtype, device="cpu") if dispatches(tensor) else tensor
+        box, destination = read_box(read), Destination(self._planner, read, self._dtype)
+        target = destination.memory
         start, stop = flat_extent(self._shape, box)
         plain = on_host(target.device) and target.dtype == self._dtype and as_it_lies(target)
         memory = borrowed_view(target) if plain and stop - start == box.numel else None  # the part keeps it alive
-        return _Part(read, box, tensor, target, start * self._item, stop * self._item, memory)
+        return _Part(box, destination, target, start * self._item, stop * self._item, memory)
 
     def direct(self, start: int, stop: int) -> memoryview | None:
         """Return the destination's memory if exactly one read wants all of this slice, laid out as in the chunk."""
@@ -166,9 +157,7 @@ class ChunkTarget:
     def commit(self) -> None:
         """Hand the tensors back to the planner."""
         for part in self._parts:
-            if part.target is not part.tensor:
-                part.tensor.copy_(part.target)
-            self._planner.commit_tensor(part.read, part.tensor)
+            part.destination.commit()
 
 
 def _takes_batches(target: Tensor, device: torch.device) -> bool:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from dcp_storage.format.pickles import Damaged
+from dcp_storage.format.pickles import Damaged, Refused
 
 _ATOMS = frozenset({str, int, bool, float, bytes, type(None)})
 _MOST_NESTED = 100
@@ -20,12 +20,12 @@ class Hashing:
         """Record a new tuple.
 
         Raises:
-            Damaged: Tuples are nested too deeply; the hash of a listed type may visit them, too.
+            Refused: Tuples are nested too deeply; the hash of a listed type may visit them, too.
         """
         if tuple in set(map(type, made)):
             depth = 1 + max(self._depths.get(id(inner), (1, ()))[0] for inner in made if type(inner) is tuple)
             if depth > _MOST_NESTED:
-                raise Damaged("tuples are nested too deeply")
+                raise Refused(f"nests tuples more than {_MOST_NESTED} deep")
             self._depths[id(made)] = depth, made  # kept alive, so that its id is not reused
 
     def check(self, keys: Iterable[Any]) -> None:

@@ -6,7 +6,25 @@ from typing import Any
 
 from torch.serialization import get_safe_globals
 
+from dcp_storage.errors import ConfigError
+
 Allowed = Iterable[Callable[..., Any] | tuple[Callable[..., Any], str]]
+
+
+def check_allowed(allowed: Allowed) -> tuple[Any, ...]:
+    """Return the listed types.
+
+    Raises:
+        ConfigError: It is not a list of types and functions, or of pairs of one and its stored name.
+    """
+    if not isinstance(allowed, Iterable):
+        raise ConfigError(f"allowed_types is {allowed!r}; pass a list of types")
+    listed = tuple(allowed)
+    for each in listed:
+        value, name = each if isinstance(each, tuple) and len(each) == 2 else (each, "")  # noqa: PLR2004
+        if not (callable(value) and isinstance(name, str)):
+            raise ConfigError(f"allowed_types has {each!r}; pass the type itself, or a pair of it and its stored name")
+    return listed
 
 
 class Trust:

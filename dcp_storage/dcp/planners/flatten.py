@@ -13,12 +13,12 @@ Mappings = dict[str, ObjectPath]
 
 
 def flatten(
-    state: State, *, nested: bool, is_whole: Callable[[ObjectPath], bool] = lambda _: False
+    state: State, *, nested: bool, is_whole: Callable[[ObjectPath, Any], bool] = lambda _path, _value: False
 ) -> tuple[State, Mappings]:
     """Return a state dict with DCP's names, and the path of each name; without `nested`, its top level unchanged.
 
     Dicts, and lists that contain tensors or dicts, are flattened; any other value is an entry, and so are values for
-    whose path `is_whole` is true.
+    which `is_whole` is true.
 
     Raises:
         ConfigError: Two paths have the same name.
@@ -38,13 +38,22 @@ def _top(state: State) -> Iterator[tuple[ObjectPath, Any]]:
     return (((str(key),), value) for key, value in state.items())
 
 
-def _leaves(path: ObjectPath, value: Any, is_whole: Callable[[ObjectPath], bool]) -> Iterator[tuple[ObjectPath, Any]]:
+def _leaves(
+    path: ObjectPath, value: Any, is_whole: Callable[[ObjectPath, Any], bool]
+) -> Iterator[tuple[ObjectPath, Any]]:
     for step, inner in _steps(value):
         below = (*path, step)
-        if _is_open(inner) and not is_whole(below):
+        if _is_open(inner) and not is_whole(below, inner):
             yield from _leaves(below, inner, is_whole)
         else:
             yield below, inner
+
+
+def holds_tensor(value: Any) -> bool:
+    """Return whether a value is a tensor, or a container with one at any depth."""
+    if isinstance(value, Mapping):
+        return any(map(holds_tensor, value.values()))
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(holds_tensor, value)))
 
 
 def empty_dicts(state: State) -> list[ObjectPath]:

@@ -16,7 +16,7 @@ from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.kinds.hooked import Wrapper
 from dcp_storage.dcp.kinds.of import kind_of
 from dcp_storage.dcp.kinds.plain import Plain
-from dcp_storage.dcp.loads.entries import TrustPolicy, load_entry
+from dcp_storage.dcp.loads.entries import Trusted, TrustPolicy, load_entry
 from dcp_storage.dcp.planners.coverage import StoredTensor, part_note
 from dcp_storage.dcp.planners.faults import naming_checkpoint, raise_all
 from dcp_storage.dcp.planners.flatten import put
@@ -82,15 +82,12 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         )
         if dtype_policy not in {"cast", "warn", "error"}:
             raise ConfigError(f'dtype_policy is {dtype_policy!r}; choose "cast", "warn" or "error"')
-        if trust not in {"listed", "all"}:
-            raise ConfigError(f'trust is {trust!r}; choose "listed" or "all"')
         self._may_miss = check_patterns(allow_missing) + (("*",) if allow_partial_load else ())
         self.skipped: list[str] = []
         self.skipped_by: dict[str, list[str]] = {}
         self.unexpected: list[str] = []
         self._dtype_policy = dtype_policy
-        self._allowed_types = tuple(allowed_types)
-        self._trust = trust
+        self._trusted = Trusted.of(allowed_types, trust)
         self._shards: dict[tuple[str, int | None], Tensor] = {}
         self._kinds: dict[str, Kind] = {}
 
@@ -195,10 +192,10 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
         names = list(dict.fromkeys(casts))
         message = f"{len(names)} tensors have another dtype here than in the checkpoint: {some(names)}"
         if self._dtype_policy == "error":
-            raise DtypeMismatch(message)
+            raise DtypeMismatch(f'{message}. Load into the stored dtypes, or convert with dtype_policy="cast"')
         if not self.is_coordinator:  # other ranks would warn of the same
             return
-        warnings.warn(f"{message}. They are converted; see dtype_policy", stacklevel=2)
+        warnings.warn(f'{message}. They are converted; dtype_policy="cast" does so silently', stacklevel=2)
 
     def lookup_tensor(self, index: MetadataIndex) -> Tensor:
         """Return the memory of one of this rank's shards: the one whose box was proved to be stored.
@@ -230,7 +227,7 @@ class ShardedLoadPlanner(DefaultLoadPlanner):
             BlockCorrupt: It is neither a value nor a container that `torch.save` writes.
         """
         fqn = read_item.dest_index.fqn
-        loaded = load_entry(fqn, value, self._allowed_types, trust=self._trust)
+        loaded = load_entry(fqn, value, self._trusted)
         if not isinstance(self.state_dict[fqn], Tensor):
             self._put(fqn, loaded)
             return

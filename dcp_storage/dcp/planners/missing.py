@@ -41,10 +41,11 @@ def skip(missing: Iterable[str], unexpected: Sequence[str], patterns: Sequence[s
 def _missing(missing: Sequence[str], unexpected: Sequence[str]) -> str:
     total = f" ({len(missing)} in all)" if len(missing) > 1 else ""
     there = f"; it has {_unasked(unexpected)}{_renamed(missing, unexpected)}" if unexpected else ""
+    stop = "" if there.endswith("?") else "."
     first = missing[0].partition(".")[0]
     pattern = f"{first}.*" if all(fqn.startswith(f"{first}.") for fqn in missing) else missing[0]
     return (
-        f"Missing key in checkpoint state_dict: {some(missing)}{total}{there}. Load without them, or skip them: "
+        f"Missing key in checkpoint state_dict: {some(missing)}{total}{there}{stop} Load without them, or skip them: "
         f"allow_missing=({pattern!r},), or allow_partial_load=True for anything that is missing"
     )
 

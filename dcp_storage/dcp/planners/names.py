@@ -1,25 +1,27 @@
 """The names of a state dict in a checkpoint: before 2.4 torch stored containers without tensors as one entry."""
 
 from collections.abc import Iterable
+from typing import Any
 
 from torch.distributed.checkpoint.metadata import Metadata
 
-from dcp_storage.dcp.planners.flatten import Mappings, ObjectPath, State, empty_dicts, flatten
+from dcp_storage.dcp.planners.flatten import Mappings, ObjectPath, State, empty_dicts, flatten, holds_tensor
 from dcp_storage.dcp.stored import entry_names
 
 
 def names_of(state: State, metadata: Metadata, *, nested: bool) -> tuple[State, Mappings]:
     """Return a state dict by name, and the path of each name.
 
-    A container is one entry if the checkpoint has an entry at its path and none below that.
+    A container without tensors is one entry if the checkpoint has an entry at its path and none below that.
 
     Raises:
         ConfigError: Two paths have the same name.
     """
     containers: set[str] = set()
 
-    def note(path: ObjectPath) -> bool:
-        containers.add(".".join(map(str, path)))
+    def note(path: ObjectPath, container: Any) -> bool:
+        if not holds_tensor(container):
+            containers.add(".".join(map(str, path)))
         return False
 
     flat, mappings = flatten(state, nested=nested, is_whole=note)
@@ -30,8 +32,8 @@ def names_of(state: State, metadata: Metadata, *, nested: bool) -> tuple[State, 
     opened = {path[:length] for path in paths.values() for length in range(1, len(path))}
     whole = {paths[fqn] for fqn in unasked} - opened
     if metadata.planner_data is None:  # then a path is its name
-        return flatten(state, nested=True, is_whole=lambda path: tuple(".".join(map(str, path)).split(".")) in whole)
-    return flatten(state, nested=True, is_whole=whole.__contains__)
+        return flatten(state, nested=True, is_whole=lambda path, _: tuple(".".join(map(str, path)).split(".")) in whole)
+    return flatten(state, nested=True, is_whole=lambda path, _: path in whole)
 
 
 def _path(metadata: Metadata, fqn: str) -> ObjectPath:

@@ -94,6 +94,7 @@ def _warning() -> Iterator[None]:
 
 def _exists(store: Store, *, overwrite: bool) -> CheckpointExists:
     why = "without collectives it cannot be replaced atomically" if overwrite else "overwrite=False"
+    advice = "delete it first" if overwrite else "pass overwrite=True to replace it"
     return CheckpointExists(
-        f"Checkpoint already exists at {store.url} and {why}: choose another path, or delete it first", url=store.url
+        f"Checkpoint already exists at {store.url} and {why}: choose another path, or {advice}", url=store.url
     )

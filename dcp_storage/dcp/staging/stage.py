@@ -1,7 +1,7 @@
 """`stage`: copies the parts of a state that a save may write to one piece of memory, before training changes it."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -177,6 +177,8 @@ def _copied(fqn: str, value: Any) -> Any:
     try:
         return copy.deepcopy(value)
     except Exception as error:  # an object's own code may raise anything
+        if isinstance(value, Mapping | list):
+            return walk(dict(value) if isinstance(value, Mapping) else list(value), _copied, _copied, fqn)
         kind = type(value).__name__
         raise UnsupportedEntry(
             f"{fqn} holds a {kind} that cannot be copied before async_save returns, nor stored: {error!r}", fqn=fqn

@@ -12,6 +12,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from dcp_storage.config import KIB, MIB, Transfer
 from dcp_storage.dcp.dtypes import dtype_from_name
 from dcp_storage.dcp.kinds.boxes import read_box
+from dcp_storage.dcp.loads.destination import Destination
 from dcp_storage.dcp.loads.hand_over import hand_over
 from dcp_storage.dcp.stock.items import (
     Item,
@@ -139,8 +140,8 @@ class _StockLoader:
             raws = await self._threads.run(partial(_decode, run, held, targets))
             for (item, reads), raw, filled in zip(run, raws, targets, strict=True):
                 if raw is None:
-                    for read, target in zip(reads, filled, strict=True):
-                        self._planner.commit_tensor(read, target)
+                    for destination in filled:
+                        destination.commit()
                 else:
                     for read in reads:
                         hand_over(self._planner, read, raw)
@@ -166,15 +167,11 @@ class _StockLoader:
             raise items[0].damaged(f"only {len(data)} of {end - begin} bytes could be read")
         return data
 
-    def _resolve(self, item: Item, kind: StoredKind, read: ReadItem) -> Tensor:
+    def _resolve(self, item: Item, kind: StoredKind, read: ReadItem) -> Destination:
         box = read_box(read)
         if not any(contains(shape, box) for shape in kind.shapes):
             raise CoverageError(f"{item.fqn}: the plan reads {box}, which is outside the stored part", fqn=item.fqn)
-        target = self._planner.resolve_tensor(read).detach()
-        if tuple(target.shape) != box.sizes:
-            fqn = read.dest_index.fqn
-            raise CoverageError(f"{fqn}: {box} cannot be read into a tensor of shape {list(target.shape)}", fqn=fqn)
-        return target
+        return Destination(self._planner, read, kind.dtype)
 
 
 def _cut(data: bytes | memoryview, items: Sequence[StockItem]) -> list[bytes]:
@@ -188,23 +185,23 @@ def _cut(data: bytes | memoryview, items: Sequence[StockItem]) -> list[bytes]:
 def _decode(
     run: Sequence[_Job],
     held: Sequence[bytes],
-    targets: Sequence[Sequence[Tensor]],
+    targets: Sequence[Sequence[Destination]],
     decompressor: zstandard.ZstdDecompressor,
 ) -> list[bytes | None]:
     """Decode tensors into place, and return the bytes of non-tensor objects."""
     raws: list[bytes | None] = []
-    for (item, reads), data, filled in zip(run, held, targets, strict=True):
+    for (item, _), data, filled in zip(run, held, targets, strict=True):
         raw = undo_transforms(item, data, decompressor)
         if item.kind is not None:
-            _fill(item, load_tensor(item, item.kind, raw), zip(reads, filled, strict=True))
+            _fill(item, load_tensor(item, item.kind, raw), filled)
         raws.append(raw if item.kind is None else None)
     return raws
 
 
 @torch.inference_mode()  # tensors created in inference mode can only be written in it
-def _fill(item: Item, tensor: Tensor, parts: Iterable[tuple[ReadItem, Tensor]]) -> None:
-    for read, target in parts:
-        box = read_box(read)
+def _fill(item: Item, tensor: Tensor, destinations: Iterable[Destination]) -> None:
+    for destination in destinations:
+        box = read_box(destination.read)
         if not contains(tuple(tensor.shape), box):
             raise CoverageError(f"{item.fqn}: {box} was not stored, only {list(tensor.shape)}", fqn=item.fqn)
-        target.copy_(tensor[box.slices])
+        destination.memory.copy_(tensor[box.slices])

@@ -30,6 +30,9 @@ class Record:
     state: object = None
 
 
+_PROTOCOL = b"\x80"
+"""The first byte of every pickle since protocol 2."""
+
 Globals = Mapping[tuple[str, str], object]
 
 
@@ -47,7 +50,8 @@ def read_pickle(data: bytes, known: Globals, *, where: str) -> object:
         says = f"{where} is a pickle that {refused}. Nothing was executed; the checkpoint cannot be loaded"
         raise UnsupportedFormat(says, url=where) from None
     except Damaged as fault:
-        raise ManifestCorrupt(f"{where} is damaged at byte {machine.pos}: {fault}", url=where) from None
+        foreign = "" if data.startswith(_PROTOCOL) else "; it does not begin like a manifest of this package or of DCP"
+        raise ManifestCorrupt(f"{where} is damaged at byte {machine.pos}: {fault}{foreign}", url=where) from None
 
 
 class _DataMachine(Machine):
