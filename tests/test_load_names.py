@@ -125,6 +125,13 @@ def test_two_keys_of_one_text(tmp_path, nested):
         flatten({0: 1, "0": 2}, nested=nested)
 
 
+@pytest.mark.parametrize("one", [3, [torch.ones(1)], {"a": 1}])
+@pytest.mark.parametrize("other", [4, [torch.ones(2)], {"b": 1}])
+def test_two_keys_of_one_text_within(one, other):
+    with pytest.raises(ConfigError, match=r"two entries named d\.1"):
+        flatten({"d": {"1": one, 1: other}}, nested=True)
+
+
 scalars = st.none() | st.booleans() | st.integers(-9, 9) | st.text("ab.", max_size=2)
 nests = st.recursive(
     scalars | st.just("T"),

@@ -1,5 +1,6 @@
 """Flattens a state dict as DCP's planners do, and sets values in the original."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any
 
@@ -29,7 +30,7 @@ def flatten(
     for path, value in _leaves((), state, is_whole) if nested else _top(state):
         name = ".".join(map(str, path))
         if name in flat:
-            raise ConfigError(f"the state dict has two entries named {name}. Rename one of them")
+            raise _twice(name)
         flat[name], mappings[name] = value, path
     return flat, mappings
 
@@ -41,12 +42,25 @@ def _top(state: State) -> Iterator[tuple[ObjectPath, Any]]:
 def _leaves(
     path: ObjectPath, value: Any, is_whole: Callable[[ObjectPath, Any], bool]
 ) -> Iterator[tuple[ObjectPath, Any]]:
+    _check_keys(path, value)
     for step, inner in _steps(value):
         below = (*path, step)
         if _is_open(inner) and not is_whole(below, inner):
             yield from _leaves(below, inner, is_whole)
         else:
             yield below, inner
+
+
+def _check_keys(path: ObjectPath, container: Any) -> None:
+    """Refuse keys that differ only by their type, such as 1 and "1": a path could not tell them apart."""
+    if isinstance(container, Mapping) and any(type(key) is not str for key in container):
+        for text, count in Counter(map(str, container)).items():
+            if count > 1:
+                raise _twice(".".join(map(str, (*path, text))))
+
+
+def _twice(name: str) -> ConfigError:
+    return ConfigError(f"the state dict has two entries named {name}. Rename one of them")
 
 
 def holds_tensor(value: Any) -> bool:
