@@ -1,5 +1,6 @@
 """`Checkpoints` in one process: steps that are saved and resumed, and what fails on the way."""
 
+import gc
 import logging
 import os
 import pickle
@@ -12,7 +13,8 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner, DefaultSavePlanner
 
-from dcp_storage import AsyncStorageReader, Checkpoints, KeepLatest, ShardedLoadPlanner
+from dcp_storage import AsyncStorageReader, Checkpoints, KeepEvery, KeepLatest, ShardedLoadPlanner
+from dcp_storage.dcp.staging.pool import POOL
 from dcp_storage.errors import (
     BlockCorrupt,
     CheckpointExists,
@@ -290,6 +292,46 @@ def test_an_older_step_that_lacks_something_is_not_mixed_with_a_damaged_one(tmp_
             checkpoints.load(state_of(-1) | {"more": torch.zeros(3)})
 
 
+def test_what_a_planner_of_dcp_skips_is_not_mixed_with_a_damaged_step_either(tmp_path):
+    with Checkpoints(tmp_path, load_planner=DefaultLoadPlanner(allow_partial_load=True)) as checkpoints:
+        checkpoints.save(1, state_of(1))
+        checkpoints.save(2, state_of(2) | {"more": torch.ones(3)})
+        damage(tmp_path, 2)
+        with pytest.raises(BlockCorrupt):
+            checkpoints.load(state_of(-1) | {"more": torch.zeros(3)})
+
+
+@pytest.mark.parametrize("keep", [KeepLatest(2), KeepLatest(2) | KeepEvery(2)])
+def test_a_step_that_is_pruned_before_it_is_read_is_no_damage(tmp_path, keep):
+    """The newest one is loaded, not what stands below the one that is gone."""
+    with Checkpoints(tmp_path, keep=keep) as trainer:
+
+        def go_on(_):
+            reading.active = False
+            save_all(4, 5, 6)
+
+        def save_all(*steps):
+            for step in steps:
+                trainer.save(step, state_of(step))
+                trainer.wait()
+
+        save_all(1, 2, 3)
+        reading = On("get", go_on)
+        with Checkpoints(hooked(tmp_path, before=reading)) as follower:
+            state = state_of(-1)
+            assert follower.load(state) == value_of(state) == 6
+
+
+def test_a_failed_save_lets_its_copy_go(tmp_path):
+    full = On("put", fail)
+    with Checkpoints(hooked(tmp_path, before=full), on_error="log") as checkpoints:
+        assert checkpoints.async_save(1, {"weights": torch.ones(1 << 12)}).result() is None
+        until = time.monotonic() + LIMIT_S
+        while POOL._lent() is not None:  # DCP's thread ends a moment later
+            gc.collect()
+            assert time.monotonic() < until
+
+
 @pytest.mark.parametrize("step", [True, -1, 1.0, "1", None, torch.tensor(1)])
 def test_what_is_no_step_is_refused(tmp_path, step):
     with Checkpoints(tmp_path) as checkpoints:
@@ -545,6 +587,21 @@ def test_a_step_that_a_check_finds_damaged_counts_for_nothing(tmp_path, caplog, 
         checkpoints.wait()
         assert {1, 3} <= {step.step for step in checkpoints.steps()}, "step 3 was not told to be sound yet"
     assert [step.step for step in checkpoints.steps()] == [3]
+
+
+def test_a_step_that_is_saved_again_while_it_is_checked_is_not_damaged(tmp_path, caplog):
+    gate = Gate("size", 1)
+    with Checkpoints(hooked(tmp_path, before=gate), verify="full", keep=KeepLatest(1)) as checkpoints:
+        checkpoints.save(1, state_of(1))
+        assert gate.reached.wait(LIMIT_S)
+        checkpoints.save(1, state_of(2), overwrite=True)
+        gate.opened.set()
+        checkpoints.wait()
+        assert "damaged" not in caplog.text
+        with pytest.raises(CheckpointExists):
+            checkpoints.save(1, state_of(3))
+        checkpoints.save(2, state_of(2))
+    assert [step.step for step in checkpoints.steps()] == [2]
 
 
 def test_a_check_that_cannot_be_made_says_nothing_of_the_step(tmp_path, caplog):

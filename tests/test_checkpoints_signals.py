@@ -100,6 +100,33 @@ def test_a_handler_that_came_later_stays(tmp_path, before):
     assert signal.getsignal(signal.SIGTERM) is later
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_closed_one_is_deaf_to_nothing(tmp_path, before, order, elsewhere):
+    """Its handler stays below a later one, and where another thread closes it."""
+    both = [Checkpoints(tmp_path / str(number)) for number in range(2)]
+    for each in both:
+        each.should_save(1)
+    for number in order:
+        closing = threading.Thread(target=both[number].close)
+        closing.run() if not elsewhere else (closing.start(), closing.join())
+    signal.raise_signal(signal.SIGTERM)
+    assert before == [signal.SIGTERM]
+    signal.raise_signal(signal.SIGTERM)
+    assert before == [signal.SIGTERM] * 2
+
+
+def test_the_one_that_is_still_open_counts(tmp_path, before):
+    first, second = (Checkpoints(tmp_path / str(number)) for number in range(2))
+    first.should_save(1)
+    second.should_save(1)
+    first.close()
+    signal.raise_signal(signal.SIGTERM)
+    assert before == [signal.SIGTERM]
+    assert second.should_save(2)
+    second.close()
+
+
 def work(pipe):
     pipe.send("begun")
     threading.Event().wait()

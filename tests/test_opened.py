@@ -16,6 +16,7 @@ from dcp_storage import AsyncStorageWriter, Codec, ShardedSavePlanner, open_chec
 from dcp_storage.errors import (
     BlockCorrupt,
     CheckpointNotFound,
+    CheckpointReplaced,
     ConfigError,
     CoverageError,
     MissingKeys,
@@ -147,8 +148,14 @@ def test_rows_one_by_one(path):
             use(checkpoint["model.scalar"])
 
 
-def test_numpy_s_integers_are_integers(path):
-    assert torch.equal(open_checkpoint(path)["model.embed"][np.int64(3)], FLAT["model.embed"][3])
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.int64, np.uint64])
+def test_numpy_s_integers_are_integers(tmp_path, kind):
+    rows = torch.arange(120 * 700).reshape(120, 700)
+    save(tmp_path, "ours", {"rows": rows})
+    view = open_checkpoint(tmp_path)["rows"]
+    for row in (0, 1, 46, 47, 93, 119):
+        assert torch.equal(view[kind(row)], rows[row])
+        assert torch.equal(view[kind(row), kind(5) : kind(100)], rows[row, 5:100])
 
 
 def test_a_state(path):
@@ -249,6 +256,9 @@ def test_one_that_was_replaced_is_followed_where_it_holds_the_same(tmp_path):
     checkpoint = open_checkpoint(tmp_path)
     save(tmp_path, "ours", {"w": torch.ones(100)})
     assert torch.equal(checkpoint["w"][...], torch.ones(100))
+    save(tmp_path, "ours", {"w": torch.full((100,), 2.0)})
+    with pytest.raises(CheckpointReplaced):  # what was read before is not of that save
+        checkpoint["w"][:50]
 
 
 def test_memory_urls_and_path_objects():

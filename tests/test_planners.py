@@ -408,6 +408,19 @@ def state(rank, dtype=torch.float32, rows_=8, **more):
     }
 
 
+@pytest.mark.parametrize("failing", range(3))
+def test_a_save_that_fails_on_one_rank_before_it_is_planned_does_not_fail_the_next(failing):
+    run = Run()
+    states = [state(rank) for rank in range(3)]
+    run.check(states)
+    for rank in set(range(3)) - {failing}:  # the others had sent their plans
+        run.planners[rank].set_up_planner(states[rank], None, is_coordinator=rank == 0)
+        run.planners[rank].create_local_plan()
+    run.check(states)
+    run.check(states)
+    assert (run.sent, run.answered) == ([False] * 3, [False] * 3)
+
+
 @pytest.mark.parametrize("by_pickle", [False, True])
 def test_unchanged_plans_are_neither_sent_nor_answered_and_changes_are_seen(by_pickle):
     run = Run(by_pickle=by_pickle)

@@ -13,7 +13,7 @@ from dcp_storage.steps.checking import Verdict, Verdicts
 from dcp_storage.steps.names import directory_of, parse_step
 from dcp_storage.steps.proven import ProvenOnly
 from dcp_storage.steps.retention import decide
-from dcp_storage.steps.step import Step, info_of, metrics_of
+from dcp_storage.steps.step import Step, info_of, metrics_of, time_of
 
 NOW = datetime(2030, 1, 10, tzinfo=UTC)
 
@@ -124,3 +124,10 @@ def test_metrics_come_back_from_json():
 def test_what_is_no_metric_is_refused(metrics):
     with pytest.raises(ConfigError, match="metrics"):
         info_of(1, metrics)
+
+
+def test_numbers_and_times_that_are_beyond_python_s_types():
+    assert metrics_of(info_of(1, {"loss": 10**400, "gain": -(10**400)})) == {"loss": math.inf, "gain": -math.inf}
+    assert metrics_of({"metrics": {"loss": 10**400}}) == {"loss": math.inf}
+    assert time_of("2026-01-02T03:04:05") == datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
+    assert time_of("yesterday") is None

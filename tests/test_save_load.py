@@ -1,4 +1,5 @@
 import asyncio
+import copy
 import fcntl
 import os
 import pickle
@@ -17,8 +18,10 @@ from dcp_storage import (
     ShardedLoadPlanner,
     ShardedSavePlanner,
     Transfer,
+    open_checkpoint,
 )
-from dcp_storage.errors import UnsupportedTensor
+from dcp_storage.errors import CheckpointReplaced, UnsupportedTensor
+from tests import fake_ranks
 from tests.states import assert_same, blank_like, every_dtype
 
 CODECS = {
@@ -142,6 +145,32 @@ def test_checkpoint_id_chooses_the_place_of_each_save(tmp_path):
         dcp.load(state, storage_reader=reader, checkpoint_id=str(tmp_path / str(step)))
         assert state["step"] == step
     assert not (tmp_path / "unused").exists()
+
+
+def test_the_place_of_a_save_that_failed_early_is_not_that_of_the_next(tmp_path):
+    writer = AsyncStorageWriter(tmp_path / "own")
+    planning = {"storage_writer": writer, "planner": ShardedSavePlanner()}
+    with pytest.raises(CheckpointException):
+        dcp.save({"x.y": 1, "x": {"y": 2}}, checkpoint_id=tmp_path / "other", **planning)
+    dcp.save({"x": 1}, **planning)
+    assert not (tmp_path / "other").exists()
+    assert open_checkpoint(tmp_path / "own")["x"] == 1
+
+
+def test_a_reader_that_loaded_alone_does_not_follow_by_itself_later(tmp_path):
+    def save(value):
+        dcp.save({"x": torch.full((9,), value)}, storage_writer=AsyncStorageWriter(tmp_path), no_dist=True)
+
+    save(1.0)
+    reader = AsyncStorageReader(tmp_path)
+    dcp.load({"x": torch.zeros(9)}, storage_reader=reader, no_dist=True)
+
+    def replaced(step, rank):
+        if (step, rank) == ("read", 1):
+            save(2.0)
+
+    with pytest.raises(CheckpointReplaced):
+        fake_ranks.load([{"x": torch.zeros(9)} for _ in range(2)], lambda: copy.copy(reader), meanwhile=replaced)
 
 
 def test_inside_a_running_event_loop(tmp_path):

@@ -1,5 +1,6 @@
 """Steps that are removed while others save, list and pin: what a prune may delete, and what stops it."""
 
+import asyncio
 import json
 import os
 
@@ -33,6 +34,49 @@ def bury(path, tombstone, named):
 
 def unearth_in(path):
     Location(path).run(unearth)
+
+
+@pytest.mark.parametrize("at", [("delete", "step-2"), ("list", "step-3"), ("commit", "step-3")])
+def test_a_step_that_is_saved_again_while_a_prune_runs_stays(tmp_path, at):
+    """The run has returned to step 1: the last save is the one that may not be lost."""
+    method, where = at
+    with Checkpoints(tmp_path) as trainer:
+        for step in range(1, 8):
+            trainer.save(step, state_of(step))
+
+        async def save_again(operation):
+            nonlocal done
+            if not done and operation.method == method and operation.url.endswith(where):
+                done = True
+                await asyncio.to_thread(trainer.save, 3, state_of(300), overwrite=True)
+
+        done = False
+        with Checkpoints(hooked(tmp_path, before=save_again), keep=KeepLatest(2)) as other:
+            decisions = {each.step: each for each in other.prune()}
+        assert done
+        assert decisions[3].reasons == ("saved again",)
+        assert [step.step for step in trainer.steps()] == [3, 6, 7]
+        state = state_of(-1)
+        assert trainer.load(state, step=3) == 3
+        assert state["step"] == 300
+
+
+def test_a_step_that_is_a_symbolic_link_is_read_and_never_removed(tmp_path):
+    other, root = tmp_path / "other", tmp_path / "run"
+    with Checkpoints(other) as checkpoints:
+        checkpoints.save(1, state_of(1))
+    root.mkdir()
+    (root / "step-1").symlink_to(other / "step-1")
+    (root / "step-9").symlink_to(tmp_path)
+    before = sorted(path.name for path in (other / "step-1").iterdir())
+    with Checkpoints(root, keep=KeepLatest(1)) as checkpoints:
+        assert checkpoints.load(state_of(-1)) == 1
+        for step in (2, 3):
+            checkpoints.save(step, state_of(step))
+            checkpoints.wait()
+        assert [step.step for step in checkpoints.steps()] == [1, 3]
+        assert {each.step: each.reasons for each in checkpoints.prune()}[1] == ("a symbolic link",)
+    assert sorted(path.name for path in (other / "step-1").iterdir()) == before
 
 
 def test_a_tombstone_of_a_step_that_stands_deletes_nothing(tmp_path):

@@ -1,6 +1,7 @@
 """Basic tensor indexing, translated to the box to read."""
 
 from numbers import Integral
+from operator import index as index_of
 from types import EllipsisType
 
 from dcp_storage.geometry import Box, Shape
@@ -45,4 +46,6 @@ def _expand(shape: Shape, index: tuple[Index, ...]) -> list[int | slice]:
         raise IndexError(f"{len(given)} indices for {len(shape)} dimensions")
     at = next((at for at, one in enumerate(index) if isinstance(one, EllipsisType)), len(given))
     filler = [slice(None)] * (len(shape) - len(given))
-    return [*given[:at], *filler, *given[at:]]
+    # NumPy's small integers would overflow in the arithmetic of offsets.
+    exact = [one if isinstance(one, slice) else index_of(one) for one in given]
+    return [*exact[:at], *filler, *exact[at:]]

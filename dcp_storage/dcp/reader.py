@@ -81,7 +81,7 @@ class AsyncStorageReader(StorageReader):
         self._transfer = transfer
         self._observer = choose_observer(observer, progress=progress)
         self._manifest: Contents | DcpStorageError | None = None
-        self._alone = self._logs = False
+        self._alone = self._has_read = self._logs = False
         self._begun = 0.0  # by time.monotonic
 
     @property
@@ -130,6 +130,7 @@ class AsyncStorageReader(StorageReader):
         if isinstance(metadata.storage_data, DcpStorageError):
             raise metadata.storage_data
         self._manifest = metadata.storage_data
+        self._alone = self._has_read = False
         self._logs = is_coordinator
 
     @hook
@@ -169,6 +170,7 @@ class AsyncStorageReader(StorageReader):
                 break
             except ObjectNotFound as error:
                 self._follow(error, last=reading == _READINGS)
+        self._has_read = True
         future: Future[None] = Future()
         future.set_result(None)
         return future
@@ -192,7 +194,7 @@ class AsyncStorageReader(StorageReader):
     def _follow(self, error: ObjectNotFound, *, last: bool) -> None:
         """Switch to the save that replaced this one, if the plan fits it too.
 
-        Other ranks may already have read their parts of the old save, and DCP cannot make them start again.
+        Other ranks, or earlier calls, may already have read parts of the old save, and cannot start again.
 
         Raises:
             ObjectNotFound: `error`: the manifest is the same, and names an object that is missing.
@@ -201,7 +203,7 @@ class AsyncStorageReader(StorageReader):
         old, new = self._contents(), self._location.run(read_manifest)
         if new.identity == old.identity:
             raise error
-        if last or not self._alone or _layout(new) != _layout(old):
+        if last or not self._alone or self._has_read or _layout(new) != _layout(old):
             raise self._replaced("its objects were deleted while they were read") from error
         self._manifest = new
 
@@ -230,8 +232,8 @@ def _counting(observer: Observer, moved: Moved) -> Observer:
     """Return an observer that counts bytes, and then calls another."""
 
     @contextmanager
-    def told(operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
+    def counting(operation: Operation, url: str, raw_bytes: int) -> Iterator[Advance]:
         with observed(observer, operation, url, raw_bytes) as advance:
             yield moved.counted(advance)
 
-    return told
+    return counting

@@ -18,7 +18,7 @@ from dcp_storage.config import Codec, Transfer, require_type
 from dcp_storage.dcp.dtypes import check_text, dtype_name
 from dcp_storage.dcp.hooks import hook
 from dcp_storage.dcp.metadata import is_whole
-from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner
+from dcp_storage.dcp.planners.save_planner import ShardedSavePlanner, releasing
 from dcp_storage.dcp.replicas.compare import report_mismatches
 from dcp_storage.dcp.saves.attempt import name_attempt
 from dcp_storage.dcp.saves.commit import check_place, commit
@@ -130,7 +130,10 @@ class AsyncStorageWriter(StorageWriter):
             DcpStorageError: This rank's state could not be staged: DCP reports it to all ranks now.
         """
         staged = redeem()
-        save = self._save_of_thread()
+        if self._thread.save is not None and self._thread.save.announced:
+            self._thread.save = None  # it failed before this rank's role was known
+        save = self._begun()
+        save.announced = True
         save.blocked_s = staged.seconds
         with ending_on_error(save):
             if staged.error:
@@ -144,7 +147,7 @@ class AsyncStorageWriter(StorageWriter):
         Raises:
             ConfigError: Without collectives, the ranks have no way to agree on an id for the parts of one save.
         """
-        save = self._save_of_thread()
+        save = self._begun()
         with ending_on_error(save):
             alone = rank_alone()
             if alone is not None:
@@ -191,7 +194,7 @@ class AsyncStorageWriter(StorageWriter):
             StoreError: The store failed.
         """
         save, role = self._current()
-        with ending_on_error(save):
+        with ending_on_error(save), releasing(planner):
             begun = time.monotonic()
             sources = plan_sources(plan, planner, self._codec)
             objects, stored = self._put(save, role, sources, group_items(plan, planner)) if sources else ([], NOTHING)
@@ -199,7 +202,6 @@ class AsyncStorageWriter(StorageWriter):
             seconds, fingerprints = time.monotonic() - begun, None
             if isinstance(planner, ShardedSavePlanner):
                 fingerprints = planner.fingerprints()
-                planner.release()
             results = Results(names, items, objects, stored, self._codec, seconds, fingerprints)
         save.done = not role.commits
         future: Future[Any] = Future()
@@ -256,7 +258,7 @@ class AsyncStorageWriter(StorageWriter):
         begin(save)
         return save
 
-    def _save_of_thread(self) -> Save:
+    def _begun(self) -> Save:
         """Return the save that `reset` began in this thread, or begin one."""
         if self._thread.save is None or self._thread.save.role:
             self._thread.save = self._begin()

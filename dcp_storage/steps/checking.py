@@ -8,6 +8,7 @@ from typing import Literal
 
 from dcp_storage.checkpoint.manifests import read_manifest
 from dcp_storage.errors import CheckpointNotFound, ManifestCorrupt, ObjectNotFound, StoreError, UnsupportedFormat
+from dcp_storage.format.contents import Contents
 from dcp_storage.format.manifest.manifest import Manifest
 from dcp_storage.format.names import ObjectName
 from dcp_storage.transfer.check import check_runs, runs_of
@@ -69,11 +70,14 @@ class Verdicts:
                 self.unchecked.add(step)
 
 
-async def check_own(context: Context, rank: int, how: How) -> Verdict:
-    """Check the objects that a rank wrote of the checkpoint in a store, and log faults."""
+async def check_own(context: Context, rank: int, how: How) -> Verdict | None:
+    """Check the objects that a rank wrote of the checkpoint in a store, and log faults; `None` if it was replaced."""
     store = context.store
     try:
-        faults = await _faults(context, rank, how)
+        manifest = await read_manifest(store)
+        faults = await _faults(context, manifest, rank, how)
+        if faults and (await read_manifest(store)).identity != manifest.identity:
+            return None
     except (CheckpointNotFound, ManifestCorrupt, UnsupportedFormat) as error:
         faults = [str(error)]
     except StoreError as error:
@@ -85,9 +89,8 @@ async def check_own(context: Context, rank: int, how: How) -> Verdict:
     return Verdict.SOUND
 
 
-async def _faults(context: Context, rank: int, how: How) -> list[str]:
+async def _faults(context: Context, manifest: Contents, rank: int, how: How) -> list[str]:
     store = context.store
-    manifest = await read_manifest(store)
     if not isinstance(manifest, Manifest):
         return [f"{store.url} is a stock checkpoint: something else wrote there"]
     own = {number: stored for number, stored in enumerate(manifest.objects) if _writer_of(stored.name) == rank}

@@ -7,7 +7,7 @@ an interrupted one, even if the step is saved again meanwhile.
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 
 from dcp_storage.checkpoint.manifests import is_committed, replaced_objects
 from dcp_storage.errors import CheckpointNotFound, ConfigError, ObjectNotFound
@@ -83,8 +83,8 @@ def held_pins(times: Mapping[ObjectName, float], now: float) -> list[ObjectName]
     return [name for name, at in times.items() if is_pin(name) and now - at < ALIVE_S]
 
 
-async def bury(step: Store) -> bool:
-    """Delete a step's manifest, unless the step is pinned; return whether that was done.
+async def bury(step: Store, is_same: Callable[[], Awaitable[bool]]) -> str | None:
+    """Delete a step's manifest, unless the step is pinned or no longer the same; return the reason if so.
 
     The tombstone that remains lists the step's objects, for `unearth`.
     """
@@ -94,12 +94,10 @@ async def bury(step: Store) -> bool:
     await step.commit(tombstone, json.dumps(named).encode())
     times = await step.modified()
     if tombstone not in times:  # another prune has removed the step, and the tombstone with it
-        return True
-    if held_pins(times, times[tombstone]):
-        await step.delete([tombstone])
-        return False
-    await step.delete([MANIFEST, *filter(parse_part_manifest, named)])
-    return True
+        return None
+    why_not = "pinned" if held_pins(times, times[tombstone]) else None if await is_same() else "saved again"
+    await step.delete([tombstone] if why_not else [MANIFEST, *filter(parse_part_manifest, named)])
+    return why_not
 
 
 async def unearth(step: Store) -> None:

@@ -72,6 +72,7 @@ class _Handler:
 
     def __init__(self, number: int) -> None:
         self.count = 0
+        self._closed = False
         self._number = number
         self._before: Any = None
         self._process: int | None = None
@@ -82,13 +83,18 @@ class _Handler:
             self._process = os.getpid()
 
     def take_back(self) -> None:
+        self._closed = True  # it may have to stay: below a later handler, or because this is not the main thread
         is_ours = self._process == os.getpid() and signal.getsignal(self._number) == self._handle
         if is_ours and threading.current_thread() is threading.main_thread():
             self._let_through()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._closed and signal.getsignal(number) != self._handle:  # a later handler calls this one
+            if callable(self._before):
+                self._before(number, frame)
+            return
         # A forked process (a data loader's worker) is asked to end by its parent, and has nothing to save.
-        if self.count or self._process != os.getpid():
+        if self._closed or self.count or self._process != os.getpid():
             self._let_through()
             signal.raise_signal(number)
             return

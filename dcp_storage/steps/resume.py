@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 from torch.distributed.checkpoint.planner import LoadPlanner
 from torch.distributed.checkpoint.stateful import Stateful
 
 from dcp_storage.checkpoint.fetch import fetch_head
+from dcp_storage.checkpoint.manifests import is_committed
 from dcp_storage.dcp.load import load as load_alike
 from dcp_storage.dcp.planners.load_planner import ShardedLoadPlanner
 from dcp_storage.errors import ManifestCorrupt, ObjectNotFound, UnsupportedFormat
@@ -29,6 +31,8 @@ logger = logging.getLogger(__name__)
 
 _MOST_PASSED_OVER = 3
 """More damaged steps than this are not a single accident, and need attention."""
+_MOST_REMOVED = 10
+"""Steps that other programs may remove while this one tries to load them."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +98,7 @@ class Resume:
         self._ranks, self._access, self._upkeep = ranks, access, upkeep
         self._template, self._planner = template, planner
         self._damages: list[BaseException] = []
+        self._removals: list[BaseException] = []
 
     def load(self, step: int) -> int:
         """Load a step, or raise."""
@@ -109,7 +114,11 @@ class Resume:
                 self._load(found)
             except CheckpointException as error:
                 cause = cause_of(error)
-                if strict or not is_damage(error) or len(self._damages) == _MOST_PASSED_OVER:
+                if not is_damage(error):
+                    raise cause from cause.__cause__
+                if self._was_removed(found.step, cause):
+                    continue
+                if strict or len(self._damages) == _MOST_PASSED_OVER:
                     raise cause from cause.__cause__
                 self._pass_over(found.step, cause)
                 below = found.step
@@ -118,6 +127,16 @@ class Resume:
         if self._damages:
             raise self._damages[0] from self._damages[0].__cause__
         return None
+
+    def _was_removed(self, step: int, cause: BaseException) -> bool:
+        """Return whether another program removed the step meanwhile: then there are newer ones."""
+        if len(self._removals) == _MOST_REMOVED:
+            return False
+        store = self._access.root.child(directory_of(step))
+        committed = self._ranks.on_first(lambda: store.run(partial(is_committed, parts=True)))
+        if not committed:
+            self._removals.append(cause)
+        return not committed
 
     def _pass_over(self, step: int, cause: BaseException) -> None:
         self._damages.append(cause)
@@ -136,7 +155,16 @@ class Resume:
         ranks.on_each(partial(self._take, slots, planner, regrouped=found.ranks not in {None, ranks.size}))
 
     def _take(self, slots: Sequence[Any], planner: LoadPlanner, *, regrouped: bool) -> None:
-        if self._damages and getattr(planner, "skipped", None):
-            raise self._damages[0]  # entries missing from this step may have been filled from the damaged one
+        if (failures := [*self._damages, *self._removals]) and _skips(planner):
+            raise failures[0]  # entries missing from this step may have been filled from another one
         take(self._template.places, slots, regrouped=regrouped)
         self._template.hand_over()
+
+
+def _skips(planner: LoadPlanner) -> bool:
+    """Return whether a planner left entries of the state as they were, or may have."""
+    if isinstance(planner, ShardedLoadPlanner):
+        return bool(planner.skipped)
+    if isinstance(planner, DefaultLoadPlanner) and planner.metadata is not None:
+        return not planner.metadata.state_dict_metadata.keys() >= planner.state_dict.keys()
+    return True

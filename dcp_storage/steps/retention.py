@@ -6,12 +6,12 @@ from collections.abc import Callable, Collection, Container, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 
 from dcp_storage.checkpoint.manifests import is_committed
 from dcp_storage.checkpoint.pruning import A_DAY, prune_store
 from dcp_storage.errors import CheckpointNotFound, ManifestCorrupt
-from dcp_storage.steps.catalog import list_steps, step_directories
+from dcp_storage.steps.catalog import describe, list_steps, step_directories
 from dcp_storage.steps.names import directory_of
 from dcp_storage.steps.pins import bury, held_pins, unearth
 from dcp_storage.steps.policies import Policy
@@ -60,31 +60,41 @@ async def prune_steps(
     Raises:
         StoreError: The store failed.
     """
-    decisions = decide(await list_steps(root), keep, in_use, datetime.now(UTC))
+    steps = await list_steps(root)
+    decisions = decide(steps, keep, in_use, datetime.now(UTC))
     if not dry_run:
         await _finish(root, {decision.step for decision in decisions}, claim)
     for number, decision in enumerate(decisions):
         if decision.kept:
             continue
-        store = root.child(directory_of(decision.step))
         if dry_run:
-            why_not = "pinned" if held_pins(await store.modified(), time.time()) else None
+            times = await root.child(directory_of(decision.step)).modified()
+            why_not = "pinned" if held_pins(times, time.time()) else None
         else:
-            why_not = await _remove(store, decision.step, claim)
+            why_not = await _remove(root, steps[number], claim)
         if why_not:
             decisions[number] = Decision(decision.step, kept=True, reasons=(why_not,))
     return decisions
 
 
-async def _remove(store: Store, step: int, claim: Claim) -> str | None:
-    """Remove a committed step; return the reason if it was not removed."""
-    with claim(step) as is_free:
+async def _remove(root: Store, step: Step, claim: Claim) -> str | None:
+    """Remove a step, as it was listed; return the reason if it was not removed."""
+    store = root.child(directory_of(step.step))
+    with claim(step.step) as is_free:
         if not is_free:
             return "in use"
-        if not await bury(store):
-            return "pinned"
+        if await store.is_link():
+            return "a symbolic link"
+        if why_not := await bury(store, partial(_is_same, root, step)):
+            return why_not
         await _clear(store)
     return None
+
+
+async def _is_same(root: Store, step: Step) -> bool:
+    """Return whether a step is as it was listed: another program, or this one, may have saved it again."""
+    now = await describe(root, step.step)
+    return now is None or now.created == step.created
 
 
 async def _finish(root: Store, committed: Collection[int], claim: Claim) -> None:
@@ -94,7 +104,7 @@ async def _finish(root: Store, committed: Collection[int], claim: Claim) -> None
             continue
         store = root.child(directory_of(step))
         with claim(step) as is_free:
-            if not is_free or await is_committed(store, parts=True):
+            if not is_free or await store.is_link() or await is_committed(store, parts=True):
                 continue
             await _clear(store)
 

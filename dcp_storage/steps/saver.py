@@ -7,6 +7,7 @@ from torch.distributed.checkpoint.planner import SavePlanner
 from torch.distributed.checkpoint.state_dict_saver import async_save as dcp_async_save
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
+from dcp_storage.dcp.planners.save_planner import releasing
 from dcp_storage.errors import ConfigError
 from dcp_storage.steps.access import Access
 from dcp_storage.steps.background import SaveFuture
@@ -58,7 +59,7 @@ class Saver:
     def _save(self, asked: Asked) -> None:
         prepared = self._prepare(asked)
         assert prepared, "it waits for the previous save"
-        with self._upkeep.using(asked.step), unwrapped(), prepared.spread() as plain:
+        with self._upkeep.using(asked.step), unwrapped(), releasing(self._planner), prepared.spread() as plain:
             group = self._ranks.asked
             dcp_save(plain, storage_writer=prepared.writer, planner=self._planner, process_group=group)
         self._upkeep.committed(asked.step, self._ranks.rank)
@@ -112,7 +113,8 @@ class Saver:
 
     def _land(self, future: SaveFuture, rank: int, error: BaseException | None) -> None:
         """Handle the end of a save in the background, in its thread."""
-        self._upkeep.release(future.step)
+        with releasing(self._planner):  # if it failed, the copy would need memory beside the next one
+            self._upkeep.release(future.step)
         if error is None:
             self._upkeep.committed(future.step, rank)
             future.set_result(future.step)
@@ -135,4 +137,6 @@ class Saver:
 
     def _log(self, step: int, error: BaseException) -> None:
         self.failed += 1
-        logger.error("step %s was not saved; the run continues (%d failed so far): %s", step, self.failed, error)
+        # The text alone: a handler that keeps the error would keep its frames, and with them the copied state.
+        text = str(error)
+        logger.error("step %s was not saved; the run continues (%d failed so far): %s", step, self.failed, text)

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 
 from dcp_storage.errors import ConfigError
@@ -43,7 +43,7 @@ def info_of(step: int, metrics: Mapping[str, float] | None) -> dict[str, Any]:
     for name, value in (metrics or {}).items():
         if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"metrics[{name!r}] is {value!r}; pass numbers by name, such as {{'loss': loss.item()}}")
-    return {"step": step, "metrics": {name: _written(float(value)) for name, value in (metrics or {}).items()}}
+    return {"step": step, "metrics": {name: _written(_float(value)) for name, value in (metrics or {}).items()}}
 
 
 def metrics_of(info: Mapping[str, Any]) -> dict[str, float]:
@@ -51,7 +51,23 @@ def metrics_of(info: Mapping[str, Any]) -> dict[str, float]:
     found = info.get("metrics")
     read = found.items() if isinstance(found, dict) else ()
     numbers = {name: _NOT_JSON.get(value, value) if isinstance(value, str) else value for name, value in read}
-    return {name: float(value) for name, value in numbers.items() if type(value) in {int, float}}
+    return {name: _float(value) for name, value in numbers.items() if type(value) in {int, float}}
+
+
+def time_of(created: str) -> datetime | None:
+    """Return the time in a head, whatever wrote it; `None` if it is not one."""
+    try:
+        time = datetime.fromisoformat(created)
+    except ValueError:
+        return None
+    return time if time.tzinfo else time.replace(tzinfo=UTC)
+
+
+def _float(value: Any) -> float:
+    try:
+        return float(value)
+    except OverflowError:  # an int
+        return math.inf if value > 0 else -math.inf
 
 
 def _written(value: float) -> float | str:

@@ -104,14 +104,16 @@ class Upkeep:
 
     def _follow(self, step: int) -> None:
         if self._verify:
-            self.verdicts.note(step, self._check(step, self._verify))
+            verdict = self._check(step, self._verify)
+            if verdict is not None:  # otherwise the step was saved again, and is checked again
+                self.verdicts.note(step, verdict)
         if self._keep and self._rank == 0:
             self._prune_quietly()
 
-    def _check(self, step: int, how: How) -> Verdict:
+    def _check(self, step: int, how: How) -> Verdict | None:
         access = self._access
 
-        def check(store: Store) -> Coroutine[Any, Any, Verdict]:
+        def check(store: Store) -> Coroutine[Any, Any, Verdict | None]:
             return check_own(Context(store, access.transfer, access.observer), self._rank, how)
 
         return access.root.child(directory_of(step)).run(check)

@@ -102,6 +102,10 @@ class Store(ABC):
     def child(self, name: str) -> "Store":
         """Return the store of a prefix directly below this one, which is open as long as this one is."""
 
+    async def is_link(self) -> bool:
+        """Return whether this prefix is a symbolic link to a directory, which belongs to something else."""
+        return False
+
     async def remove_directory(self) -> None:  # noqa: B027 - not every store has directories
         """Remove this prefix's directory if it is empty; do nothing if prefixes are only names."""
 

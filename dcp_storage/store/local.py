@@ -109,6 +109,11 @@ class LocalStore(Store):
         with self._failures.mapped("list"):
             return await wrap(reads.reopening(files.list_directories))(self._directory)
 
+    async def is_link(self) -> bool:
+        """Return whether the directory is a symbolic link."""
+        with self._failures.mapped("look up"):
+            return await wrap(self._directory.is_symlink)()
+
     async def remove_directory(self) -> None:
         """Remove the directory if it exists and is empty."""
         with self._failures.mapped("remove"):

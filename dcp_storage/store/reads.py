@@ -129,12 +129,12 @@ def _read_cached(descriptor: int, start: int, memory: memoryview) -> int | None:
 
 def _forget_probe(descriptor: int, start: int) -> None:
     """Drop the page that the probe itself put into the page cache: the next read would take it for more."""
-    if hasattr(os, "posix_fadvise"):
+    with suppress(AttributeError, OSError):  # it is only advice
         os.posix_fadvise(descriptor, start // PAGE_BYTES * PAGE_BYTES, PAGE_BYTES, os.POSIX_FADV_DONTNEED)
 
 
 def _expect(descriptor: int, reads: str) -> None:
-    if hasattr(os, "posix_fadvise"):
+    with suppress(AttributeError, OSError):  # it is only advice
         os.posix_fadvise(descriptor, 0, 0, getattr(os, reads))
 
 

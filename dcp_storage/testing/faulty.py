@@ -86,6 +86,10 @@ class FaultyStore(Store):
         await self._faulty.after(operation)
         return done
 
+    async def is_link(self) -> bool:
+        """Call the hooks and the store."""
+        return await self._told("is_link", "", self._store.is_link)
+
     async def remove_directory(self) -> None:
         """Call the hooks and the store."""
         await self._told("remove_directory", "", self._store.remove_directory)

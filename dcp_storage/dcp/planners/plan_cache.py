@@ -60,7 +60,7 @@ class Entry:
 
     local: LocalMemory | None = None
     whole: GlobalMemory | None = None
-    pending: bool = field(default=False)  # between a local plan and its global one; if that fails, the entry is invalid
+    pending: bool = field(default=False)  # between a local plan and its global one; if that fails, `local` is invalid
 
 
 _entries: OrderedDict[str, Entry] = OrderedDict()
@@ -120,8 +120,8 @@ class PlanCache:
     def send(self, local: SavePlan) -> SavePlan:
         """Send the plan, or a claim if it is the same as last time."""
         entry = self._entry
-        if entry.pending:  # the last save was never planned: what the other ranks remember is unknown
-            entry.local = entry.whole = None
+        if entry.pending:  # the last save may have been planned without this rank's knowledge
+            entry.local = None
         entry.pending = True
         if entry.local is None or entry.local.local != local:
             return local

@@ -1,13 +1,15 @@
 """`ShardedSavePlanner`: every chunk is written once, by one of its owners, and the bytes are balanced across ranks."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, StorageMeta
-from torch.distributed.checkpoint.planner import SavePlan, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteItem, WriteItemType
 
 from dcp_storage.collector import gc_paused
 from dcp_storage.dcp.hooks import hook
@@ -164,6 +166,16 @@ class ShardedSavePlanner(DefaultSavePlanner):
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name not in _OF_ONE_SAVE}
+
+
+@contextmanager
+def releasing(planner: SavePlanner) -> Iterator[None]:
+    """Have a planner of this package release the state when a block ends, whether it was written or not."""
+    try:
+        yield
+    finally:
+        if isinstance(planner, ShardedSavePlanner):
+            planner.release()
 
 
 def _entry_item(fqn: str) -> WriteItem:

@@ -42,6 +42,7 @@ class Save:
         token: Part of the names of its objects, and of no other save's.
         pace: How it shares the host with training.
         thread: The thread in which DCP calls all its hooks.
+        announced: Whether DCP's planner was told of it, the first thing that happens on every rank.
         role: This rank's role, once DCP has set it up.
         objects: The names of the objects that it began to put.
         number: Its number among this process's saves to that path, from 1.
@@ -55,6 +56,7 @@ class Save:
     token: str = field(default_factory=new_token)
     pace: Pace = field(default_factory=Pace.here)
     thread: threading.Thread = field(default_factory=threading.current_thread)
+    announced: bool = False
     role: Role | None = None
     objects: list[ObjectName] = field(default_factory=list)
     number: int = 0

@@ -112,11 +112,12 @@ def check_info(info: Mapping[str, Any]) -> dict[str, Any]:
     """
     try:
         text = json.dumps(dict(info), allow_nan=False).encode()
-    except (TypeError, ValueError, RecursionError) as error:
+        found = dict(msgspec.json.decode(text))
+    except (TypeError, ValueError, RecursionError, msgspec.DecodeError) as error:
         raise ConfigError(f"info is not a JSON object: {error}") from error
     if len(text) > MAX_INFO_BYTES:
         raise ConfigError(f"info is {len(text)} bytes of JSON; at most {MAX_INFO_BYTES} are allowed")
-    return dict(msgspec.json.decode(text))
+    return found
 
 
 def pack(head: Head, frames: Sequence[bytes]) -> bytes:
