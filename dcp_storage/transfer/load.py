@@ -102,7 +102,7 @@ async def load_items(
 
 
 class _Failure(NamedTuple):
-    """A block that failed its check, and how many of its bytes were read."""
+    """Why a block failed its check, and how many of its bytes were read."""
 
     block: Block
     read_bytes: int

@@ -7,6 +7,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from dcp_storage.collector import gc_paused
 from dcp_storage.dcp.dtypes import dtype_from_name
 from dcp_storage.dcp.kinds.boxes import read_box
+from dcp_storage.dcp.loads.destination import Destinations
 from dcp_storage.dcp.loads.scatter import Scatter
 from dcp_storage.dcp.loads.sharing import shared_items
 from dcp_storage.dcp.loads.targets import BytesTarget, ChunkTarget
@@ -62,7 +63,8 @@ def _load_items(manifest: Manifest, plan: LoadPlan, planner: LoadPlanner, scatte
             raise _not_stored(fqn)
         number = find_chunk(read.storage_index, tensor.boxes)
         chunks.setdefault((fqn, number), _Chunk(fqn, number, tensor, [], shared)).reads.append(read)
-    items.extend(_chunk_item(chunk, manifest.codec, planner, scatter) for chunk in chunks.values())
+    destinations = Destinations(planner)
+    items.extend(_chunk_item(chunk, manifest.codec, destinations, scatter) for chunk in chunks.values())
     return items
 
 
@@ -75,7 +77,7 @@ def _bytes_item(manifest: Manifest, read: ReadItem, planner: LoadPlanner, *, sha
     return LoadItem(fqn, entry.size, 1, entry.segments, blocks, BytesTarget(read, entry.size, planner), shared)
 
 
-def _chunk_item(chunk: _Chunk, codec: StoredCodec, planner: LoadPlanner, scatter: Scatter) -> LoadItem:
+def _chunk_item(chunk: _Chunk, codec: StoredCodec, destinations: Destinations, scatter: Scatter) -> LoadItem:
     fqn, number, tensor, reads, shared = chunk
     shape = tensor.boxes[number].sizes
     boxes = [read_box(read) for read in reads]
@@ -83,7 +85,7 @@ def _chunk_item(chunk: _Chunk, codec: StoredCodec, planner: LoadPlanner, scatter
         if not contains(shape, box):
             raise CoverageError(f"{fqn}: the plan reads {box} of a chunk of shape {list(shape)}", fqn=fqn)
     wanted = needed_blocks(shape, boxes, ITEM_BYTES[tensor.dtype], codec.block_bytes)
-    target = ChunkTarget(shape, dtype_from_name(tensor.dtype), reads, planner, scatter)
+    target = ChunkTarget(shape, dtype_from_name(tensor.dtype), reads, destinations, scatter)
     return LoadItem(fqn, target.nbytes, tensor.planes, tensor.segments(number), wanted, target, shared)
 
 

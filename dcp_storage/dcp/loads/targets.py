@@ -10,7 +10,7 @@ from torch.distributed.checkpoint.planner import LoadPlanner, ReadItem
 
 from dcp_storage.dcp.device import host_memory, on_accelerator, on_host
 from dcp_storage.dcp.kinds.boxes import read_box
-from dcp_storage.dcp.loads.destination import Destination
+from dcp_storage.dcp.loads.destination import Destination, Destinations
 from dcp_storage.dcp.loads.hand_over import hand_over
 from dcp_storage.dcp.loads.scatter import Scatter, Slot
 from dcp_storage.dcp.memory import as_it_lies, borrowed_view, byte_view
@@ -72,14 +72,19 @@ class ChunkTarget:
     """
 
     def __init__(
-        self, shape: Shape, dtype: torch.dtype, reads: Sequence[ReadItem], planner: LoadPlanner, scatter: Scatter
+        self,
+        shape: Shape,
+        dtype: torch.dtype,
+        reads: Sequence[ReadItem],
+        destinations: Destinations,
+        scatter: Scatter,
     ) -> None:
         self.nbytes = prod(shape) * dtype.itemsize
         self._shape = shape
         self._dtype = dtype
         self._item = dtype.itemsize
         self._reads = reads
-        self._planner = planner
+        self._destinations = destinations
         self._scatter = scatter
         self._parts: list[_Part] = []
         self._slot: Slot | None = None
@@ -92,7 +97,7 @@ class ChunkTarget:
             self._slot = self._scatter.join(self, (device, self._dtype))
 
     def _resolve(self, read: ReadItem) -> _Part:
-        box, destination = read_box(read), Destination(self._planner, read, self._dtype)
+        box, destination = read_box(read), self._destinations.open(read, self._dtype)
         target = destination.memory
         start, stop = flat_extent(self._shape, box)
         plain = on_host(target.device) and target.dtype == self._dtype and as_it_lies(target)

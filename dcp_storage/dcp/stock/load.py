@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.planner import LoadItemType, LoadPlan, LoadPla
 from dcp_storage.config import KIB, MIB, Transfer
 from dcp_storage.dcp.dtypes import dtype_from_name
 from dcp_storage.dcp.kinds.boxes import read_box
-from dcp_storage.dcp.loads.destination import Destination
+from dcp_storage.dcp.loads.destination import Destination, Destinations
 from dcp_storage.dcp.loads.hand_over import hand_over
 from dcp_storage.dcp.stock.items import (
     Item,
@@ -122,6 +122,7 @@ class _StockLoader:
     ) -> None:
         self._store = store
         self._planner = planner
+        self._destinations = Destinations(planner)
         self._transfer = transfer
         self._threads = threads
         self._advance = advance
@@ -171,7 +172,7 @@ class _StockLoader:
         box = read_box(read)
         if not any(contains(shape, box) for shape in kind.shapes):
             raise CoverageError(f"{item.fqn}: the plan reads {box}, which is outside the stored part", fqn=item.fqn)
-        return Destination(self._planner, read, kind.dtype)
+        return self._destinations.open(read, kind.dtype)
 
 
 def _cut(data: bytes | memoryview, items: Sequence[StockItem]) -> list[bytes]:
