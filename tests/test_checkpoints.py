@@ -346,6 +346,19 @@ def test_what_is_no_step_is_refused(tmp_path, step):
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_no_state_or_no_metrics_is_refused(tmp_path):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state_of(1))
+        for call in (checkpoints.save, checkpoints.async_save):
+            with pytest.raises(ConfigError, match="state is"):
+                call(2, torch.ones(1))
+            with pytest.raises(ConfigError, match="metrics is"):
+                call(2, state_of(2), metrics=[1])
+        with pytest.raises(ConfigError, match="state is"):
+            checkpoints.load(torch.ones(1))
+        assert checkpoints.latest() == 1
+
+
 @pytest.mark.parametrize(
     "arguments", [{"verify": "all"}, {"on_error": "ignore"}, {"keep": 3}, {"storage_options": {"key": "x"}}]
 )

@@ -1,7 +1,7 @@
 """Loads the newest sound step, the same on all ranks."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 
 from dcp_storage.checkpoint.fetch import fetch_head
 from dcp_storage.checkpoint.manifests import is_committed
+from dcp_storage.config import require_type
 from dcp_storage.dcp.load import load as load_alike
 from dcp_storage.dcp.planners.load_planner import ShardedLoadPlanner
 from dcp_storage.errors import ManifestCorrupt, ObjectNotFound, UnsupportedFormat
@@ -68,6 +69,7 @@ class Template:
     """A state dict for DCP to fill, without `Stateful`s at the top level, which may raise on a single rank."""
 
     def __init__(self, state: dict[str, Any]) -> None:
+        require_type("state", state, MutableMapping)
         self._state = state
         self.plain = {
             key: held.state_dict() if isinstance(held, Stateful) else held

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch.distributed.checkpoint.stateful import Stateful
 
+from dcp_storage.config import require_type
 from dcp_storage.dcp.writer import AsyncStorageWriter
 from dcp_storage.errors import ConfigError
 from dcp_storage.steps.checking import Verdict
@@ -52,7 +53,12 @@ class Prepared:
 
     @classmethod
     def of(cls, state: Mapping[str, Any], rank: int, writer: AsyncStorageWriter) -> "Prepared":
-        """Call `state_dict` of the `Stateful`s in a state dict, as DCP does."""
+        """Call `state_dict` of the `Stateful`s in a state dict, as DCP does.
+
+        Raises:
+            ConfigError: It is not a dict.
+        """
+        require_type("state", state, Mapping)
         plain = {key: held.state_dict() if isinstance(held, Stateful) else held for key, held in state.items()}
         found = places(plain)
         return cls(plain, found, to_save(found, rank), writer)

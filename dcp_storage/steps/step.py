@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
+from dcp_storage.config import require_type
 from dcp_storage.errors import ConfigError
 
 _NOT_JSON = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
@@ -40,6 +41,8 @@ def info_of(step: int, metrics: Mapping[str, float] | None) -> dict[str, Any]:
     Raises:
         ConfigError: A metric is not a number, or its name is not a string.
     """
+    if metrics is not None:
+        require_type("metrics", metrics, Mapping)
     for name, value in (metrics or {}).items():
         if not isinstance(name, str) or isinstance(value, bool) or not isinstance(value, int | float):
             raise ConfigError(f"metrics[{name!r}] is {value!r}; pass numbers by name, such as {{'loss': loss.item()}}")
