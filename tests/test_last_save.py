@@ -22,7 +22,8 @@ STARTS_NO_THREADS = (3, 12, 0) <= sys.version_info[:3] <= (3, 12, 1)
 ends = pytest.mark.skipif(STARTS_NO_THREADS, reason="this Python starts no thread at its end")
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started without
 import torch
 import torch.distributed.checkpoint as dcp
 from dcp_storage import AsyncStorageWriter, ShardedSavePlanner
