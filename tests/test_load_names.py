@@ -64,6 +64,12 @@ def test_containers_within_one_that_was_stored_whole():
         assert mappings == {"a.old": ("a", "old"), "a.new.e": ("a", "new", "e")}
 
 
+def test_tensors_in_tuples_were_stored_with_their_container():
+    state = {"a": {"pair": (torch.ones(1), 2)}, "b": {"list": [torch.ones(1)]}}
+    flat, _ = names_of(state, metadata_of([("a",), ("b",)]), nested=True)
+    assert flat.keys() == {"a", "b.list.0"}
+
+
 def test_a_container_with_entries_of_its_own_is_not_taken_whole():
     """Both are stored, as different code may: what lies below counts."""
     state = {"a": {"b": {"c": 1, "d": 2}}}

@@ -63,13 +63,6 @@ def _twice(name: str) -> ConfigError:
     return ConfigError(f"the state dict has two entries named {name}. Rename one of them")
 
 
-def holds_tensor(value: Any) -> bool:
-    """Return whether a value is a tensor, or a container with one at any depth."""
-    if isinstance(value, Mapping):
-        return any(map(holds_tensor, value.values()))
-    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(holds_tensor, value)))
-
-
 def empty_dicts(state: State) -> list[ObjectPath]:
     """Return the paths of the empty dicts in a state dict."""
     return list(_empty_dicts((), state))

@@ -1,11 +1,12 @@
 """The names of a state dict in a checkpoint: before 2.4 torch stored containers without tensors as one entry."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import Metadata
 
-from dcp_storage.dcp.planners.flatten import Mappings, ObjectPath, State, empty_dicts, flatten, holds_tensor
+from dcp_storage.dcp.planners.flatten import Mappings, ObjectPath, State, empty_dicts, flatten
 from dcp_storage.dcp.stored import entry_names
 
 
@@ -20,7 +21,7 @@ def names_of(state: State, metadata: Metadata, *, nested: bool) -> tuple[State, 
     containers: set[str] = set()
 
     def note(path: ObjectPath, container: Any) -> bool:
-        if not holds_tensor(container):
+        if not _has_tensor(container):
             containers.add(".".join(map(str, path)))
         return False
 
@@ -34,6 +35,12 @@ def names_of(state: State, metadata: Metadata, *, nested: bool) -> tuple[State, 
     if metadata.planner_data is None:  # then a path is its name
         return flatten(state, nested=True, is_whole=lambda path, _: tuple(".".join(map(str, path)).split(".")) in whole)
     return flatten(state, nested=True, is_whole=lambda path, _: path in whole)
+
+
+def _has_tensor(value: Any) -> bool:
+    """Return whether a dict or a list contains a tensor, as torch before 2.4 looked for them: not within tuples."""
+    inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list) else ()
+    return any(isinstance(each, Tensor) or _has_tensor(each) for each in inner)
 
 
 def _path(metadata: Metadata, fqn: str) -> ObjectPath:

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from dcp_storage.dcp.planners.flatten import holds_tensor
-
 _COPIED = (dict, OrderedDict, defaultdict, Counter, list, tuple)
 """Containers that are created anew. Others have code of their own, so that nothing is known of their copies."""
 
@@ -34,7 +32,13 @@ def walk(value: Any, leaf: Change, other: Change, fqn: str = "") -> Any:
 
 
 def _is_walked(value: Any) -> bool:
-    return type(value) in _COPIED or (isinstance(value, Mapping | list) and holds_tensor(value))
+    return type(value) in _COPIED or (isinstance(value, Mapping | list) and _holds_tensor(value))
+
+
+def _holds_tensor(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return any(map(_holds_tensor, value.values()))
+    return isinstance(value, Tensor) or (isinstance(value, list | tuple) and any(map(_holds_tensor, value)))
 
 
 def _below(fqn: str, step: Any) -> str:
