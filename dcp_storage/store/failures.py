@@ -9,7 +9,6 @@ from dcp_storage.store.redact import mask, strip_userinfo
 
 _RANGE_NOT_SATISFIABLE = {416, "416", "InvalidRange"}
 _DENIED = {401, 403, "401", "403", "AccessDenied", "Forbidden"}
-_NO_BUCKET = "NoSuchBucket"
 
 
 class Failures:
@@ -62,8 +61,7 @@ class Mapped:
     def __exit__(self, _type: type[BaseException] | None, error: BaseException | None, _traceback: object) -> None:
         if not isinstance(error, Exception) or isinstance(error, DcpStorageError):
             return
-        is_absent = isinstance(error, FileNotFoundError) and error_code(error) != _NO_BUCKET
-        kind = self.absent if is_absent else StoreError
+        kind = self.absent if isinstance(error, FileNotFoundError) else StoreError
         if is_denied(error):
             kind = AccessDenied
         # A printed traceback shows the cause too, so a cause that contains a secret is left out.

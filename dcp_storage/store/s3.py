@@ -119,11 +119,20 @@ class S3Store(RemoteStore):
                     raise self._failures.error("commit", name, why, ObjectExists) from error
 
     async def probe(self, name: ObjectName) -> bool:
-        """Return whether an object exists; without permission to list, S3 denies access to absent ones."""
+        """Return whether an object exists; without permission to list, S3 denies access to absent ones.
+
+        Raises:
+            StoreError: There is no such bucket, either.
+        """
         try:
-            return await super().probe(name)
+            await self.get_range(name, 0, 1)
         except AccessDenied:
             return False
+        except ObjectNotFound as error:
+            if error_code(error) == "NoSuchBucket":
+                raise self._failures.error("look up", name, "the specified bucket does not exist") from error
+            return False
+        return True
 
     async def _is_there(self, name: ObjectName) -> bool:
         return await self.probe(name)
