@@ -165,7 +165,7 @@ class AsyncStorageWriter(StorageWriter):
             UnsupportedTensor: A dtype is not supported by the format, or a name is not valid UTF-8.
             CheckpointExists: A checkpoint already exists here and may not be replaced.
             AccessDenied: The existing checkpoint may not be read, or nothing may be written here.
-            StoreError: The store failed, or there is no such bucket.
+            StoreError: The store failed, or the bucket does not exist.
         """
         save, role = self._current()
         with ending_on_error(save):

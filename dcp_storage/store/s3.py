@@ -122,7 +122,7 @@ class S3Store(RemoteStore):
         """Return whether an object exists; without permission to list, S3 denies access to absent ones.
 
         Raises:
-            StoreError: There is no such bucket, either.
+            StoreError: The bucket does not exist.
         """
         try:
             await self.get_range(name, 0, 1)
